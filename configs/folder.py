@@ -1,0 +1,25 @@
+"""Any folder of images: ROOT/train/CLASS/* to train on, ROOT/test/CLASS/* to test on.
+
+python scripts/train.py --config=configs/folder.py:ps --workdir=runs/mine --config.data.root=ROOT
+
+The settings are the official CARS196 recipe with a ResNet-50 from random weights. For small images
+set `--config.data.image_size=32 --config.data.resize=32 --config.model.stem=small`; for images
+with a left and a right, such as letters, set `--noconfig.data.flip`.
+"""
+
+from ml_collections import ConfigDict
+
+from dml_jax import config as configs
+
+
+def get_config(variant: str = "baseline") -> ConfigDict:
+    """The settings of a variant, such as `baseline`, `ps`, `memvir` or `ps_memvir_proxy_nca`."""
+    config = configs.default()
+    # From random weights the official learning rate for fine-tuning would be slow.
+    config.optimizer.learning_rate = 1e-3
+    return configs.with_variant(
+        config,
+        variant,
+        proxy_synthesis={"ratio": 1.0, "alpha": 0.4},
+        memvir={"num_steps": 20, "step_gap": 10, "warmup_epochs": 40},
+    )

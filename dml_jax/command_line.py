@@ -1,0 +1,62 @@
+"""What the programs in scripts/ share: how they start, and how they speak of errors."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+
+def run(main: Callable[[], None], *, required: Sequence[str] = ()) -> None:
+    """Parses the flags and runs a program.
+
+    Args:
+        main: the program.
+        required: flags that must be given.
+    """
+    logging.set_verbosity(logging.WARNING)
+    flags.mark_flags_as_required(required)
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            return flags.FLAGS(argv)
+        # A mistyped --config.name is an AttributeError or a KeyError of ml_collections.
+        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+            _exit(error, 2)
+
+    def guarded(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            _exit(f"unexpected argument {argv[1]!r}; settings are given as --name=value", 2)
+        main()
+
+    app.run(guarded, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def mendable() -> Iterator[None]:
+    """Around work in which an error is the user's to mend: tells it in short, with exit code 2.
+
+    Settings, files and images are checked there. A loss that is no longer finite ends with exit
+    code 3. `--verbosity=1` adds the traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        _exit(error, 2)
+    except FloatingPointError as error:
+        _exit(error, 3)
+
+
+def _exit(error: object, code: int) -> NoReturn:
+    logging.debug("traceback", exc_info=True)
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+def scores(metrics: Mapping[str, float]) -> str:
+    """The three scores that papers compare, in percent."""
+    return "  ".join(
+        f"{label} {100 * metrics[name]:.1f}"
+        for label, name in (("R@1", "recall@1"), ("RP", "r_precision"), ("MAP@R", "map@r"))
+    )

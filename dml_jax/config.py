@@ -1,0 +1,176 @@
+"""What can be set, what it starts as, and what a variant changes."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dml_jax import losses
+from dml_jax.models import BACKBONES, POOLINGS
+from dml_jax.training import optimizer, state
+
+
+def default() -> ConfigDict:
+    """The settings that every data set's config starts from: the official CARS196 recipe."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "epochs": 130,
+            "batch_size": 128,
+            "data": {
+                "name": "folder",
+                "root": "",
+                # Images of each class in a batch; 1 draws images without regard to class.
+                "n_instance": 1,
+                "image_size": 224,
+                # Shorter side of a test image before its centre is cropped to image_size.
+                "resize": 256,
+                # Share of the image's area that a random crop keeps, least and most.
+                "crop_scale": (0.08, 1.0),
+                "flip": True,
+                # Processes that decode images; 0 decodes in the training process.
+                "num_workers": 4,
+            },
+            "model": {
+                "backbone": "resnet50",
+                "width": 64,
+                "stem": "imagenet",
+                "pooling": "gap",
+                "dim": 512,
+                "freeze_bn": False,
+                "dtype": "float32",
+            },
+            "loss": {"name": "norm_softmax", "scale": 23.0},
+            "proxy_init": "uniform_dim",
+            # ratio: synthetic classes per sample; 0 is no Proxy Synthesis.
+            "proxy_synthesis": {"ratio": 0.0, "alpha": 0.4},
+            # num_steps: earlier steps whose classes take part; 0 is no MemVir.
+            "memvir": {
+                "num_steps": 0,
+                "step_gap": 0,
+                "warmup_epochs": 0,
+                "dtype": "float32",
+            },
+            "optimizer": {
+                "name": "adam",
+                "learning_rate": 1e-4,
+                "proxy_learning_rate": 1e-2,
+                "eps": 0.01,
+                "weight_decay": 1e-4,
+                # Each learning rate is multiplied by decay_rate at the start of the epochs that
+                # decay_every divides, up to epoch decay_until.
+                "decay_rate": 0.1,
+                "decay_every": 50,
+                "decay_until": 50,
+            },
+            "evaluation": {"every_epochs": 5, "recall_at": (1, 2, 4, 8), "nmi": False},
+            "checkpoint": {"every_epochs": 1, "keep_last": 2},
+        }
+    )
+
+
+def with_variant(
+    config: ConfigDict,
+    variant: str,
+    *,
+    proxy_synthesis: Mapping[str, Any],
+    memvir: Mapping[str, Any],
+) -> ConfigDict:
+    """Applies a variant to a data set's config, and locks it.
+
+    A variant is a method and a loss, `METHOD_LOSS`: the method one of `baseline`, `ps`, `memvir`
+    and `ps_memvir`, the loss any of `dml_jax.losses`. Either may be left out, for `baseline` and
+    for `norm_softmax`.
+
+    Args:
+        config: with the data set's settings.
+        variant: such as `memvir`, `ps_proxy_nca` or `baseline`.
+        proxy_synthesis: its settings for this data set, used by the variants that have it.
+        memvir: its settings for this data set, used by the variants that have it.
+
+    Returns:
+        The same config, locked.
+
+    Raises:
+        ValueError: unknown variant.
+    """
+    method, loss = _parse_variant(variant)
+    config.loss = ConfigDict({"name": loss, **dataclasses.asdict(losses.create(loss))})
+    if method in ("ps", "ps_memvir"):
+        config.proxy_synthesis.update(proxy_synthesis)
+    if method in ("memvir", "ps_memvir"):
+        config.memvir.update(memvir)
+    return config.lock()
+
+
+def _parse_variant(variant: str) -> tuple[str, str]:
+    methods = ("baseline", "ps", "memvir", "ps_memvir")
+    names = {f"{method}_{loss}": (method, loss) for method in methods for loss in losses.NAMES}
+    names |= {method: (method, "norm_softmax") for method in methods}
+    names |= {loss: ("baseline", loss) for loss in losses.NAMES}
+    if variant not in names:
+        raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(sorted(names))}")
+    return names[variant]
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every setting that needs no data to be checked.
+
+    Args:
+        config: a whole config.
+
+    Raises:
+        ValueError: lists everything that is wrong, by its path in the config.
+    """
+    wrong: list[str] = []
+
+    def one_of(path: str, allowed: Any) -> None:
+        value = _at(config, path)
+        if value not in allowed:
+            wrong.append(f"config.{path} is {value!r}; choose one of {', '.join(allowed)}")
+
+    def at_least(least: float, *paths: str) -> None:
+        for path in paths:
+            if not _at(config, path) >= least:
+                wrong.append(f"config.{path} is {_at(config, path)}; it must be at least {least}")
+
+    def positive(*paths: str) -> None:
+        for path in paths:
+            if not _at(config, path) > 0:
+                wrong.append(f"config.{path} is {_at(config, path)}; it must be above 0")
+
+    one_of("model.backbone", BACKBONES)
+    one_of("model.stem", ("imagenet", "small"))
+    one_of("model.pooling", POOLINGS)
+    one_of("model.dtype", ("float32", "bfloat16"))
+    one_of("memvir.dtype", ("float32", "bfloat16"))
+    one_of("proxy_init", state.PROXY_INITS)
+    one_of("optimizer.name", optimizer.NAMES)
+    at_least(1, "epochs", "batch_size", "data.n_instance", "data.image_size", "model.width")
+    at_least(1, "model.dim", "evaluation.every_epochs", "checkpoint.every_epochs")
+    at_least(1, "checkpoint.keep_last", "optimizer.decay_every")
+    at_least(0, "seed", "data.num_workers", "proxy_synthesis.ratio", "memvir.num_steps")
+    at_least(0, "memvir.step_gap", "memvir.warmup_epochs", "optimizer.weight_decay")
+    at_least(config.data.image_size, "data.resize")
+    positive("proxy_synthesis.alpha", "optimizer.learning_rate", "optimizer.eps")
+    positive("optimizer.proxy_learning_rate", "optimizer.decay_rate")
+    low, high = config.data.crop_scale
+    if not 0 < low <= high <= 1:
+        wrong.append(
+            f"config.data.crop_scale is {(low, high)}; it must rise within 0 to 1, above 0"
+        )
+    if not config.evaluation.recall_at or min(config.evaluation.recall_at) < 1:
+        wrong.append("config.evaluation.recall_at must name at least one k, each at least 1")
+    try:
+        losses.create(**config.loss)
+    except ValueError as error:
+        wrong.append(f"config.loss: {error}")
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+def _at(config: ConfigDict, path: str) -> Any:
+    for name in path.split("."):
+        config = config[name]
+    return config

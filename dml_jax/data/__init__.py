@@ -1,0 +1,17 @@
+"""From image files to batches: sources of encoded images, sampling, decoding, the pipeline."""
+
+from dml_jax.data.pipeline import TestBatch, TrainBatch, test_batches, train_batches
+from dml_jax.data.sampling import epoch_order, steps_per_epoch
+from dml_jax.data.sources import Source, check, create
+
+__all__ = [
+    "Source",
+    "TestBatch",
+    "TrainBatch",
+    "check",
+    "create",
+    "epoch_order",
+    "steps_per_epoch",
+    "test_batches",
+    "train_batches",
+]

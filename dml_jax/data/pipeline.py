@@ -1,0 +1,269 @@
+"""Batches for training and testing, read by Grain in this process or in worker processes.
+
+An element of the Grain data set is one process's part of a whole batch, made from nothing but the
+batch's number: the order of an epoch and every random crop are pure functions of the seed and a
+position. So neither the number of workers nor of processes changes a batch, and a run continues
+at any step without stored state.
+
+Worker processes are spawned: a program that asks for them needs the usual
+`if __name__ == "__main__":`, and the first batch waits some seconds for their imports.
+"""
+
+import dataclasses
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import TypedDict, TypeVar
+
+import cv2
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import Int32, Int64, UInt8
+
+from dml_jax.data import images, sampling
+from dml_jax.data.sources import Source
+
+T = TypeVar("T")
+_THREADS = 2  # Decoders let go of Python's lock, so a second one gains.
+
+
+class TrainBatch(TypedDict):
+    """One process's rows of a training batch."""
+
+    image: UInt8[np.ndarray, "b h w 3"]
+    label: Int32[np.ndarray, " b"]
+
+
+class TestBatch(TypedDict):
+    """One process's rows of a test batch; index -1 marks rows that only fill it up."""
+
+    image: UInt8[np.ndarray, "b h w 3"]
+    index: Int32[np.ndarray, " b"]
+
+
+class Batches(Iterator[T]):
+    """Iterator over batches that are read ahead.
+
+    Its worker processes end with `close()`, with the last reference to it, or with the program.
+    """
+
+    def __init__(self, dataset: grain.IterDataset):
+        """Begins with the first batch of `dataset`."""
+        self._iterators = [iter(dataset)]
+        self.close = weakref.finalize(self, _close, self._iterators)
+
+    def __next__(self) -> T:
+        """The next batch; a ValueError that names an image if that cannot be decoded."""
+        if not self._iterators:
+            raise StopIteration
+        return next(self._iterators[0])
+
+
+def _close(iterators: list[grain.DatasetIterator]) -> None:
+    # Popped, because one that lives until Python takes its modules apart fails noisily there.
+    while iterators:
+        iterators.pop().close()
+
+
+def train_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    n_instance: int,
+    image_size: int,
+    crop_scale: tuple[float, float],
+    flip: bool,
+    seed: int,
+    start_step: int,
+    num_steps: int,
+    num_workers: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches[TrainBatch]:
+    """Training batches `start_step` .. `num_steps - 1` of a run; `close()` ends the workers.
+
+    Args:
+        source: the training images.
+        batch_size: images in a global batch.
+        n_instance: images of each class in a batch; 1 samples without regard to class.
+        image_size: side of the square images, pixels.
+        crop_scale: range of a random crop's area as a fraction of the image's.
+        flip: whether images are mirrored at random.
+        seed: seed of the run, non-negative.
+        start_step: first batch to read, counted from the beginning of the run.
+        num_steps: batches in the whole run, not only from `start_step` on.
+        num_workers: worker processes; 0 reads in threads of this process.
+        process_index: which part of every batch to read.
+        process_count: parts into which a batch is cut, row by row in order.
+
+    Returns:
+        An iterator of images [batch_size / process_count, image_size, image_size, 3] and labels.
+
+    Raises:
+        ValueError: no such batch exists. The iterator raises one that names the image when an
+            image cannot be decoded.
+    """
+    sampling.steps_per_epoch(source.labels, batch_size=batch_size, n_instance=n_instance)
+    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        raise ValueError(f"crop_scale must be 0 < least <= greatest <= 1, got {crop_scale}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
+    rows = _rows(batch_size, process_index, process_count)
+    load = _TrainLoader(source, batch_size, n_instance, rows, image_size, crop_scale, flip, seed)
+    return _read(grain.MapDataset.range(start_step, num_steps).map(load), num_workers)
+
+
+def test_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    image_size: int,
+    resize: int,
+    num_workers: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches[TestBatch]:
+    """All images once and in order, in batches of equal shape; `close()` ends the workers.
+
+    Args:
+        source: the test images.
+        batch_size: images in a global batch.
+        image_size: side of the centre crop, pixels.
+        resize: length of an image's shorter side before the crop, at least `image_size`.
+        num_workers: worker processes; 0 reads in threads of this process.
+        process_index: which part of every batch to read.
+        process_count: parts into which a batch is cut, row by row in order.
+
+    Returns:
+        An iterator of images [batch_size / process_count, image_size, image_size, 3] and their
+        indices in the source; rows that fill up the last batch are black and have index -1.
+
+    Raises:
+        ValueError: no such batch exists. The iterator raises one that names the image when an
+            image cannot be decoded.
+    """
+    if resize < image_size:
+        raise ValueError(f"resize {resize} is smaller than image_size {image_size}")
+    rows = _rows(batch_size, process_index, process_count)
+    load = _TestLoader(source, batch_size, rows, image_size, resize)
+    steps = -(-len(source) // batch_size)
+    return _read(grain.MapDataset.range(steps).map(load), num_workers)
+
+
+def _rows(batch_size: int, process_index: int, process_count: int) -> range:
+    """The rows of a global batch that belong to a process."""
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size {batch_size} must be a positive multiple of the number of processes, "
+            f"{process_count}"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index {process_index} is not below {process_count}")
+    share = batch_size // process_count
+    return range(process_index * share, (process_index + 1) * share)
+
+
+@dataclasses.dataclass(eq=False)
+class _TrainLoader:
+    """Makes one process's part of the training batch of a given number."""
+
+    source: Source
+    batch_size: int
+    n_instance: int
+    rows: range
+    image_size: int
+    crop_scale: tuple[float, float]
+    flip: bool
+    seed: int
+    cached: tuple[int, Int64[np.ndarray, "steps batch"]] | None = None
+
+    def __call__(self, step: int) -> TrainBatch:
+        epoch, position = divmod(step, len(self.source) // self.batch_size)
+        indices = self._order(epoch)[position][self.rows.start : self.rows.stop]
+        image = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
+        for i, (row, index) in enumerate(zip(self.rows, indices.tolist(), strict=True)):
+            # A counter-based generator: its stream is given by the two numbers of its key.
+            key = np.array([self.seed, step * self.batch_size + row], np.uint64)
+            image[i] = images.random_view(
+                images.decode(self.source[index], self.source.names[index]),
+                np.random.Generator(np.random.Philox(key=key)),
+                size=self.image_size,
+                crop_scale=self.crop_scale,
+                flip=self.flip,
+            )
+        return {"image": image, "label": self.source.labels[indices]}
+
+    def _order(self, epoch: int) -> Int64[np.ndarray, "steps batch"]:
+        cached = self.cached
+        if cached is None or cached[0] != epoch:
+            order = sampling.epoch_order(
+                self.source.labels,
+                batch_size=self.batch_size,
+                n_instance=self.n_instance,
+                seed=self.seed,
+                epoch=epoch,
+            )
+            cached = self.cached = (epoch, order)
+        return cached[1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _TestLoader:
+    """Makes one process's part of the test batch of a given number."""
+
+    source: Source
+    batch_size: int
+    rows: range
+    image_size: int
+    resize: int
+
+    def __call__(self, step: int) -> TestBatch:
+        image = np.zeros((len(self.rows), self.image_size, self.image_size, 3), np.uint8)
+        index = np.arange(self.rows.start, self.rows.stop, dtype=np.int32) + step * self.batch_size
+        index[index >= len(self.source)] = -1
+        for view, i in zip(image, index.tolist(), strict=True):
+            if i >= 0:
+                decoded = images.decode(self.source[i], self.source.names[i])
+                view[:] = images.centre_view(decoded, size=self.image_size, resize_to=self.resize)
+        return {"image": image, "index": index}
+
+
+def _read(batches: grain.MapDataset, num_workers: int) -> Batches:
+    """Reads ahead in worker processes, or without them in threads."""
+    if num_workers < 0:
+        raise ValueError(f"num_workers must not be negative, got {num_workers}")
+    if num_workers == 0:
+        ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
+        return Batches(batches.to_iter_dataset(ahead))
+    if not flags.FLAGS.is_parsed():  # Grain reads its flags, also in programs that parse none.
+        flags.FLAGS.mark_as_parsed()
+    # Batches come through pipes. Grain's shared memory would save a copy, but a container may
+    # have less of it than the batches need, and Grain leaves some behind when it stops early.
+    through_pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+    dataset = grain.experimental.WithOptionsIterDataset(
+        batches.to_iter_dataset(grain.ReadOptions(num_threads=0)), through_pipes
+    )
+    options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)
+    gc.collect()  # Python can warn if it frees an old iterator while it makes a new one.
+    return Batches(dataset.mp_prefetch(options, worker_init_fn=_start_worker))
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Runs first in a worker: one core for it, and an end when the main process is killed."""
+    del index, count
+    cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process acts.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)  # Grain's worker would wait for a reader of its batches for ever.
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,79 @@
+"""Which training images make up which batch."""
+
+import numpy as np
+from jaxtyping import Int, Int64
+
+
+def steps_per_epoch(labels: Int[np.ndarray, " n"], *, batch_size: int, n_instance: int = 1) -> int:
+    """Number of full batches in one pass over the training images.
+
+    Args:
+        labels: class of each training image.
+        batch_size: images in a global batch.
+        n_instance: images of each class in a batch; 1 samples without regard to class.
+
+    Returns:
+        `n // batch_size`: the last partial batch of a pass is dropped.
+
+    Raises:
+        ValueError: no such batch can be drawn from these labels.
+    """
+    if batch_size < 1 or n_instance < 1:
+        raise ValueError(
+            f"batch_size and n_instance must be positive, got {batch_size} and {n_instance}"
+        )
+    if batch_size > len(labels):
+        raise ValueError(
+            f"batch_size {batch_size} is larger than the training set of {len(labels)} images; "
+            "choose a smaller batch"
+        )
+    if batch_size % n_instance:
+        raise ValueError(
+            f"batch_size {batch_size} is not divisible by n_instance {n_instance}, "
+            "so the batch cannot hold n_instance images of every class in it"
+        )
+    classes = len(np.unique(labels))
+    if n_instance > 1 and batch_size // n_instance > classes:
+        raise ValueError(
+            f"batch_size {batch_size} with n_instance {n_instance} needs "
+            f"{batch_size // n_instance} classes, the training set has {classes}; "
+            "raise n_instance or lower batch_size"
+        )
+    return len(labels) // batch_size
+
+
+def epoch_order(
+    labels: Int[np.ndarray, " n"], *, batch_size: int, n_instance: int, seed: int, epoch: int
+) -> Int64[np.ndarray, "steps batch"]:
+    """Image indices of every batch of an epoch, a pure function of the arguments.
+
+    With `n_instance` 1 the batches cut up one permutation of the images. Otherwise each batch
+    holds `batch_size / n_instance` distinct classes drawn uniformly, `n_instance` images of each
+    in neighbouring rows: distinct ones where the class has that many, all of them and repeats
+    where it has fewer.
+
+    Args:
+        labels: class of each training image.
+        batch_size: images in a global batch.
+        n_instance: images of each class in a batch.
+        seed: seed of the run, non-negative.
+        epoch: epoch counted from 0.
+
+    Returns:
+        Indices into `labels`, one row a batch.
+
+    Raises:
+        ValueError: no such batch can be drawn from these labels.
+    """
+    steps = steps_per_epoch(labels, batch_size=batch_size, n_instance=n_instance)
+    rng = np.random.default_rng([seed, epoch])
+    if n_instance == 1:
+        return rng.permutation(len(labels))[: steps * batch_size].reshape(steps, batch_size)
+    _, sizes = np.unique(labels, return_counts=True)
+    members = np.split(np.argsort(labels, kind="stable"), np.cumsum(sizes)[:-1])
+    groups = [
+        np.resize(rng.permutation(members[c]), n_instance)
+        for _ in range(steps)
+        for c in rng.choice(len(members), batch_size // n_instance, replace=False)
+    ]
+    return np.concatenate(groups).reshape(steps, batch_size)

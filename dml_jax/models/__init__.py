@@ -1,0 +1,14 @@
+"""Networks from pixels to embeddings."""
+
+from dml_jax.models import pretrained
+from dml_jax.models.embedder import POOLINGS, Embedder
+from dml_jax.models.registry import BACKBONES, create_backbone, create_embedder
+
+__all__ = [
+    "BACKBONES",
+    "POOLINGS",
+    "Embedder",
+    "create_backbone",
+    "create_embedder",
+    "pretrained",
+]

@@ -1,0 +1,45 @@
+"""From pixels to embeddings: input normalisation, backbone, pooling, linear head."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+POOLINGS = ("gap", "gmp", "gap+gmp")
+
+
+class Embedder(nn.Module):
+    """A backbone with pooling and a linear head.
+
+    Attributes:
+        backbone: module that states an `input_normalisation` and maps normalised images
+            [B, H, W, 3] to a feature map [B, h, w, F].
+        pooling: over space: "gap" averages, "gmp" takes the maximum, "gap+gmp" adds the two.
+        dim: size of an embedding.
+
+    Raises:
+        ValueError: on an unknown pooling.
+    """
+
+    backbone: nn.Module
+    pooling: str
+    dim: int
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise ValueError(
+                f"unknown pooling {self.pooling!r}: choose one of {', '.join(POOLINGS)}"
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, images: Num[Array, "b h w 3"], *, train: bool) -> Float[Array, "b d"]:
+        """Maps RGB images of 0..255, uint8 or float, to raw float32 embeddings [B, dim].
+
+        With `train`, the collection "batch_stats" must be mutable.
+        """
+        x = self.backbone.input_normalisation.normalise(images)
+        x = self.backbone(x, train=train).astype(jnp.float32)
+        average, maximum = x.mean((1, 2)), x.max((1, 2))
+        x = {"gap": average, "gmp": maximum, "gap+gmp": average + maximum}[self.pooling]
+        # Accelerators would round the operands of a float32 product to bfloat16 or TF32.
+        return nn.Dense(self.dim, precision="highest", name="head")(x)

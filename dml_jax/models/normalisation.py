@@ -1,0 +1,27 @@
+"""How a backbone wants its input pixels."""
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+
+class InputNormalisation(NamedTuple):
+    """Per-channel affine map from pixels to what a backbone was trained on.
+
+    Attributes:
+        mean: subtracted from each channel, in units of 0..255, in the order of `channels`.
+        std: then divides each channel, in units of 0..255, in the order of `channels`.
+        channels: the order in which the backbone wants its channels.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    channels: Literal["RGB", "BGR"]
+
+    def normalise(self, images: Num[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+        """Returns RGB images of 0..255 as the backbone's float32 input."""
+        if self.channels == "BGR":
+            images = images[..., ::-1]
+        mean, std = (jnp.array(x, jnp.float32).reshape(1, 1, 1, 3) for x in (self.mean, self.std))
+        return (images.astype(jnp.float32) - mean) / std

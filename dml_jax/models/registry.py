@@ -1,0 +1,52 @@
+"""Networks by name. A new backbone is a file beside this one and a line in `BACKBONES`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+
+from dml_jax.models import resnet
+from dml_jax.models.embedder import Embedder
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    **resnet.VARIANTS,
+}
+
+
+def create_backbone(name: str, **options: Any) -> nn.Module:
+    """Makes a bare network, called as `apply(variables, images, train=False)`.
+
+    Args:
+        name: a key of `BACKBONES`.
+        **options: attributes of the backbone's module, such as `width`, `stem`, `freeze_bn` and
+            `dtype` of `resnet.ResNet`.
+
+    Returns:
+        A module from normalised images [B, H, W, 3] to a feature map [B, h, w, F].
+
+    Raises:
+        ValueError: on an unknown name.
+        TypeError: on an option that the backbone does not have.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}")
+    return BACKBONES[name](**options)
+
+
+def create_embedder(*, backbone: str, pooling: str, dim: int, **options: Any) -> Embedder:
+    """Makes an embedder.
+
+    Args:
+        backbone: a key of `BACKBONES`.
+        pooling: "gap", "gmp" or "gap+gmp".
+        dim: size of an embedding.
+        **options: see `create_backbone`.
+
+    Returns:
+        A module from RGB images of 0..255 [B, H, W, 3] to raw float32 embeddings [B, dim].
+
+    Raises:
+        ValueError: on an unknown backbone or pooling.
+        TypeError: on an option that the backbone does not have.
+    """
+    return Embedder(backbone=create_backbone(backbone, **options), pooling=pooling, dim=dim)

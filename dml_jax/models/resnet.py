@@ -1,0 +1,172 @@
+"""ResNet backbones: torchvision's architecture, padding and parameter names, in NHWC.
+
+He et al., Deep Residual Learning for Image Recognition, CVPR 2016, arXiv 1512.03385; the stride
+of a bottleneck sits on its 3x3 convolution, as in torchvision.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from dml_jax.models.normalisation import InputNormalisation
+
+STEMS = ("imagenet", "small")
+
+
+def _convolve(
+    x: Float[Array, "b h w c"],
+    kernel: Float[Array, "k k c f"],
+    strides: Sequence[int],
+    padding: Any,
+    **options: Any,
+) -> Float[Array, "b y x f"]:
+    """`lax.conv_general_dilated` for `_conv`, with a way round a defect of XLA on the CPU.
+
+    Where a kernel is larger than the feature map, XLA exchanges the two, and its CPU compiler has
+    only a loop for what results, about 50 times slower than it ought to be. So small feature maps
+    are gathered into patches, and multiplied as matrices; a gradient's map is the output's.
+    """
+    size = kernel.shape[0]
+    (stride, _), ((low, high), _) = strides, padding
+    height, width = ((n + low + high - size) // stride + 1 for n in x.shape[1:3])
+    if height * width >= size**2:
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    patches = [
+        x[:, i : i + stride * height : stride, j : j + stride * width : stride]
+        for i in range(size)
+        for j in range(size)
+    ]
+    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _conv(features: int, kernel: int, stride: int, *, dtype: DTypeLike, name: str) -> nn.Conv:
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        stride,
+        # Explicit, since "SAME" pads a strided convolution more on the right than on the left.
+        padding=kernel // 2,
+        use_bias=False,
+        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        dtype=dtype,
+        conv_general_dilated=_convolve,
+        name=name,
+    )
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, or a 1x1-3x3-1x1 bottleneck, around a shortcut.
+
+    Attributes:
+        features: channels of the 3x3 convolutions; a bottleneck returns four times as many.
+        stride: of the block, in pixels.
+        bottleneck: whether the block is a bottleneck.
+        conv: makes a convolution from features, kernel, stride and name.
+        norm: makes a batch normalisation from a name.
+    """
+
+    features: int
+    stride: int
+    bottleneck: bool
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
+        """Returns the block's output, [B, H/stride, W/stride, F]."""
+        f, s = self.features, self.stride
+        layers = (
+            [(f, 1, 1), (f, 3, s), (4 * f, 1, 1)] if self.bottleneck else [(f, 3, s), (f, 3, 1)]
+        )
+        y = x
+        for i, layer in enumerate(layers, start=1):
+            y = y if i == 1 else nn.relu(y)
+            y = self.norm(name=f"bn{i}")(self.conv(*layer, name=f"conv{i}")(y))
+        if x.shape != y.shape:
+            x = self.conv(y.shape[-1], 1, s, name="downsample.0")(x)
+            x = self.norm(name="downsample.1")(x)
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """A ResNet without pooling and classifier.
+
+    Submodules carry the names that torchvision gives them, dots included, which is all that
+    `pretrained.convert` relies on.
+
+    Attributes:
+        stage_sizes: blocks in each stage.
+        bottleneck: whether blocks are bottlenecks.
+        width: channels of the first stage; each later stage doubles them.
+        stem: "imagenet" is a 7x7 convolution and a max-pool, stride 2 each; "small" is a single
+            3x3 convolution of stride 1, for images of about 32 pixels.
+        freeze_bn: normalise by the running statistics in training too and leave them as they are;
+            scale and bias still train.
+        dtype: what convolutions and activations compute in. Parameters, running statistics and
+            the reductions of batch normalisation are float32 always.
+
+    Raises:
+        ValueError: on an unknown stem.
+    """
+
+    stage_sizes: tuple[int, ...]
+    bottleneck: bool
+    width: int = 64
+    stem: str = "imagenet"
+    freeze_bn: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    input_normalisation: ClassVar = InputNormalisation(
+        mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), channels="RGB"
+    )
+
+    def __post_init__(self) -> None:
+        if self.stem not in STEMS:
+            raise ValueError(f"unknown stem {self.stem!r}: choose one of {', '.join(STEMS)}")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b y x f"]:
+        """Maps normalised images [B, H, W, 3] to the last feature map [B, h, w, F] in `dtype`.
+
+        With `train`, batch statistics normalise (unless frozen) and the collection "batch_stats",
+        which must then be mutable, is updated.
+        """
+        conv = partial(_conv, dtype=self.dtype)
+        norm: Any = partial(
+            nn.BatchNorm,
+            use_running_average=self.freeze_bn or not train,
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=self.dtype,
+        )
+        kernel, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
+        x = nn.relu(norm(name="bn1")(conv(self.width, kernel, stride, name="conv1")(images)))
+        if self.stem == "imagenet":
+            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        for stage, size in enumerate(self.stage_sizes):
+            for block in range(size):
+                x = ResidualBlock(
+                    features=self.width * 2**stage,
+                    stride=2 if stage > 0 and block == 0 else 1,
+                    bottleneck=self.bottleneck,
+                    conv=conv,
+                    norm=norm,
+                    name=f"layer{stage + 1}.{block}",
+                )(x)
+        return x
+
+
+VARIANTS: dict[str, Callable[..., nn.Module]] = {
+    "resnet18": partial(ResNet, stage_sizes=(2, 2, 2, 2), bottleneck=False),
+    "resnet34": partial(ResNet, stage_sizes=(3, 4, 6, 3), bottleneck=False),
+    "resnet50": partial(ResNet, stage_sizes=(3, 4, 6, 3), bottleneck=True),
+    "resnet101": partial(ResNet, stage_sizes=(3, 4, 23, 3), bottleneck=True),
+}

@@ -1,0 +1,120 @@
+"""Proxy Synthesis: classes that do not exist, mixed from pairs of those that do.
+
+Source: Gu, Ko and Kim, Proxy Synthesis: Learning with synthetic classes for deep metric learning,
+AAAI 2021 (arXiv 2103.15454), equations 5 and 6.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from dml_jax import numerics
+
+
+class Synthesized(NamedTuple):
+    """A batch with its synthetic classes behind it: unit vectors, and what of them counts.
+
+    Row `B + i` is the only member of class `C + i`, whose proxy is row `C + i` of the proxies.
+    """
+
+    embeddings: Float[Array, "rows dim"]
+    proxies: Float[Array, "classes dim"]
+    labels: Int[Array, " rows"]
+    row_mask: Bool[Array, " rows"]
+    class_mask: Bool[Array, " classes"]
+
+
+def draw(
+    key: PRNGKeyArray, labels: Int[Array, " batch"], *, alpha: float, ratio: float
+) -> tuple[Float[Array, " draws"], Int[Array, "draws batch"]]:
+    """Draws the mixing weight and everyone's partner, once for each started unit of `ratio`.
+
+    Partners are a permutation of the batch. Ordered by class, classes in random order, each sample
+    takes the one that stands as many places on as the largest class has members; so no pair
+    shares a class unless one class fills more than half the batch.
+
+    Args:
+        key: a random key.
+        labels: `[batch]`.
+        alpha: mixing weights come from Beta(alpha, alpha).
+        ratio: synthetic classes per sample, the paper's mu.
+
+    Returns:
+        Weights of the samples against their partners, `[draws]`, and partners' positions in the
+        batch, `[draws, batch]`.
+    """
+    draws = math.ceil(ratio)
+    weight_key, *partner_keys = jax.random.split(key, 1 + draws)
+    lam = jax.random.beta(weight_key, alpha, alpha, (draws,))
+    partner = [_partners(partner_key, labels) for partner_key in partner_keys]
+    return lam, jnp.reshape(jnp.asarray(partner, jnp.int32), (draws, labels.shape[0]))
+
+
+def _partners(key: PRNGKeyArray, labels: Int[Array, " batch"]) -> Int[Array, " batch"]:
+    batch = labels.shape[0]
+    order = jax.random.permutation(key, batch)
+    same_class = labels[:, None] == labels[None, :]
+    # A class takes the place of its first member in a random order of the samples.
+    class_place = jnp.min(jnp.where(same_class, order[None, :], batch), axis=1)
+    by_class = jnp.lexsort((order, class_place))
+    largest_class = jnp.max(jnp.sum(same_class, axis=1))
+    return jnp.zeros(batch, by_class.dtype).at[by_class].set(jnp.roll(by_class, -largest_class))
+
+
+def synthesize(
+    embeddings: Float[Array, "batch dim"],
+    proxies: Float[Array, "classes dim"],
+    labels: Int[Array, " batch"],
+    *,
+    lam: Float[Array, "*draws"],
+    partner: Int[Array, "*draws_batch"],
+    ratio: float,
+) -> Synthesized:
+    """Adds synthetic classes: mixtures of the samples and, alike, of their classes' proxies.
+
+    `e' = lam * e_i + (1 - lam) * e_partner` and `p' = lam * p_label_i + (1 - lam) * p_label_partner`
+    of unit vectors, for the first `floor(ratio * batch)` samples. Gradients flow through everything.
+
+    Args:
+        embeddings: `[batch, dim]`, raw.
+        proxies: `[classes, dim]`, raw.
+        labels: `[batch]`, in `0..classes - 1`.
+        lam: weight of the sample against its partner, a scalar or `[draws]`.
+        partner: position of each sample's partner, `[batch]` or `[draws, batch]`.
+        ratio: synthetic classes per sample, the paper's mu, at most `draws`.
+
+    Returns:
+        The enlarged problem. Masks leave out pairs that share a class, which are no new class.
+
+    Raises:
+        ValueError: there are fewer draws than `ratio` asks for.
+    """
+    batch, classes = embeddings.shape[0], proxies.shape[0]
+    partner = jnp.atleast_2d(partner)
+    # 0.29 * 100 is 28.999999999999996, and 29 synthetic classes are meant.
+    count = math.floor(ratio * batch + 1e-6)
+    if not 0 <= count <= partner.size:
+        raise ValueError(
+            f"ratio={ratio} asks for {count} synthetic classes, but {partner.shape[0]} draw(s) of "
+            f"partners for {batch} samples allow 0 to {partner.size}; draw more, or lower ratio"
+        )
+    embeddings, proxies = numerics.normalize(embeddings), numerics.normalize(proxies)
+    first = jnp.arange(count) % batch
+    second = partner.reshape(-1)[:count]
+    weight = jnp.repeat(jnp.atleast_1d(lam), batch)[:count, None]
+    own_proxies = proxies[labels]
+
+    def mix(vectors: Float[Array, "batch dim"]) -> Float[Array, "synthetic dim"]:
+        return weight * vectors[first] + (1 - weight) * vectors[second]
+
+    differ = labels[first] != labels[second]
+    return Synthesized(
+        embeddings=jnp.concatenate([embeddings, mix(embeddings)]),
+        proxies=jnp.concatenate([proxies, mix(own_proxies)]),
+        labels=jnp.concatenate([labels, classes + jnp.arange(count, dtype=labels.dtype)]),
+        row_mask=jnp.concatenate([jnp.ones(batch, bool), differ]),
+        class_mask=jnp.concatenate([jnp.ones(classes, bool), differ]),
+    )

@@ -1,0 +1,191 @@
+"""Embeddings of a whole data set: compute them over the mesh, save and load them."""
+
+import os
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float32, Integer
+
+from dml_jax.sharding import put_batch, replicated
+
+
+class Embeddings(NamedTuple):
+    """The contents of an embeddings file.
+
+    Attributes:
+        embeddings: [n, d] float32, as the network gave them (not normalised).
+        labels: [n] integers that index `class_names`.
+        names: identifiers of the n images.
+        class_names: names of the classes.
+    """
+
+    embeddings: Float32[np.ndarray, "n d"]
+    labels: Integer[np.ndarray, " n"]
+    names: tuple[str, ...]
+    class_names: tuple[str, ...]
+
+
+def embed(
+    embed_fn: Callable[[Any, jax.Array], jax.Array],
+    variables: Any,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    count: int,
+    mesh: Mesh,
+) -> Float32[np.ndarray, "n d"]:
+    """Embed all images, in padded batches spread over the mesh axis "data".
+
+    Two batches are in flight: the next one is on its way before the previous result is awaited.
+    All transfers are explicit. With several processes each passes its own rows of every batch, and
+    each gets all the embeddings.
+
+    Args:
+        embed_fn: jitted (variables, images [B, H, W, 3] uint8) -> [B, d] float32.
+        variables: of the network; copied to every device of the mesh unless there already.
+        batches: {"image": [b, h, w, 3] uint8, "index": [b] int32}; index -1 marks padding. The
+            rows of all processes together must divide by the number of devices.
+        count: number of images n; each index 0..n-1 must come up.
+        mesh: device mesh with the axis "data".
+
+    Returns:
+        [n, d] float32 embeddings in the order of the indices.
+
+    Raises:
+        ValueError: if an index exceeds the count, or an image is missing.
+    """
+    seen = np.zeros(count, dtype=bool)
+    result = np.zeros((count, 0), dtype=np.float32)
+    for rows, index in _outputs(embed_fn, variables, batches, mesh):
+        if index.max() >= count:
+            raise ValueError(f"a batch holds image {index.max()}, but there are {count} images")
+        if result.shape[1] == 0:
+            result = np.zeros((count, rows.shape[1]), dtype=np.float32)
+        real = index >= 0
+        result[index[real]] = rows[real]
+        seen[index[real]] = True
+    if not seen.all():
+        raise ValueError(f"the batches hold {seen.sum()} of {count} images")
+    return result
+
+
+def _outputs(
+    embed_fn: Callable[[Any, jax.Array], jax.Array],
+    variables: Any,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    mesh: Mesh,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the embeddings [B, d] and indices [B] of each global batch, one batch behind."""
+    everywhere = replicated(mesh)
+    variables = jax.device_put(variables, everywhere)
+    # Not device_put, which would reshard by way of the host, and wait.
+    gather = jax.jit(_same, out_shardings=everywhere)
+    pending: deque[tuple[jax.Array, jax.Array]] = deque()
+    for batch in batches:
+        # Indices travel with their images, so that both are gathered in the same order.
+        placed = put_batch(mesh, batch)
+        pending.append(gather((embed_fn(variables, placed["image"]), placed["index"])))
+        if len(pending) == 2:
+            yield jax.device_get(pending.popleft())
+    while pending:
+        yield jax.device_get(pending.popleft())
+
+
+def _same(tree: Any) -> Any:
+    """The identity, compiled once because it is one function."""
+    return tree
+
+
+def save_embeddings(
+    path: str | os.PathLike[str],
+    embeddings: Float32[np.ndarray, "n d"],
+    labels: Integer[np.ndarray, " n"],
+    names: Sequence[str],
+    class_names: Sequence[str],
+) -> None:
+    """Write embeddings to an .npz file that needs no pickle, all of it or nothing.
+
+    Args:
+        path: the file; one that exists is replaced once the new one is complete.
+        embeddings: [n, d].
+        labels: [n] indices into `class_names`.
+        names: n identifiers of the images.
+        class_names: names of the classes.
+
+    Raises:
+        ValueError: if the numbers of embeddings, labels and names differ or a label has no name.
+    """
+    path = Path(path)
+    # dtype=str also for empty sequences, which would become float64.
+    arrays: dict[str, Any] = {
+        "embeddings": np.asarray(embeddings, dtype=np.float32),
+        "labels": np.asarray(labels),
+        "names": np.asarray(names, dtype=str),
+        "class_names": np.asarray(class_names, dtype=str),
+    }
+    _check(arrays, path)
+    # Not tempfile: its files are readable by their owner alone.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:
+    """Read a file that `save_embeddings` wrote; nothing in it is executed.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no such file: damaged, pickled, keys missing, shapes that disagree.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in Embeddings._fields if key in archive}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no embeddings file {path}") from error
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no embeddings file (.npz without pickles): {error}") from error
+    _check(arrays, path)
+    return Embeddings(
+        arrays["embeddings"].astype(np.float32, copy=False),
+        arrays["labels"],
+        tuple(arrays["names"].tolist()),
+        tuple(arrays["class_names"].tolist()),
+    )
+
+
+def _check(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    """Raise ValueError unless the four arrays are there and fit each other."""
+    missing = [key for key in Embeddings._fields if key not in arrays]
+    if missing:
+        raise ValueError(f"{path}: {', '.join(missing)} missing")
+    embeddings, labels, names, class_names = (arrays[key] for key in Embeddings._fields)
+    expected = {
+        "embeddings": (2, np.floating),
+        "labels": (1, np.integer),
+        "names": (1, np.str_),
+        "class_names": (1, np.str_),
+    }
+    for key, (ndim, kind) in expected.items():
+        array = arrays[key]
+        if array.ndim != ndim or not np.issubdtype(array.dtype, kind):
+            raise ValueError(
+                f"{path}: {key} has shape {array.shape} of {array.dtype}, "
+                f"expected {ndim} dimension(s) of {kind.__name__}"
+            )
+    if not len(embeddings) == len(labels) == len(names):
+        raise ValueError(
+            f"{path}: {len(embeddings)} embeddings, {len(labels)} labels and {len(names)} names"
+        )
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
+        raise ValueError(
+            f"{path}: labels {labels.min()}..{labels.max()} for {len(class_names)} class names"
+        )

@@ -1,0 +1,112 @@
+"""Retrieval metrics as pure functions of which neighbours share the query's class.
+
+`matches[i, j]` says whether the j-th nearest neighbour of query i is of its class; `relevant[i]`
+(R) counts the images of that class which could be found at all. The results are per query, so that
+a caller may go through the queries in blocks and add up.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int
+
+
+def recall(
+    matches: Bool[np.ndarray, "q k"], recall_at: Sequence[int]
+) -> Bool[np.ndarray, "q levels"]:
+    """Recall@k: is a same-class image among the first k neighbours?
+
+    Args:
+        matches: [q, k] correct neighbours, nearest first.
+        recall_at: the values of k, each at most the width of `matches`.
+
+    Returns:
+        [q, len(recall_at)] booleans.
+
+    Raises:
+        ValueError: if a k exceeds the number of neighbours given.
+    """
+    if max(recall_at, default=0) > matches.shape[1]:
+        raise ValueError(f"recall@{max(recall_at)} needs more than {matches.shape[1]} neighbours")
+    first = matches.argmax(axis=1, keepdims=True)
+    # argmax of a row without a match is 0 as well.
+    found = np.take_along_axis(matches, first, axis=1)
+    return found & (first < np.asarray(recall_at, dtype=np.int64))
+
+
+def r_precision(
+    matches: Bool[np.ndarray, "q k"], relevant: Int[np.ndarray, " q"]
+) -> Float64[np.ndarray, " q"]:
+    """R-precision: the fraction of the first R neighbours that is correct.
+
+    Args:
+        matches: [q, k] correct neighbours, nearest first, k >= max(relevant).
+        relevant: [q] R of each query, at least 1.
+
+    Returns:
+        [q] values in 0..1.
+
+    Raises:
+        ValueError: if an R is 0 or exceeds the number of neighbours given.
+    """
+    return _first_r(matches, relevant).sum(axis=1) / relevant
+
+
+def average_precision(
+    matches: Bool[np.ndarray, "q k"], relevant: Int[np.ndarray, " q"]
+) -> Float64[np.ndarray, " q"]:
+    """Average precision at R, whose mean over queries is MAP@R.
+
+    (1/R) * sum of precision@i over the correct ranks i <= R; the denominator is R and not the
+    number of hits. Musgrave et al., "A Metric Learning Reality Check", ECCV 2020.
+
+    Args:
+        matches: [q, k] correct neighbours, nearest first, k >= max(relevant).
+        relevant: [q] R of each query, at least 1.
+
+    Returns:
+        [q] values in 0..1.
+
+    Raises:
+        ValueError: if an R is 0 or exceeds the number of neighbours given.
+    """
+    hits = _first_r(matches, relevant)
+    precision = np.cumsum(hits, axis=1, dtype=np.int32) / np.arange(1, hits.shape[1] + 1)
+    return np.einsum("qr,qr->q", precision, hits) / relevant
+
+
+def normalized_mutual_information(
+    labels: Int[np.ndarray, " n"], clusters: Int[np.ndarray, " n"]
+) -> float:
+    """Mutual information of two partitions over the arithmetic mean of their entropies.
+
+    The contingency table is kept sparse: tens of thousands of classes cost no more than n cells.
+
+    Args:
+        labels: [n] class of each image.
+        clusters: [n] cluster of each image.
+
+    Returns:
+        A value in 0..1; 1 for two partitions of a single part each.
+    """
+    _, rows, row_counts = np.unique(labels, return_inverse=True, return_counts=True)
+    _, columns, column_counts = np.unique(clusters, return_inverse=True, return_counts=True)
+    cells, counts = np.unique(rows * len(column_counts) + columns, return_counts=True)
+    row, column = np.divmod(cells, len(column_counts))
+    joint, p, q = (c / len(labels) for c in (counts, row_counts, column_counts))
+    information = np.sum(joint * np.log(joint / (p[row] * q[column])))
+    entropies = -np.sum(p * np.log(p)) - np.sum(q * np.log(q))
+    return float(np.clip(2 * information / entropies, 0, 1)) if entropies > 0 else 1.0
+
+
+def _first_r(
+    matches: Bool[np.ndarray, "q k"], relevant: Int[np.ndarray, " q"]
+) -> Bool[np.ndarray, "q r"]:
+    """Correct neighbours among each query's own first R, cut to the largest R."""
+    width = relevant.max(initial=0)
+    if width > matches.shape[1] or relevant.min(initial=1) < 1:
+        raise ValueError(
+            f"R must lie in 1..{matches.shape[1]} (the neighbours given), "
+            f"got {relevant.min()}..{width}"
+        )
+    return matches[:, :width] & (np.arange(width) < relevant[:, None])

@@ -1,0 +1,194 @@
+"""From a configuration to what it names: images, network, loss, optimizer and the compiled step."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, PyTree
+from ml_collections import ConfigDict
+
+from dml_jax import config as configs
+from dml_jax import data, losses, memvir, retrieval, sharding
+from dml_jax.models import create_embedder
+from dml_jax.retrieval import embed
+from dml_jax.training import checkpoint, optimizer, state, step
+
+
+class Experiment(NamedTuple):
+    """All that a run is made of, besides its state."""
+
+    config: ConfigDict
+    sources: Mapping[str, data.Source]
+    mesh: jax.sharding.Mesh
+    steps_per_epoch: int
+    recipe: step.Recipe
+    learning_rate: Callable[[int], tuple[float, float]]
+    """Of the embedder and of the proxies, at a step."""
+    init: Callable[[], state.TrainState]
+    """Makes the state before the first step, sharded."""
+    state_sharding: PyTree
+    """The sharding of every array of the state."""
+    embed: Callable[[PyTree, Array], Array]
+    """Compiled: the network's variables and images `[batch, ...]` to embeddings."""
+
+
+def build(config: ConfigDict) -> Experiment:
+    """Makes everything that a configuration names, and refuses what cannot work.
+
+    Args:
+        config: a whole config.
+
+    Returns:
+        The experiment; nothing is computed yet, and nothing written.
+
+    Raises:
+        ValueError: a setting, or an image, is wrong.
+        FileNotFoundError: the images are not where the config says.
+    """
+    configs.validate(config)
+    mesh = sharding.make_mesh()
+    if config.batch_size % mesh.size:
+        raise ValueError(
+            f"config.batch_size is {config.batch_size}, which the {mesh.size} devices cannot share "
+            f"evenly; choose a multiple of {mesh.size}"
+        )
+    sources = data.create(config.data.name, root=config.data.root or None)
+    for source in sources.values():
+        data.check(source)
+    train = sources["train"]
+    steps_per_epoch = data.steps_per_epoch(
+        train.labels, batch_size=config.batch_size, n_instance=config.data.n_instance
+    )
+    embedder = create_embedder(**config.model)
+    transformation, learning_rate = optimizer.create(
+        **config.optimizer, steps_per_epoch=steps_per_epoch
+    )
+    recipe = step.Recipe(
+        embedder=embedder,
+        loss=losses.create(**config.loss),
+        optimizer=transformation,
+        seed=config.seed,
+        steps_per_epoch=steps_per_epoch,
+        mixing_alpha=config.proxy_synthesis.alpha,
+        mixing_ratio=config.proxy_synthesis.ratio,
+        memory_warmup_steps=config.memvir.warmup_epochs * steps_per_epoch,
+    )
+
+    def initial_state() -> state.TrainState:
+        return state.create(
+            jax.random.key(config.seed),
+            embedder=embedder,
+            optimizer=transformation,
+            image_size=config.data.image_size,
+            num_classes=len(train.class_names),
+            proxy_init=config.proxy_init,
+            memory=_memory(config, num_classes=len(train.class_names)),
+        )
+
+    everywhere = sharding.replicated(mesh)
+    state_sharding = jax.tree.map(lambda _: everywhere, jax.eval_shape(initial_state))
+    return Experiment(
+        config=config,
+        sources=sources,
+        mesh=mesh,
+        steps_per_epoch=steps_per_epoch,
+        recipe=recipe,
+        learning_rate=learning_rate,
+        init=jax.jit(initial_state, out_shardings=state_sharding),
+        state_sharding=state_sharding,
+        embed=jax.jit(
+            lambda variables, images: embedder.apply(variables, images, train=False),
+            in_shardings=(everywhere, sharding.by_row(mesh)),
+        ),
+    )
+
+
+def _memory(config: ConfigDict, *, num_classes: int) -> memvir.Memory | None:
+    if not config.memvir.num_steps:
+        return None
+    return memvir.init(
+        num_steps=config.memvir.num_steps,
+        step_gap=config.memvir.step_gap,
+        batch_size=config.batch_size,
+        num_classes=num_classes,
+        dim=config.model.dim,
+        dtype=jnp.dtype(config.memvir.dtype),
+    )
+
+
+def network(train_state: state.TrainState) -> dict[str, PyTree]:
+    """The network's variables in a state, as `Experiment.embed` takes them."""
+    return {"params": train_state.params["embedder"], "batch_stats": train_state.batch_stats}
+
+
+def load_network(experiment: Experiment, folder: Path, name: str) -> dict[str, PyTree]:
+    """The network's variables in a run's checkpoint, without the rest of it.
+
+    Args:
+        experiment: the run's.
+        folder: the run's.
+        name: of the checkpoint: `last`, or a key of `checkpoint.BEST`.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+    """
+    everything = checkpoint.abstract(jax.eval_shape(experiment.init), experiment.state_sharding)
+    skipped = jax.tree.map(lambda _: checkpoint.SKIPPED, everything)
+    wanted = skipped.replace(
+        params={**skipped.params, "embedder": everything.params["embedder"]},
+        batch_stats=everything.batch_stats,
+    )
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        return network(checkpoints.restore(checkpoints.find(name), wanted))
+
+
+def embed_images(
+    experiment: Experiment, variables: dict[str, PyTree], source: data.Source
+) -> Float32[np.ndarray, "images dim"]:
+    """Embeds images, cropped as for testing.
+
+    Args:
+        experiment: gives the network.
+        variables: the network's.
+        source: the images.
+
+    Returns:
+        Raw embeddings in the order of the source.
+    """
+    config = experiment.config
+    batches = data.test_batches(
+        source,
+        batch_size=config.batch_size,
+        image_size=config.data.image_size,
+        resize=config.data.resize,
+        num_workers=config.data.num_workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    try:
+        return embed.embed(experiment.embed, variables, batches, len(source), experiment.mesh)
+    finally:
+        batches.close()
+
+
+def evaluate(
+    experiment: Experiment, embeddings: Float32[np.ndarray, "images dim"]
+) -> dict[str, float]:
+    """Scores embeddings of the test images by retrieval, as the config says.
+
+    Args:
+        experiment: whose images.
+        embeddings: `[images, dim]`.
+
+    Returns:
+        Metrics by name; see `dml_jax.retrieval.evaluate`.
+    """
+    return retrieval.evaluate(
+        embeddings,
+        experiment.sources["test"].labels,
+        recall_at=tuple(experiment.config.evaluation.recall_at),
+        nmi=experiment.config.evaluation.nmi,
+    )

@@ -1,0 +1,199 @@
+"""The training loop: step, log, evaluate, checkpoint."""
+
+import collections
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from jaxtyping import Array
+
+from dml_jax import data, sharding
+from dml_jax.retrieval import embed
+from dml_jax.training import checkpoint, workdir
+from dml_jax.training.experiment import Experiment, embed_images, evaluate, network
+from dml_jax.training.state import TrainState
+from dml_jax.training.step import compile_step
+from dml_jax.training.writer import Writer
+
+_STEPS_IN_FLIGHT = 4
+
+
+def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """Trains to the end, from the beginning or from the latest checkpoint in the folder.
+
+    Args:
+        experiment: what to train.
+        folder: the run's, claimed for this experiment.
+
+    Returns:
+        The contents of `result.json`.
+
+    Raises:
+        FloatingPointError: the loss is not finite; checkpoints of before are kept.
+    """
+    config, steps_per_epoch = experiment.config, experiment.steps_per_epoch
+    total_steps = config.epochs * steps_per_epoch
+    embeddings = None
+    with checkpoint.Checkpoints(folder, keep_last=config.checkpoint.keep_last) as checkpoints:
+        state, start = _start(experiment, checkpoints)
+        compiled = compile_step(
+            experiment.recipe, experiment.state_sharding, sharding.by_row(experiment.mesh)
+        )
+        with Writer(
+            folder, step=start, total_steps=total_steps, batch_size=config.batch_size
+        ) as writer, jax.transfer_guard("disallow"):
+            watch = _LossWatch(experiment, writer, checkpoints)
+            epoch_began = time.perf_counter()
+            for step, batch in _batches(experiment, start, total_steps):
+                state, loss = compiled(state, batch)
+                watch.put(step, loss)
+                if step % steps_per_epoch:
+                    continue
+                watch.drain()
+                metrics = _epoch_metrics(experiment, state, step)
+                trained = time.perf_counter()
+                epoch = step // steps_per_epoch
+                scores = None
+                if epoch % config.evaluation.every_epochs == 0 or step == total_steps:
+                    embeddings = embed_images(experiment, network(state), experiment.sources["test"])
+                    scores = evaluate(experiment, embeddings)
+                ended = time.perf_counter()
+                timings = {
+                    "step": step,
+                    "epoch": epoch,
+                    "images_per_second": (
+                        steps_per_epoch * config.batch_size / (trained - epoch_began)
+                    ),
+                    "train_seconds": trained - epoch_began,
+                    "evaluation_seconds": ended - trained,
+                }
+                writer.epoch(metrics | (scores or {}), timings)
+                due = epoch % config.checkpoint.every_epochs == 0
+                if due or scores is not None:
+                    checkpoints.save(step, state, scores)
+                epoch_began = time.perf_counter()
+    if embeddings is None:
+        embeddings = embed_images(experiment, network(state), experiment.sources["test"])
+    return _finish(experiment, folder, embeddings)
+
+
+def _start(
+    experiment: Experiment, checkpoints: checkpoint.Checkpoints
+) -> tuple[TrainState, int]:
+    latest = checkpoints.latest
+    if latest is not None:
+        shapes = jax.eval_shape(experiment.init)
+        return checkpoints.restore(
+            latest, checkpoint.abstract(shapes, experiment.state_sharding)
+        ), latest
+    state = experiment.init()
+    print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+    return state, 0
+
+
+def _batches(
+    experiment: Experiment, start: int, total_steps: int
+) -> Iterator[tuple[int, dict[str, Array]]]:
+    """Batches on their devices, with the number of steps done after each; one is sent ahead."""
+    config = experiment.config
+    batches = data.train_batches(
+        experiment.sources["train"],
+        batch_size=config.batch_size,
+        n_instance=config.data.n_instance,
+        image_size=config.data.image_size,
+        crop_scale=tuple(config.data.crop_scale),
+        flip=config.data.flip,
+        seed=config.seed,
+        start_step=start,
+        num_steps=total_steps,
+        num_workers=config.data.num_workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    try:
+        sent = None
+        for step, batch in enumerate(batches, start):
+            ahead = sharding.put_batch(experiment.mesh, batch)
+            if sent is not None:
+                yield step, sent
+            sent = ahead
+        if sent is not None:
+            yield total_steps, sent
+    finally:
+        batches.close()
+
+
+class _LossWatch:
+    """Looks at each step's loss a few steps late, so that the devices never wait for the host."""
+
+    def __init__(
+        self, experiment: Experiment, writer: Writer, checkpoints: checkpoint.Checkpoints
+    ) -> None:
+        self._experiment, self._writer, self._checkpoints = experiment, writer, checkpoints
+        self._losses: collections.deque[tuple[int, Array]] = collections.deque()
+
+    def put(self, step: int, loss: Array) -> None:
+        self._losses.append((step, loss))
+        if len(self._losses) > _STEPS_IN_FLIGHT:
+            self._look()
+
+    def drain(self) -> None:
+        while self._losses:
+            self._look()
+
+    def _look(self) -> None:
+        step, loss = self._losses.popleft()
+        value = float(jax.device_get(loss))
+        rate, _ = self._experiment.learning_rate(step - 1)
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the loss of step {step} is {value} (learning rate {rate:g}); "
+                f"the last good checkpoint is that of step {self._checkpoints.latest or 0}"
+            )
+        self._writer.step(step, loss=value, learning_rate=rate)
+
+
+def _epoch_metrics(experiment: Experiment, state: TrainState, step: int) -> dict[str, Any]:
+    rate, proxy_rate = experiment.learning_rate(step - 1)
+    averages = {
+        name: metric.total / metric.count
+        for name, metric in vars(jax.device_get(state.metrics)).items()
+        if not name.startswith("_")
+    }
+    return {
+        "step": step,
+        "epoch": step // experiment.steps_per_epoch,
+        **{name: float(value) for name, value in averages.items()},
+        "learning_rate": rate,
+        "proxy_learning_rate": proxy_rate,
+    }
+
+
+def _finish(experiment: Experiment, folder: Path, embeddings: np.ndarray) -> dict[str, Any]:
+    test = experiment.sources["test"]
+    embed.save_embeddings(
+        folder / workdir.EMBEDDINGS, embeddings, test.labels, test.names, test.class_names
+    )
+    evaluated = [
+        line for line in workdir.read_lines(folder / workdir.METRICS) if "map@r" in line
+    ]
+    best = {
+        metric: max(evaluated, key=lambda line: (line[metric], line["step"]))
+        for metric in checkpoint.BEST.values()
+    }
+    result = {
+        "last": evaluated[-1],
+        "best": best["map@r"],
+        "best_of": best,
+        "images": {split: len(source) for split, source in experiment.sources.items()},
+        "classes": {
+            split: len(source.class_names) for split, source in experiment.sources.items()
+        },
+    }
+    workdir.write_json(folder / workdir.RESULT, result)
+    return result

@@ -1,0 +1,87 @@
+"""Optimizers over embedder and proxies, to the letter of torch's, with the official step decay."""
+
+from collections.abc import Callable
+
+import numpy as np
+import optax
+
+NAMES = ("adam", "adamw", "rmsprop", "sgd")
+
+
+def create(
+    *,
+    name: str,
+    learning_rate: float,
+    proxy_learning_rate: float,
+    eps: float,
+    weight_decay: float,
+    steps_per_epoch: int,
+    decay_rate: float,
+    decay_every: int,
+    decay_until: int,
+    clip_value: float | None = None,
+) -> tuple[optax.GradientTransformation, Callable[[int], tuple[float, float]]]:
+    """Makes the optimizer of a tree `{"embedder": ..., "proxies": ...}`.
+
+    Every parameter, proxies too, decays: weight_decay * parameter joins its gradient, or, in
+    adamw, its step before the learning rate multiplies it. The learning rates of both groups are
+    multiplied by `decay_rate` at the start of each epoch, counted from 1, that is divisible by
+    `decay_every` and not past `decay_until`.
+
+    Args:
+        name: "adam", "adamw", "rmsprop" (alpha 0.99, momentum 0.9) or "sgd" (Nesterov 0.9).
+        learning_rate: of the embedder.
+        proxy_learning_rate: of the proxies.
+        eps: added to the root of the second moment by adam and adamw; rmsprop adds 1e-8.
+        weight_decay: coefficient of the decay, 0 for none.
+        steps_per_epoch: optimizer steps in an epoch.
+        decay_rate: factor of the learning rates at each decay.
+        decay_every: epochs between decays.
+        decay_until: last epoch that may begin with a decay, 0 for no decay at all.
+        clip_value: bound on the size of each element of the raw gradient, None for no bound.
+
+    Returns:
+        The transformation, whose updates are to be added to the parameters, and a function from a
+        step, counted from 0, to that step's learning rates of (embedder, proxies). The function
+        computes on the host only.
+
+    Raises:
+        ValueError: on an unknown name, or on steps_per_epoch or decay_every below 1.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(NAMES)}")
+    for key, value in {"steps_per_epoch": steps_per_epoch, "decay_every": decay_every}.items():
+        if value < 1:
+            raise ValueError(f"{key} is {value}, but must be at least 1")
+
+    # First steps of the epochs that begin with a decay.
+    decay_steps = (np.arange(decay_every, decay_until + 1, decay_every) - 1) * steps_per_epoch
+    decay_steps = decay_steps.astype(np.int32)
+
+    def schedule(rate: float) -> optax.Schedule:
+        return lambda step: rate * decay_rate ** (decay_steps <= step).sum().astype(np.float32)
+
+    def rates(step: int) -> tuple[float, float]:
+        factor = decay_rate ** int((decay_steps <= step).sum())
+        return learning_rate * factor, proxy_learning_rate * factor
+
+    decay = optax.add_decayed_weights(weight_decay)
+    adam = optax.scale_by_adam(b1=0.9, b2=0.999, eps=eps)
+    rms = optax.scale_by_rms(decay=0.99, eps=1e-8, eps_in_sqrt=False)
+    directions = {
+        "adam": (decay, adam),
+        "adamw": (adam, decay),
+        # Like torch's, this momentum sums scaled gradients, and the learning rate comes last.
+        "rmsprop": (decay, rms, optax.trace(decay=0.9)),
+        "sgd": (decay, optax.trace(decay=0.9, nesterov=True)),
+    }
+    groups = {
+        "embedder": optax.scale_by_learning_rate(schedule(learning_rate)),
+        "proxies": optax.scale_by_learning_rate(schedule(proxy_learning_rate)),
+    }
+    transformation = optax.chain(
+        optax.identity() if clip_value is None else optax.clip(clip_value),
+        *directions[name],
+        optax.partition(groups, {group: group for group in groups}),
+    )
+    return transformation, rates

@@ -1,0 +1,98 @@
+"""The train state: everything that the next step depends on, and that a checkpoint holds."""
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from clu import metrics
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from dml_jax import memvir
+from dml_jax.models import Embedder
+
+PROXY_INITS = ("uniform_dim", "uniform_classes", "normal_dim")
+
+
+@flax.struct.dataclass
+class EpochMetrics(metrics.Collection):
+    """Averages over the steps of the epoch that is under way."""
+
+    loss: metrics.Average.from_output("loss")
+    gradient_norm: metrics.Average.from_output("gradient_norm")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The state before step `step`, counted from 0, which is also the input's position."""
+
+    step: Int[Array, ""]
+    params: PyTree
+    """`{"embedder": ..., "proxies": [classes, dim]}`."""
+    batch_stats: PyTree
+    opt_state: optax.OptState
+    memory: memvir.Memory | None
+    metrics: EpochMetrics
+
+
+def initial_proxies(
+    key: PRNGKeyArray, *, init: str, num_classes: int, dim: int
+) -> Float[Array, "classes dim"]:
+    """Proxies before training.
+
+    Args:
+        key: a random key.
+        init: `uniform_dim` for U(-1/sqrt(dim), 1/sqrt(dim)), as Proxy Synthesis's authors start;
+            `uniform_classes` for U(-1/sqrt(num_classes), 1/sqrt(num_classes)) or `normal_dim` for
+            N(0, 2/dim), as MemVir's authors start Norm-SoftMax and Proxy-NCA.
+        num_classes: classes.
+        dim: embedding size.
+
+    Returns:
+        `[classes, dim]`, float32.
+    """
+    shape = (num_classes, dim)
+    if init == "normal_dim":
+        return jax.random.normal(key, shape) * (2 / dim) ** 0.5
+    bound = {"uniform_dim": dim, "uniform_classes": num_classes}[init] ** -0.5
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def create(
+    key: PRNGKeyArray,
+    *,
+    embedder: Embedder,
+    optimizer: optax.GradientTransformation,
+    image_size: int,
+    num_classes: int,
+    proxy_init: str,
+    memory: memvir.Memory | None,
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+        key: a random key.
+        embedder: the network.
+        optimizer: its optimizer.
+        image_size: height and width of an image in pixels.
+        num_classes: classes to train on.
+        proxy_init: see `initial_proxies`.
+        memory: MemVir's, empty; None without MemVir.
+
+    Returns:
+        A train state at step 0.
+    """
+    network_key, proxy_key = jax.random.split(key)
+    image = jnp.zeros((1, image_size, image_size, 3), jnp.uint8)
+    variables = embedder.init(network_key, image, train=False)
+    proxies = initial_proxies(
+        proxy_key, init=proxy_init, num_classes=num_classes, dim=embedder.dim
+    )
+    params = {"embedder": variables["params"], "proxies": proxies}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables["batch_stats"],
+        opt_state=optimizer.init(params),
+        memory=memory,
+        metrics=EpochMetrics.empty(),
+    )

@@ -1,0 +1,105 @@
+"""What a run tells: a line of metrics an epoch, in files, in TensorBoard and on the terminal."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tensorboardX
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dml_jax.training import workdir as workdirs
+
+
+class Writer:
+    """Writes the metrics of each epoch, once, however often the run is interrupted.
+
+    What took how long goes to a file of its own: metrics of equal runs are equal to the byte.
+    """
+
+    def __init__(self, workdir: Path, *, step: int, total_steps: int, batch_size: int) -> None:
+        """Opens the files of a run, and drops from them what lies behind `step`.
+
+        Args:
+            workdir: the run's.
+            step: at which the run begins, or goes on.
+            total_steps: at which it ends.
+            batch_size: images a step.
+        """
+        self._files = [
+            _open_up_to(workdir / name, step) for name in (workdirs.METRICS, workdirs.TIMINGS)
+        ]
+        self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1)
+        self._batch_size = batch_size
+        self._console = Console()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} steps"),
+            TextColumn("{task.fields[speed]:.0f} images/s"),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("lr {task.fields[learning_rate]:.2g}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task(
+            workdir.name,
+            total=total_steps,
+            completed=step,
+            speed=0.0,
+            loss=float("nan"),
+            learning_rate=float("nan"),
+        )
+
+    def __enter__(self) -> "Writer":
+        """Shows the progress bar."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes everything."""
+        self._progress.stop()
+        self._events.close()
+        for file in self._files:
+            file.close()
+
+    def step(self, step: int, *, loss: float, learning_rate: float) -> None:
+        """Moves the progress bar to a step."""
+        speed = (self._progress.tasks[0].speed or 0.0) * self._batch_size
+        self._progress.update(
+            self._task, completed=step, speed=speed, loss=loss, learning_rate=learning_rate
+        )
+
+    def epoch(self, metrics: dict[str, Any], timings: dict[str, Any]) -> None:
+        """Writes an epoch's metrics.
+
+        Args:
+            metrics: with `step` and `epoch` among them.
+            timings: with `step` and `epoch` among them.
+        """
+        for file, line in zip(self._files, (metrics, timings), strict=True):
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+        for name, value in (metrics | timings).items():
+            if name not in ("step", "epoch"):
+                self._events.add_scalar(name, value, metrics["step"])
+        self._events.flush()
+        shown = [f"epoch {metrics['epoch']}", f"loss {metrics['loss']:.3f}"]
+        shown += [
+            f"{label} {100 * metrics[name]:.1f}"
+            for label, name in (("R@1", "recall@1"), ("RP", "r_precision"), ("MAP@R", "map@r"))
+            if name in metrics
+        ]
+        shown.append(f"{timings['images_per_second']:.0f} images/s")
+        self._console.print("  ".join(shown), highlight=False)
+
+
+def _open_up_to(path: Path, step: int) -> Any:
+    """Opens a file of JSON lines to append to, without the lines behind a step."""
+    kept = [line for line in workdirs.read_lines(path) if line["step"] <= step]
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    part.replace(path)
+    return path.open("a", encoding="utf-8")

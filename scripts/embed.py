@@ -1,0 +1,38 @@
+"""Embeds any folder of images with a trained run.
+
+python scripts/embed.py --workdir=runs/memvir --images=DIR --out=embeddings.npz
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from dml_jax import command_line, data
+from dml_jax.retrieval import embed
+from dml_jax.training import checkpoint, experiment, workdir
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
+_CHECKPOINT = flags.DEFINE_enum(
+    "checkpoint", "last", ["last", *checkpoint.BEST], "Which of the run's checkpoints."
+)
+_IMAGES = flags.DEFINE_string("images", None, "Folder of images, or of one folder a class.")
+_OUT = flags.DEFINE_string("out", None, "The .npz file to write.")
+
+
+def main() -> None:
+    """Runs the program."""
+    with command_line.mendable():
+        images = data.images_below(_IMAGES.value)
+        data.check(images)
+        folder = Path(_WORKDIR.value)
+        built = experiment.build(workdir.read_config(folder))
+        variables = experiment.load_network(built, folder, _CHECKPOINT.value)
+        embeddings = experiment.embed_images(built, variables, images)
+        embed.save_embeddings(
+            _OUT.value, embeddings, images.labels, images.names, images.class_names
+        )
+    print(f"{len(images)} embeddings of {embeddings.shape[1]} dimensions: {_OUT.value}")
+
+
+if __name__ == "__main__":
+    command_line.run(main, required=("workdir", "images", "out"))

@@ -1,0 +1,100 @@
+# Sourced by quickstart.sh and test.sh. Changes to the root of the repository and defines
+#
+#   prepare_environment FOLDER EXTRAS
+#
+# which makes FOLDER a virtual environment holding this project with EXTRAS (as in "cpu,demo"), in
+# the versions of constraints.txt. It takes the newest supported Python that runs, or $PYTHON.
+# An environment that is complete and up to date is left as it is, without asking the network.
+
+fail() {
+  printf 'error: %s\n' "$@" >&2
+  exit 1
+}
+
+# A path given in PYTHON is relative to where the user is, so it is resolved before the cd.
+if [[ -n "${PYTHON:-}" ]]; then
+  PYTHON="$(command -v -- "$PYTHON")" || fail "PYTHON does not name a program that can be run"
+  [[ "$PYTHON" == /* ]] || PYTHON="$PWD/$PYTHON"
+fi
+cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." > /dev/null
+
+# Prints "3.x" if $1 is a Python that runs and can make environments. A name on the PATH proves
+# neither: it may be a pyenv shim for a version not chosen here, or a Debian Python without venv.
+# Free-threaded builds do not count: not all of the dependencies have wheels for them.
+python_version() {
+  "$1" -c '
+import ctypes, ensurepip, ssl, sys, sysconfig, venv
+if not sysconfig.get_config_var("Py_GIL_DISABLED"):
+    print("%d.%d" % sys.version_info[:2])
+' 2> /dev/null < /dev/null
+}
+
+find_python() {
+  local version candidate
+  for version in 3.13 3.12 3.11; do
+    while IFS= read -r candidate; do
+      if [[ -x "$candidate" && "$(python_version "$candidate")" == "$version" ]]; then
+        printf '%s\n' "$candidate"
+        return
+      fi
+    done < <(
+      type -aP "python$version" python3 python
+      printf '%s\n' "${PYENV_ROOT:-${HOME:-}/.pyenv}/versions/$version".*/bin/python
+    )
+  done
+  return 1
+}
+
+install_project() {
+  local venv="$1" extras="$2" pip
+  pip=("$venv/bin/python" -m pip --disable-pip-version-check install --constraint constraints.txt)
+  [[ -t 1 ]] || pip+=(--quiet)
+  # Without build isolation the build tool is the pinned one too, and is not fetched anew each time.
+  "${pip[@]}" setuptools && "${pip[@]}" --no-build-isolation --editable ".[$extras]"
+}
+
+prepare_environment() {
+  local venv="$PWD/$1" extras="$2" stamp contents identity version previous=""
+  stamp="$venv/installed.txt"
+  contents="$(cat pyproject.toml setup.py constraints.txt | cksum)"
+
+  # A stamp is written last, so an environment without one was interrupted, and is made anew; so is
+  # one that was made elsewhere, for other extras, or by another Python than the one asked for.
+  identity="$PWD [$extras]"
+  if [[ -f "$stamp" ]] && "$venv/bin/python" -c "" 2> /dev/null; then
+    previous="$(cat "$stamp")"
+    if [[ -n "${PYTHON:-}" ]]; then
+      version="import sys; print(sys.base_prefix, sys.version)"
+      [[ "$("$PYTHON" -c "$version")" == "$("$venv/bin/python" -c "$version")" ]] || previous=""
+    fi
+  fi
+  if [[ "$previous" == "$identity $contents" ]]; then
+    return
+  fi
+
+  if [[ "$previous" == "$identity "* ]]; then
+    echo "Updating $1 ..."
+    rm -- "$stamp"
+    if ! install_project "$venv" "$extras"; then
+      printf '%s\n' "$previous" > "$stamp" # pip changes nothing before it has everything
+      fail "could not update $venv; pip's message is above."
+    fi
+  else
+    if [[ -z "${PYTHON:-}" ]]; then
+      PYTHON="$(find_python)" || fail \
+        "found no Python 3.13, 3.12 or 3.11 that runs and has venv and pip." \
+        "Install one (on Debian and Ubuntu: apt install python3 python3-venv), or name one:" \
+        "PYTHON=/path/to/python $0"
+    fi
+    case "$(python_version "$PYTHON")" in
+      3.11 | 3.12 | 3.13) ;;
+      *) fail "PYTHON=$PYTHON is not a Python 3.11, 3.12 or 3.13 that runs and has venv and pip." ;;
+    esac
+    echo "Making $1 with $("$PYTHON" --version) ($PYTHON); this takes a minute or more ..."
+    "$PYTHON" -m venv --clear "$venv" || fail "could not make a virtual environment in $venv."
+    install_project "$venv" "$extras" || fail \
+      "could not install into $venv; pip's message is above." \
+      "The first run needs the network. Run the same command again to go on."
+  fi
+  printf '%s\n' "$identity $contents" > "$stamp"
+}

@@ -1,0 +1,60 @@
+"""Trains baseline, Proxy Synthesis and MemVir on the embedded letters and compares them.
+
+Started again, it goes on where it was; what is finished is not done again.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from configs import glyphs
+from dml_jax import command_line, data, retrieval
+from dml_jax.training import experiment, loop, workdir
+
+_ROOT = flags.DEFINE_string("root", "runs/quickstart", "Folder of the runs.")
+_EPOCHS = flags.DEFINE_integer("epochs", None, "Epochs of each run; None for the config's.")
+_COLUMNS = {"R@1": "recall@1", "RP": "r_precision", "MAP@R": "map@r"}
+
+
+def main() -> None:
+    """Runs the program."""
+    table = Table("", *_COLUMNS, "seconds", title="Letters of scripts that were never seen, %")
+
+    def add(name: str, scores: dict[str, float], seconds: float | None = None) -> None:
+        cells = [f"{100 * scores[metric]:.1f}" for metric in _COLUMNS.values()]
+        table.add_row(name, *cells, "" if seconds is None else f"{seconds:.0f}")
+
+    for variant in ("baseline", "ps", "memvir"):
+        config = glyphs.get_config(variant)
+        if _EPOCHS.value:
+            config.epochs = _EPOCHS.value
+        folder = Path(_ROOT.value) / variant
+        with command_line.mendable():
+            workdir.check(folder, config)
+        built = experiment.build(config)
+        test = built.sources["test"]
+        if variant == "baseline":
+            add("raw pixels", experiment.evaluate(built, _pixels(test)))
+            untrained = experiment.embed_images(built, experiment.network(built.init()), test)
+            add("untrained network", experiment.evaluate(built, untrained))
+        result = workdir.read_result(folder)
+        if result is None:
+            print(f"\n{variant}: {folder}")
+            workdir.claim(folder, config)
+            with command_line.mendable():
+                result = loop.train(built, folder)
+        add(variant, result["last"], workdir.seconds(folder))
+    Console().print(table)
+    print(f"Runs with checkpoints, metrics and embeddings: {_ROOT.value}")
+
+
+def _pixels(source: data.Source) -> np.ndarray:
+    images = [data.decode(source[i], name) for i, name in enumerate(source.names)]
+    return np.stack(images).reshape(len(images), -1).astype(np.float32)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

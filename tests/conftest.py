@@ -1,0 +1,24 @@
+"""Runs the tests on eight virtual CPU devices, with shapes checked at every call."""
+
+import os
+
+import hypothesis
+import jax
+import jaxtyping
+
+# CPU everywhere, also for the programs that tests start as a user would. Eight devices only in
+# this process: a test makes a mesh of 1, 2, 4 or 8 of them from jax.devices()[:n].
+os.environ["JAX_PLATFORMS"] = "cpu"
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+# Broadcasting between ranks must be written out. (Not so the promotion of types: optax's Adam,
+# clu's metrics and flax's BatchNorm in bfloat16 rely on it.)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The shapes in dml_jax's signatures are checked at every call. Must precede its first import.
+jaxtyping.install_import_hook("dml_jax", "beartype.beartype")
+
+# A first example compiles, which takes as long as it takes; the same examples at every run.
+hypothesis.settings.register_profile("dml_jax", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("dml_jax")

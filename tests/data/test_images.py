@@ -1,0 +1,174 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dml_jax.data import images
+
+
+def encode(image, file_format, **options):
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def photograph():
+    """A smooth [24, 40, 3] image without symmetry, which JPEG keeps nearly as it is."""
+    rows, columns = np.mgrid[:24, :40]
+    return np.stack([rows * 10, columns * 6, 255 - rows * 5 - columns * 3], -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "BMP", "PPM", "WEBP", "JPEG"])
+def test_formats_decode_to_the_same_rgb(photograph, file_format):
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 98, "subsampling": 0}}
+    data = encode(Image.fromarray(photograph), file_format, **options.get(file_format, {}))
+    decoded = images.decode(data, "x")
+    assert decoded.dtype == np.uint8
+    np.testing.assert_allclose(decoded, photograph, atol=6 if file_format == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "PPM", "JPEG"])
+def test_grey_becomes_rgb(photograph, file_format):
+    grey = photograph[..., 0]
+    decoded = images.decode(encode(Image.fromarray(grey), file_format), "x")
+    np.testing.assert_allclose(decoded, np.repeat(grey[..., None], 3, -1), atol=6)
+
+
+def test_one_bit_becomes_black_and_white():
+    bits = np.eye(8, dtype=bool)
+    decoded = images.decode(encode(Image.fromarray(bits), "PNG"), "x")
+    np.testing.assert_array_equal(decoded[..., 1], bits * np.uint8(255))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "PPM"])
+def test_sixteen_bit_grey_is_scaled(file_format):
+    levels = np.array([[0, 257, 32896, 65535]], np.uint16)
+    decoded = images.decode(encode(Image.fromarray(levels), file_format), "x")
+    np.testing.assert_array_equal(decoded[0, :, 0], [0, 1, 128, 255])
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+def test_transparency_shows_white(file_format):
+    rgba = np.zeros((1, 3, 4), np.uint8)
+    rgba[0, :, 3] = [255, 128, 0]
+    decoded = images.decode(encode(Image.fromarray(rgba), file_format, lossless=True), "x")
+    np.testing.assert_array_equal(decoded[0, :, 0], [0, 127, 255])
+
+
+def test_palettes_are_looked_up_and_may_be_transparent():
+    palette = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "L").convert("P")
+    palette.putpalette([250, 0, 0, 0, 250, 0, 0, 0, 250])
+    opaque = images.decode(encode(palette, "PNG"), "x")
+    np.testing.assert_array_equal(opaque[0], 250 * np.eye(3))
+    holed = images.decode(encode(palette, "PNG", transparency=1), "x")
+    np.testing.assert_array_equal(holed[0], [[250, 0, 0], [255, 255, 255], [0, 0, 250]])
+
+
+def test_cmyk_jpeg(photograph):
+    cmyk = Image.fromarray(photograph).convert("CMYK")
+    decoded = images.decode(encode(cmyk, "JPEG", quality=98, subsampling=0), "x")
+    np.testing.assert_allclose(decoded, photograph, atol=12)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [(1, lambda x: x), (3, lambda x: x[::-1, ::-1]), (6, lambda x: np.rot90(x, -1))],
+)
+def test_exif_orientation_is_applied(photograph, file_format, orientation, upright):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 98} | ({"subsampling": 0} if file_format == "JPEG" else {})
+    data = encode(Image.fromarray(photograph), file_format, exif=exif, **options)
+    np.testing.assert_allclose(images.decode(data, "x"), upright(photograph), atol=12)
+
+
+def test_a_jpeg_followed_by_other_bytes_is_still_read(photograph):
+    data = encode(Image.fromarray(photograph), "JPEG", quality=98)
+    np.testing.assert_allclose(images.decode(data + b"appended", "x"), photograph, atol=12)
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", b"\xff\xd8\xff"])
+def test_what_is_no_image_is_named(data):
+    with pytest.raises(ValueError, match="cat/7.jpg: not a readable image"):
+        images.decode(data, "cat/7.jpg")
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+def test_half_an_image_is_named(photograph, file_format):
+    data = encode(Image.fromarray(photograph), file_format)
+    with pytest.raises(ValueError, match="cat/7: not a readable image"):
+        images.decode(data[: len(data) // 2], "cat/7")
+
+
+def test_crops_have_the_areas_ratios_and_places_asked_for():
+    height, width, scale = 300, 400, (0.1, 0.5)
+    rng = np.random.default_rng(0)
+    boxes = [images.random_crop_box(height, width, rng, scale=scale) for _ in range(4000)]
+    top, left, crop_h, crop_w = np.transpose(boxes)
+    assert (top >= 0).all() and (top + crop_h <= height).all()
+    assert (left >= 0).all() and (left + crop_w <= width).all()
+    area, log_ratio = crop_h * crop_w / (height * width), np.log(crop_w / crop_h)
+    assert area.min() > 0.098 and area.max() < 0.505
+    assert abs(np.mean(area) - 0.3) < 0.01
+    assert abs(log_ratio).max() < np.log(4 / 3) + 0.01
+    assert abs(log_ratio.mean()) < 0.01
+    assert abs(log_ratio.std() - 2 * np.log(4 / 3) / np.sqrt(12)) < 0.01
+    assert abs(np.mean(top / (height - crop_h)) - 0.5) < 0.02
+    assert abs(np.mean(left / (width - crop_w)) - 0.5) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "box"),
+    [
+        (100, 1000, (0, 434, 100, 133)),  # no crop of the whole area fits within the ratios
+        (1000, 100, (434, 0, 133, 100)),
+        (50, 50, (0, 0, 50, 50)),
+    ],
+)
+def test_a_crop_that_never_fits_becomes_the_largest_central_one(height, width, box):
+    rng = np.random.default_rng(0)
+    top, left, crop_h, crop_w = images.random_crop_box(height, width, rng, scale=(1.0, 1.0))
+    assert (crop_h, crop_w) == box[2:]
+    assert abs(top - box[0]) <= 1 and abs(left - box[1]) <= 1
+
+
+def test_random_views_are_a_function_of_the_generator(photograph):
+    def view(seed, flip=True):
+        rng = np.random.default_rng(seed)
+        return images.random_view(photograph, rng, size=16, crop_scale=(0.3, 1.0), flip=flip)
+
+    assert view(0).shape == (16, 16, 3)
+    np.testing.assert_array_equal(view(5), view(5))
+    assert (view(5) != view(6)).any()
+    # Columns brighten to the right in the green channel, unless the view is mirrored.
+    mirrored = [bool(view(seed)[0, 0, 1] > view(seed)[0, -1, 1]) for seed in range(100)]
+    assert 30 < sum(mirrored) < 70
+    assert not any(view(seed, False)[0, 0, 1] > view(seed, False)[0, -1, 1] for seed in range(100))
+
+
+def test_centre_view_scales_the_shorter_side_and_crops_the_middle():
+    image = np.zeros((60, 120, 3), np.uint8)
+    image[20:40, 50:70] = 255
+    view = images.centre_view(image, size=20, resize_to=30)
+    expected = np.zeros((20, 20, 3), np.uint8)
+    expected[5:15, 5:15] = 255
+    np.testing.assert_array_equal(view, expected)
+    tall = images.centre_view(image.transpose(1, 0, 2), size=20, resize_to=30)
+    np.testing.assert_array_equal(tall, expected)
+
+
+def test_centre_view_of_an_image_of_the_right_size_is_the_image(photograph):
+    square = photograph[:24, :24]
+    np.testing.assert_array_equal(images.centre_view(square, size=24, resize_to=24), square)
+
+
+def test_shrinking_averages_and_enlarging_interpolates():
+    stripes = np.zeros((32, 32, 3), np.uint8)
+    stripes[::2] = 200
+    np.testing.assert_allclose(images.resize(stripes, 4, 4), 100, atol=1)
+    edge = np.zeros((2, 2, 3), np.uint8)
+    edge[:, 1] = 100
+    np.testing.assert_array_equal(images.resize(edge, 4, 4)[0, :, 0], [0, 25, 75, 100])

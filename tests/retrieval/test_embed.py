@@ -1,0 +1,164 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dml_jax.retrieval.embed import embed, load_embeddings, save_embeddings
+from dml_jax.sharding import make_mesh
+
+
+def padded_batches(images, size):
+    """What the test pipeline yields: in order, the last batch filled up with index -1."""
+    for start in range(0, len(images), size):
+        index = np.full(size, -1, np.int32)
+        index[: len(images) - start] = np.arange(start, min(start + size, len(images)))
+        yield {
+            "image": np.where(index[:, None, None, None] < 0, 255, images[index]),
+            "index": index,
+        }
+
+
+@jax.jit
+def project(variables, images):
+    return jnp.tanh(images.astype(jnp.float32).reshape(len(images), -1) / 255 @ variables["w"])
+
+
+def mesh_of(devices):
+    return make_mesh(jax.devices()[:devices])
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("count", [1, 8, 21, 32])
+def test_rows_come_in_order_without_padding(count, devices):
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(count, 4, 4, 3), dtype=np.uint8)
+    variables = {"w": rng.standard_normal((48, 5)).astype(np.float32)}
+    with jax.transfer_guard("disallow"):
+        got = embed(project, variables, padded_batches(images, 8), count, mesh_of(devices))
+    assert got.dtype == np.float32
+    expected = np.tanh(images.reshape(count, -1) / 255 @ variables["w"])
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_device_gets_its_share_of_the_images():
+    seen = []
+
+    def spy(variables, images):
+        seen.extend((shard.data.shape[0], shard.device) for shard in images.addressable_shards)
+        return project(variables, images)
+
+    images = np.zeros((16, 4, 4, 3), np.uint8)
+    embed(spy, {"w": np.ones((48, 2), np.float32)}, padded_batches(images, 16), 16, mesh_of(8))
+    assert seen == [(2, device) for device in jax.devices()[:8]]
+
+
+def test_the_next_batch_is_on_its_way_before_a_result_is_fetched(monkeypatch):
+    events = []
+    fetch = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda x: events.append("fetch") or fetch(x))
+
+    def traced(variables, images):
+        events.append("dispatch")
+        return project(variables, images)
+
+    images = np.zeros((8, 4, 4, 3), np.uint8)
+    embed(traced, {"w": np.ones((48, 2), np.float32)}, padded_batches(images, 2), 8, mesh_of(1))
+    assert events == ["dispatch", *["dispatch", "fetch"] * 3, "fetch"]
+
+
+@pytest.mark.parametrize(
+    "count, message", [(4, "holds image 4, but there are 4"), (7, "hold 5 of 7 images")]
+)
+def test_embed_counts_its_images(count, message):
+    images = np.zeros((5, 4, 4, 3), np.uint8)
+    with pytest.raises(ValueError, match=message):
+        embed(
+            project,
+            {"w": np.ones((48, 2), np.float32)},
+            padded_batches(images, 3),
+            count,
+            mesh_of(1),
+        )
+
+
+EMBEDDINGS = np.arange(6, dtype=np.float32).reshape(3, 2)
+LABELS = np.array([1, 0, 1], np.int32)
+NAMES = ("a/ü 1.jpg", "b/2.png", "a/\u05d0.pgm")
+CLASSES = ("b", "a")
+
+
+def test_save_and_load(tmp_path):
+    path = tmp_path / "embeddings.npz"
+    path.write_text("an old file")
+    save_embeddings(path, EMBEDDINGS, LABELS, NAMES, CLASSES)
+    loaded = load_embeddings(str(path))
+    np.testing.assert_array_equal(loaded.embeddings, EMBEDDINGS)
+    np.testing.assert_array_equal(loaded.labels, LABELS)
+    assert loaded.embeddings.dtype == np.float32
+    assert loaded.labels.dtype == np.int32
+    assert (loaded.names, loaded.class_names) == (NAMES, CLASSES)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "embeddings.npz"
+    save_embeddings(path, EMBEDDINGS, LABELS, NAMES, CLASSES)
+
+    def full_disk(file, **arrays):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(np, "savez", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_embeddings(path, EMBEDDINGS + 1, LABELS, NAMES, CLASSES)
+    np.testing.assert_array_equal(load_embeddings(path).embeddings, EMBEDDINGS)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_does_not_fit_is_not_saved(tmp_path):
+    path = tmp_path / "embeddings.npz"
+    with pytest.raises(ValueError, match="3 embeddings, 3 labels and 2 names"):
+        save_embeddings(path, EMBEDDINGS, LABELS, NAMES[:2], CLASSES)
+    with pytest.raises(ValueError, match=r"labels 0\.\.1 for 1 class names"):
+        save_embeddings(path, EMBEDDINGS, LABELS, NAMES, CLASSES[:1])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"labels": None, "names": None}, "labels, names missing"),
+        ({"embeddings": EMBEDDINGS[0]}, r"embeddings has shape \(2,\)"),
+        ({"labels": LABELS / 2}, "labels has shape .* float64"),
+        ({"names": np.array(NAMES[:2])}, "2 names"),
+        ({"names": np.array(NAMES, dtype=object)}, "no embeddings file"),
+    ],
+)
+def test_foreign_files_are_refused(tmp_path, changes, message):
+    path = tmp_path / "embeddings.npz"
+    arrays = {
+        "embeddings": EMBEDDINGS,
+        "labels": LABELS,
+        "names": np.array(NAMES),
+        "class_names": np.array(CLASSES),
+        **changes,
+    }
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    with pytest.raises(ValueError, match=message):
+        load_embeddings(path)
+
+
+def test_files_that_are_no_archives_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no embeddings file .*missing.npz"):
+        load_embeddings(tmp_path / "missing.npz")
+    path = tmp_path / "embeddings.npz"
+    save_embeddings(path, EMBEDDINGS, LABELS, NAMES, CLASSES)
+    whole = path.read_bytes()
+    for content in (b"", b"some text", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="no embeddings file"):
+            load_embeddings(path)
+    with path.open("wb") as file:
+        np.save(file, EMBEDDINGS)
+    with pytest.raises(ValueError, match="no embeddings file"):
+        load_embeddings(path)

@@ -1,0 +1,230 @@
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.oracles import DenseMemVir, normalized
+
+from dml_jax import losses, memvir
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def make_step(loss):
+    """Loss, gradients and memory update, compiled; fails the test when it is compiled twice."""
+    chex.clear_trace_counter()  # It counts by the code, not by the function made here.
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(memory, embeddings, proxies, labels):
+        return jax.value_and_grad(
+            lambda e, p: memvir.loss_and_update(loss, memory, e, p, labels),
+            argnums=(0, 1),
+            has_aux=True,
+        )(embeddings, proxies)
+
+    return step
+
+
+def relative(ours, expected):
+    return np.linalg.norm(np.asarray(ours) - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("name", ["norm_softmax", "proxy_nca"])
+def test_official_trajectory(name):
+    golden = np.load(GOLDEN / f"memvir_{name}.npz")
+    steps, batch, dim = golden["embeddings"].shape
+    memory = memvir.init(
+        num_steps=int(golden["num_steps"]),
+        step_gap=int(golden["step_gap"]),
+        batch_size=batch,
+        num_classes=len(golden["proxies_init"]),
+        dim=dim,
+    )
+    loss = losses.create(name, scale=float(golden["scale"]))
+    step = make_step(loss)
+    plain = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    warmup = int(golden["warmup_epochs"] * golden["steps_per_epoch"])
+    proxies = jnp.asarray(golden["proxies_init"])
+    for t in range(steps):
+        batch = jnp.asarray(golden["embeddings"][t]), proxies, jnp.asarray(golden["labels"][t])
+        if t < warmup:
+            value, gradients = plain(*batch)
+        else:
+            (value, memory), gradients = step(memory, *batch)
+        assert relative(value, golden["losses"][t]) < 1e-5, t
+        assert relative(gradients[0], golden["grad_embeddings"][t]) < 1e-5, t
+        assert relative(gradients[1], golden["grad_proxies"][t]) < 1e-5, t
+        proxies = proxies - float(golden["proxy_lr"]) * gradients[1]
+    assert relative(proxies, golden["proxies_final"]) < 1e-5
+
+
+def run_against_dense(name, *, num_steps, step_gap, batch, classes, dim, steps, **options):
+    """A run in both forms, compared step by step; `options`: seed, synthetic, dtype."""
+    rng = np.random.default_rng(options.get("seed", 0))
+    synthetic, dtype = options.get("synthetic", 0), options.get("dtype", jnp.float32)
+    loss = losses.create(name)
+    dense = DenseMemVir(
+        loss, num_steps=num_steps, step_gap=step_gap, batch=batch, classes=classes, dtype=dtype
+    )
+    memory = memvir.init(
+        num_steps=num_steps,
+        step_gap=step_gap,
+        batch_size=batch,
+        num_classes=classes,
+        dim=dim,
+        dtype=dtype,
+    )
+    step = make_step(loss)
+    proxies = jnp.asarray(rng.normal(size=(classes, dim)), jnp.float32)
+    for t in range(steps):
+        embeddings = jnp.asarray(rng.normal(size=(batch + synthetic, dim)), jnp.float32)
+        new_proxies = jnp.asarray(rng.normal(size=(synthetic, dim)), jnp.float32)
+        labels = np.append(rng.integers(classes, size=batch), classes + np.arange(synthetic))
+        problem = embeddings, jnp.concatenate([proxies, new_proxies]), jnp.asarray(labels)
+        (value, memory), gradients = step(memory, *problem)
+        expected, expected_gradients = dense(*problem)
+        assert relative(value, expected) < 1e-5, t
+        assert relative(gradients[0], expected_gradients[0]) < 1e-5, t
+        assert relative(gradients[1], expected_gradients[1]) < 1e-5, t
+        if dtype != jnp.float32:  # The last bit before rounding decides; take it as it fell.
+            dense.steps[-1] = jax.tree.map(
+                lambda x: x.astype(jnp.float32), memory.pending[:2]
+            ) + (memory.pending.labels,)
+        proxies = proxies - 0.5 * gradients[1][:classes]
+
+
+@pytest.mark.parametrize("synthetic", [0, 3])
+@pytest.mark.parametrize(("num_steps", "step_gap"), [(1, 0), (3, 2), (4, 0), (5, 7)])
+@pytest.mark.parametrize("name", losses.NAMES)
+def test_equals_the_dense_form(name, num_steps, step_gap, synthetic):
+    run_against_dense(
+        name,
+        num_steps=num_steps,
+        step_gap=step_gap,
+        batch=4,
+        classes=3,
+        dim=6,
+        steps=3 * num_steps * (step_gap + 1),
+        synthetic=synthetic,
+    )
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    num_steps=st.integers(1, 4),
+    step_gap=st.integers(0, 3),
+    batch=st.integers(1, 5),
+    classes=st.integers(1, 6),
+    dim=st.integers(1, 7),
+    synthetic=st.integers(0, 4),
+    seed=st.integers(0, 99),
+    name=st.sampled_from(losses.NAMES),
+)
+def test_equals_the_dense_form_at_any_shape(num_steps, step_gap, **shape):
+    run_against_dense(
+        num_steps=num_steps,
+        step_gap=step_gap,
+        steps=2 * num_steps * (step_gap + 1) + 1,
+        **shape,
+    )
+
+
+def test_rounded_memory_is_consistent_with_what_it_stores():
+    run_against_dense(
+        "norm_softmax",
+        num_steps=3,
+        step_gap=1,
+        batch=4,
+        classes=3,
+        dim=6,
+        steps=14,
+        synthetic=2,
+        dtype=jnp.bfloat16,
+    )
+
+
+def test_masked_rows_and_classes_take_no_part():
+    rng = np.random.default_rng(0)
+    loss = losses.create("norm_softmax")
+    memory = memvir.init(num_steps=2, step_gap=0, batch_size=3, num_classes=4, dim=5)
+    other = memory
+    for _ in range(4):
+        embeddings = jnp.asarray(rng.normal(size=(3, 5)), jnp.float32)
+        proxies = jnp.asarray(rng.normal(size=(4, 5)), jnp.float32)
+        extra = jnp.asarray(rng.normal(size=(2, 5)), jnp.float32)
+        labels = jnp.asarray(rng.integers(4, size=3))
+        expected, memory = memvir.loss_and_update(loss, memory, embeddings, proxies, labels)
+        value, other = memvir.loss_and_update(
+            loss,
+            other,
+            jnp.concatenate([embeddings, extra]),
+            jnp.concatenate([proxies, extra]),
+            jnp.concatenate([labels, 4 + jnp.arange(2)]),
+            row_mask=jnp.arange(5) < 3,
+            class_mask=jnp.arange(6) < 4,
+        )
+        chex.assert_trees_all_close(value, expected, rtol=1e-6)
+        chex.assert_trees_all_close(other, memory, rtol=1e-6)
+
+
+def test_remembers_unit_vectors_and_proxies_of_before_the_update():
+    rng = np.random.default_rng(0)
+    memory = memvir.init(num_steps=1, step_gap=0, batch_size=3, num_classes=2, dim=4)
+    embeddings = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
+    proxies = jnp.asarray(rng.normal(size=(2, 4)), jnp.float32)
+    labels = jnp.asarray([1, 0, 1])
+    _, memory = memvir.loss_and_update(
+        losses.create("norm_softmax"), memory, embeddings, proxies, labels
+    )
+    assert int(memory.count) == 1
+    chex.assert_trees_all_close(memory.pending.embeddings, normalized(embeddings), atol=1e-6)
+    chex.assert_trees_all_close(memory.pending.proxies, normalized(proxies), atol=1e-6)
+    assert memory.pending.labels.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("kind", ["zero", "identical", "huge"])
+def test_degenerate_embeddings_leave_everything_finite(kind):
+    embeddings = {
+        "zero": jnp.zeros((3, 4)),
+        "identical": jnp.ones((3, 4)),
+        "huge": jnp.full((3, 4), 1e30),
+    }[kind]
+    memory = memvir.init(num_steps=2, step_gap=0, batch_size=3, num_classes=2, dim=4)
+    step = make_step(losses.create("norm_softmax"))
+    for _ in range(4):
+        (value, memory), gradients = step(
+            memory, embeddings, jnp.eye(2, 4), jnp.asarray([0, 1, 0])
+        )
+        chex.assert_tree_all_finite((value, gradients, memory))
+
+
+def test_an_impossible_size_is_refused():
+    with pytest.raises(ValueError, match="num_steps of at least 1, got 0"):
+        memvir.init(num_steps=0, step_gap=0, batch_size=1, num_classes=1, dim=1)
+
+
+def test_a_step_neither_copies_the_ring_nor_grows():
+    memory = memvir.init(num_steps=20, step_gap=9, batch_size=32, num_classes=24, dim=64)
+    loss = losses.create("norm_softmax")
+
+    def step(memory, embeddings, proxies, labels):
+        return jax.value_and_grad(
+            lambda e, p: memvir.loss_and_update(loss, memory, e, p, labels),
+            argnums=(0, 1),
+            has_aux=True,
+        )(embeddings, proxies)
+
+    compiled = (
+        jax.jit(step, donate_argnums=0)
+        .lower(memory, jnp.zeros((32, 64)), jnp.zeros((24, 64)), jnp.zeros(32, int))
+        .compile()
+    )
+    ring_bytes = sum(x.nbytes for x in jax.tree.leaves(memory))
+    analysis = compiled.memory_analysis()
+    assert analysis.alias_size_in_bytes >= ring_bytes
+    assert analysis.temp_size_in_bytes < ring_bytes / 4

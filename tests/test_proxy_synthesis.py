@@ -1,0 +1,162 @@
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.oracles import normalized
+
+from dml_jax import losses, proxy_synthesis
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "proxy_synthesis.npz")
+
+
+def synthetic_loss(name, embeddings, proxies, labels, **mixing):
+    return losses.create(name)(
+        **proxy_synthesis.synthesize(embeddings, proxies, labels, **mixing)._asdict()
+    )
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", ["norm_softmax", "proxy_nca"])
+def test_official_losses_and_gradients(name, ratio):
+    labels = jnp.asarray(GOLDEN["labels"])
+    value, gradients = jax.value_and_grad(
+        lambda e, p: synthetic_loss(
+            name,
+            e,
+            p,
+            labels,
+            lam=jnp.asarray(GOLDEN["lam"]),
+            partner=jnp.roll(jnp.arange(len(labels)), 1),
+            ratio=ratio,
+        ),
+        argnums=(0, 1),
+    )(jnp.asarray(GOLDEN["embeddings"]), jnp.asarray(GOLDEN["proxies"]))
+    key = f"{name}_mu{ratio}"
+    np.testing.assert_allclose(value, GOLDEN[f"{key}_loss"], rtol=1e-5)
+    for gradient, of in zip(gradients, ("embeddings", "proxies"), strict=True):
+        expected = GOLDEN[f"{key}_grad_{of}"]
+        assert np.linalg.norm(gradient - expected) < 1e-5 * np.linalg.norm(expected)
+
+
+def make_problem(labels, classes, dim=4):
+    rng = np.random.default_rng(0)
+    embeddings = jnp.asarray(rng.normal(size=(len(labels), dim)), jnp.float32)
+    proxies = jnp.asarray(rng.normal(size=(classes, dim)), jnp.float32)
+    return embeddings, proxies, jnp.asarray(labels)
+
+
+def test_mixes_sample_and_class_by_the_same_weight():
+    embeddings, proxies, labels = make_problem([2, 0, 1], classes=3)
+    mixed = proxy_synthesis.synthesize(
+        embeddings,
+        proxies,
+        labels,
+        lam=jnp.asarray(0.3),
+        partner=jnp.asarray([1, 2, 0]),
+        ratio=1.0,
+    )
+    e, p = normalized(embeddings), normalized(proxies)
+    chex.assert_trees_all_close(mixed.embeddings[3:], 0.3 * e + 0.7 * e[jnp.asarray([1, 2, 0])])
+    chex.assert_trees_all_close(
+        mixed.proxies[3:], 0.3 * p[labels] + 0.7 * p[jnp.asarray([0, 1, 2])]
+    )
+    assert mixed.labels.tolist() == [2, 0, 1, 3, 4, 5]
+
+
+def test_pairs_within_a_class_change_nothing():
+    embeddings, proxies, labels = make_problem([0, 0, 0, 1], classes=2)
+    lam, partner = jnp.asarray(0.4), jnp.asarray([1, 2, 3, 0])
+    value = synthetic_loss(
+        "norm_softmax", embeddings, proxies, labels, lam=lam, partner=partner, ratio=1.0
+    )
+    e, p = normalized(embeddings), normalized(proxies)
+    mix = jnp.asarray([0.4, 0.6])
+    valid = [(2, 3), (3, 0)]
+    expected = losses.create("norm_softmax")(
+        jnp.concatenate([e, *[(mix @ e[jnp.asarray(pair)])[None] for pair in valid]]),
+        jnp.concatenate([p, *[(mix @ p[labels[jnp.asarray(pair)]])[None] for pair in valid]]),
+        jnp.asarray([0, 0, 0, 1, 2, 3]),
+    )
+    chex.assert_trees_all_close(value, expected, rtol=1e-6)
+
+
+@given(labels=st.lists(st.integers(0, 4), min_size=1, max_size=24), seed=st.integers(0, 99))
+def test_partners_are_a_permutation_and_differ_wherever_that_is_possible(labels, seed):
+    labels = np.asarray(labels + [0] * (24 - len(labels)))
+    _, partner = proxy_synthesis.draw(
+        jax.random.key(seed), jnp.asarray(labels), alpha=0.4, ratio=1.0
+    )
+    (partner,) = np.asarray(partner)
+    assert sorted(partner) == list(range(len(labels)))
+    largest = np.bincount(labels).max()
+    # The most pairs that can differ: all, or each of the others twice, once on either side.
+    possible = min(len(labels), 2 * (len(labels) - largest))
+    assert np.sum(labels != labels[partner]) == possible
+
+
+def test_partners_are_random():
+    labels = jnp.arange(8)
+    partners = [
+        proxy_synthesis.draw(jax.random.key(seed), labels, alpha=0.4, ratio=1.0)[1][0]
+        for seed in range(300)
+    ]
+    counts = np.zeros((8, 8))
+    for partner in partners:
+        counts[np.arange(8), partner] += 1
+    assert not counts.diagonal().any()
+    off_diagonal = counts[~np.eye(8, dtype=bool)]
+    assert off_diagonal.min() > 20 and off_diagonal.max() < 75  # 300 / 7 = 43 each.
+
+
+def test_weights_follow_the_beta_distribution():
+    keys = jax.random.split(jax.random.key(0), 4000)
+    lam, _ = jax.vmap(
+        lambda key: proxy_synthesis.draw(key, jnp.arange(2), alpha=0.4, ratio=1.0)
+    )(keys)
+    assert lam.shape == (4000, 1)
+    np.testing.assert_allclose(jnp.mean(lam), 0.5, atol=0.03)
+    np.testing.assert_allclose(jnp.var(lam), 1 / (4 * (2 * 0.4 + 1)), atol=0.01)
+
+
+def test_more_than_one_synthetic_class_a_sample_takes_further_draws():
+    embeddings, proxies, labels = make_problem(list(range(6)), classes=6)
+    lam, partner = proxy_synthesis.draw(jax.random.key(3), labels, alpha=0.4, ratio=1.5)
+    assert lam.shape == (2,) and partner.shape == (2, 6)
+    assert lam[0] != lam[1] and (partner[0] != partner[1]).any()
+    mixed = proxy_synthesis.synthesize(
+        embeddings, proxies, labels, lam=lam, partner=partner, ratio=1.5
+    )
+    assert mixed.embeddings.shape[0] == mixed.proxies.shape[0] == 6 + 9
+    e = normalized(embeddings)
+    chex.assert_trees_all_close(
+        mixed.embeddings[12], lam[1] * e[0] + (1 - lam[1]) * e[partner[1, 0]], atol=1e-6
+    )
+
+
+def test_too_few_draws_are_refused():
+    embeddings, proxies, labels = make_problem([0, 1], classes=2)
+    with pytest.raises(ValueError, match="ratio=2.0 asks for 4 synthetic classes"):
+        proxy_synthesis.synthesize(
+            embeddings,
+            proxies,
+            labels,
+            lam=jnp.asarray(0.5),
+            partner=jnp.asarray([1, 0]),
+            ratio=2.0,
+        )
+
+
+def test_a_ratio_that_floats_cannot_hold_still_counts_whole_samples():
+    labels = list(range(100))
+    mixed = proxy_synthesis.synthesize(
+        *make_problem(labels, classes=100),
+        lam=jnp.asarray(0.5),
+        partner=jnp.roll(jnp.arange(100), 1),
+        ratio=0.29,
+    )
+    assert len(mixed.labels) == 129

@@ -1,0 +1,130 @@
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dml_jax.training import optimizer
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+SETTINGS = {
+    "name": "sgd",
+    "learning_rate": 0.1,
+    "proxy_learning_rate": 1.0,
+    "eps": 0.01,
+    "weight_decay": 0.0,
+    "steps_per_epoch": 2,
+    "decay_rate": 0.5,
+    "decay_every": 2,
+    "decay_until": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return np.load(GOLDEN / "optimizers.npz")
+
+
+def golden_settings(golden):
+    return {
+        "learning_rate": float(golden["model_lr"]),
+        "proxy_learning_rate": float(golden["proxy_lr"]),
+        "eps": float(golden["eps"]),
+        "weight_decay": float(golden["weight_decay"]),
+        "steps_per_epoch": int(golden["steps_per_epoch"]),
+        "decay_rate": float(golden["decay_rate"]),
+        "decay_every": int(golden["decay_step"]),
+        "decay_until": int(golden["decay_stop"]),
+    }
+
+
+@pytest.mark.parametrize("name", optimizer.NAMES)
+def test_every_step_is_torchs(golden, name):
+    transformation, _ = optimizer.create(name=name, **golden_settings(golden))
+
+    def loss(params):
+        w, p = params["embedder"]["w"], params["proxies"]
+        return ((golden["A"] @ w) ** 2).mean() + jnp.cos(p @ w) + ((p - 1) ** 4).mean()
+
+    @jax.jit
+    def step(params, state):
+        updates, state = transformation.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {
+        "embedder": {"w": jnp.asarray(golden["model_init"])},
+        "proxies": jnp.asarray(golden["proxies_init"]),
+    }
+    state = transformation.init(params)
+    for i in range(int(golden["steps"])):
+        params, state = step(params, state)
+        for ours, group in ((params["embedder"]["w"], "model"), (params["proxies"], "proxies")):
+            reference = golden[f"{name}_{group}"][i]
+            error = np.linalg.norm(ours - reference) / np.linalg.norm(reference)
+            assert error < 1e-5, f"{group} after step {i}"
+
+
+def test_learning_rates_are_the_official_ones(golden):
+    _, learning_rate = optimizer.create(name="adam", **golden_settings(golden))
+    rates = [learning_rate(step) for step in range(int(golden["steps"]))]
+    np.testing.assert_allclose(rates, golden["learning_rates"], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("every", "until", "expected"),
+    [
+        (1, 2, [0.5, 0.5, 0.25, 0.25, 0.25, 0.25]),  # epoch 1 is divisible by 1
+        (2, 3, [1, 1, 0.5, 0.5, 0.5, 0.5]),
+        (2, 0, [1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_decay_begins_and_ends_where_told(every, until, expected):
+    settings = {**SETTINGS, "decay_every": every, "decay_until": until}
+    transformation, learning_rate = optimizer.create(**settings)
+    assert [learning_rate(step)[1] for step in range(6)] == expected
+
+    # The steps themselves, without momentum: a gradient that is there once.
+    params = {"embedder": jnp.zeros(1), "proxies": jnp.zeros(1)}
+    update = jax.jit(transformation.update)
+    state = transformation.init(params)
+    for step, rate in enumerate(expected):
+        gradients = jax.tree.map(lambda x, s=step: jnp.full_like(x, 10.0**s), params)
+        before = state
+        updates, state = update(gradients, state, params)
+        trace = optax.tree.get(before, "trace")["proxies"][0]
+        direction = 10.0**step + 0.9 * (10.0**step + 0.9 * float(trace))
+        np.testing.assert_allclose(updates["proxies"][0], -rate * direction, rtol=1e-5)
+        np.testing.assert_allclose(updates["embedder"][0], -0.1 * rate * direction, rtol=1e-5)
+
+
+def test_gradients_are_clipped_before_the_decay_joins_them():
+    settings = {**SETTINGS, "clip_value": 1.0, "weight_decay": 0.5}
+    transformation, _ = optimizer.create(**settings)
+    params = {"embedder": jnp.array([4.0, 4.0]), "proxies": jnp.array([4.0])}
+    gradients = {"embedder": jnp.array([-30.0, 0.5]), "proxies": jnp.array([30.0])}
+    updates, _ = transformation.update(gradients, transformation.init(params), params)
+    # Nesterov's first step is 1.9 times the gradient.
+    np.testing.assert_allclose(updates["embedder"], [-0.19 * (-1 + 2), -0.19 * (0.5 + 2)], 1e-6)
+    np.testing.assert_allclose(updates["proxies"], [-1.9 * (1 + 2)], 1e-6)
+
+
+def test_learning_rate_needs_no_device():
+    _, learning_rate = optimizer.create(**SETTINGS)
+    with jax.transfer_guard("disallow"):
+        assert learning_rate(2) == (0.05, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"name": "lion"}, "unknown optimizer 'lion': choose one of adam, adamw, rmsprop, sgd"),
+        ({"decay_every": 0}, "decay_every is 0, but must be at least 1"),
+        ({"steps_per_epoch": 0}, "steps_per_epoch is 0, but must be at least 1"),
+    ],
+)
+def test_wrong_settings_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        optimizer.create(**{**SETTINGS, **wrong})
