@@ -130,7 +130,7 @@ def validate(config: ConfigDict) -> None:
         if value not in allowed:
             wrong.append(f"config.{path} is {value!r}; choose one of {', '.join(allowed)}")
 
-    def at_least(least: float, *paths: str) -> None:
+    def at_least(least: int, *paths: str) -> None:
         for path in paths:
             if not _at(config, path) >= least:
                 wrong.append(f"config.{path} is {_at(config, path)}; it must be at least {least}")

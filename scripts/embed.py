@@ -7,7 +7,7 @@ from pathlib import Path
 
 from absl import flags
 
-from dml_jax import command_line, data
+from dml_jax import command_line, data, sharding
 from dml_jax.retrieval import embed
 from dml_jax.training import checkpoint, experiment, workdir
 
@@ -25,7 +25,7 @@ def main() -> None:
         images = data.images_below(_IMAGES.value)
         data.check(images)
         folder = Path(_WORKDIR.value)
-        built = experiment.build(workdir.read_config(folder))
+        built = experiment.build(workdir.read_config(folder), sharding.make_mesh())
         variables = experiment.load_network(built, folder, _CHECKPOINT.value)
         embeddings = experiment.embed_images(built, variables, images)
         embed.save_embeddings(

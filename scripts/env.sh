@@ -1,4 +1,5 @@
-# Sourced by quickstart.sh and test.sh. Changes to the root of the repository and defines
+# shellcheck shell=bash
+# Sourced by quickstart.sh and test.sh, under set -e. Changes to the root of the repository and defines
 #
 #   prepare_environment FOLDER EXTRAS
 #
@@ -7,7 +8,8 @@
 # An environment that is complete and up to date is left as it is, without asking the network.
 
 fail() {
-  printf 'error: %s\n' "$@" >&2
+  printf 'error: ' >&2
+  printf '%s\n' "$@" >&2
   exit 1
 }
 
@@ -16,7 +18,7 @@ if [[ -n "${PYTHON:-}" ]]; then
   PYTHON="$(command -v -- "$PYTHON")" || fail "PYTHON does not name a program that can be run"
   [[ "$PYTHON" == /* ]] || PYTHON="$PWD/$PYTHON"
 fi
-cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." > /dev/null
+CDPATH="" cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit
 
 # Prints "3.x" if $1 is a Python that runs and can make environments. A name on the PATH proves
 # neither: it may be a pyenv shim for a version not chosen here, or a Debian Python without venv.

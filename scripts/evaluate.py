@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import flags
 
-from dml_jax import command_line, retrieval
+from dml_jax import command_line, retrieval, sharding
 from dml_jax.retrieval import embed
 from dml_jax.training import checkpoint, experiment, workdir
 
@@ -18,7 +18,7 @@ _CHECKPOINT = flags.DEFINE_enum(
     "checkpoint", "last", ["last", *checkpoint.BEST], "Which of the run's checkpoints."
 )
 _EMBEDDINGS = flags.DEFINE_string("embeddings", None, "Exported embeddings, in place of a run.")
-_RECALL_AT = flags.DEFINE_list("recall_at", ["1", "2", "4", "8"], "The k of each Recall@k.")
+_RECALL_AT = flags.DEFINE_list("recall_at", ["1", "2", "4", "8"], "Each k of Recall@k.")
 _NMI = flags.DEFINE_bool("nmi", False, "Whether to cluster and measure NMI.")
 
 
@@ -32,7 +32,7 @@ def main() -> None:
             embeddings, labels = exported.embeddings, exported.labels
         else:
             folder = Path(_WORKDIR.value)
-            built = experiment.build(workdir.read_config(folder))
+            built = experiment.build(workdir.read_config(folder), sharding.make_mesh())
             variables = experiment.load_network(built, folder, _CHECKPOINT.value)
             embeddings = experiment.embed_images(built, variables, built.sources["test"])
             labels = built.sources["test"].labels

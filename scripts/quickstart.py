@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import glyphs
-from dml_jax import command_line, data, retrieval
+from dml_jax import command_line, data, sharding
 from dml_jax.training import experiment, loop, workdir
 
 _ROOT = flags.DEFINE_string("root", "runs/quickstart", "Folder of the runs.")
@@ -34,7 +34,7 @@ def main() -> None:
         folder = Path(_ROOT.value) / variant
         with command_line.mendable():
             workdir.check(folder, config)
-        built = experiment.build(config)
+        built = experiment.build(config, sharding.make_mesh())
         test = built.sources["test"]
         if variant == "baseline":
             add("raw pixels", experiment.evaluate(built, _pixels(test)))

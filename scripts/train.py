@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from dml_jax import command_line
+from dml_jax import command_line, sharding
 from dml_jax.training import experiment, loop, workdir
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE[:variant]")
@@ -23,7 +23,8 @@ def main() -> None:
         workdir.check(folder, config)
         result = workdir.read_result(folder)
         if result is None:
-            built = experiment.build(config)
+            built = experiment.build(config, sharding.make_mesh())
+            print(experiment.parameter_overview(built))
             workdir.claim(folder, config)
             result = loop.train(built, folder)
     print(f"last: {command_line.scores(result['last'])}")

@@ -43,11 +43,15 @@ class DenseMemVir:
 
 def dense_loss(loss, embeddings, proxies, labels, virtual, exist):
     batch, classes = len(virtual[0][0]), len(virtual[0][1])
+    rows = jnp.concatenate([normalized(embeddings), *[old for old, _, _ in virtual]])
+    columns = jnp.concatenate([normalized(proxies), *[old for _, old, _ in virtual]])
     new_labels = [len(proxies) + k * classes + old for k, (_, _, old) in enumerate(virtual)]
-    return loss(
-        jnp.concatenate([embeddings, *[old for old, _, _ in virtual]]),
-        jnp.concatenate([proxies, *[old for _, old, _ in virtual]]),
-        jnp.concatenate([labels, *new_labels]),
-        row_mask=jnp.concatenate([jnp.ones(len(embeddings), bool), jnp.repeat(exist, batch)]),
-        class_mask=jnp.concatenate([jnp.ones(len(proxies), bool), jnp.repeat(exist, classes)]),
-    )
+    labels = jnp.concatenate([labels, *new_labels])
+    row_exists = jnp.concatenate([jnp.ones(len(embeddings), bool), jnp.repeat(exist, batch)])
+    column_exists = jnp.concatenate([jnp.ones(len(proxies), bool), jnp.repeat(exist, classes)])
+
+    logits = loss.logits(rows, columns)
+    at_label = jnp.arange(len(labels)), labels
+    logits = logits.at[at_label].set(loss.margin(logits[at_label]))
+    log_probabilities = jax.nn.log_softmax(logits, where=column_exists[None, :], axis=1)
+    return -jnp.mean(log_probabilities[at_label], where=row_exists)

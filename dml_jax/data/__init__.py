@@ -1,8 +1,9 @@
 """From image files to batches: sources of encoded images, sampling, decoding, the pipeline."""
 
+from dml_jax.data.images import decode
 from dml_jax.data.pipeline import TestBatch, TrainBatch, test_batches, train_batches
 from dml_jax.data.sampling import epoch_order, steps_per_epoch
-from dml_jax.data.sources import Source, check, create
+from dml_jax.data.sources import Source, check, create, images_below
 
 __all__ = [
     "Source",
@@ -10,7 +11,9 @@ __all__ = [
     "TrainBatch",
     "check",
     "create",
+    "decode",
     "epoch_order",
+    "images_below",
     "steps_per_epoch",
     "test_batches",
     "train_batches",

@@ -81,6 +81,29 @@ def create(name: str, *, root: str | os.PathLike[str] | None = None) -> dict[str
     return _BUILT_IN[name]()
 
 
+def images_below(root: str | os.PathLike[str]) -> Source:
+    """All images in a directory and those below it; an image's class is the directory it is in.
+
+    Raises:
+        FileNotFoundError: there is no such directory, or no image in it.
+    """
+    classes = {}
+    for directory, below, _ in os.walk(root):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        members = [
+            (str(path.relative_to(root)), str(path))
+            for path in _visible(Path(directory))
+            if path.is_file() and path.name.lower().endswith(IMAGE_EXTENSIONS)
+        ]
+        if members:
+            classes[os.path.relpath(directory, root)] = members
+    if not classes:
+        raise FileNotFoundError(
+            f"found no images in {root}; their names end in one of {', '.join(IMAGE_EXTENSIONS)}"
+        )
+    return _source(classes)
+
+
 def check(source: Source) -> None:
     """Reads every image's header, thousands a second, so that a bad file is found beforehand.
 

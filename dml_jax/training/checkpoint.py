@@ -7,7 +7,6 @@ state is the input's position too.
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
 from dml_jax.training import workdir as workdirs
@@ -101,19 +100,3 @@ class Checkpoints:
             The state, sharded as `like` is, which may be over other devices than it was saved from.
         """
         return self._checkpointer.load(step, like)
-
-
-def abstract(state: Any, sharding: Any) -> Any:
-    """The shapes, types and places of a state, for `Checkpoints.restore`.
-
-    Args:
-        state: arrays, or shapes.
-        sharding: of each array, or a prefix of that tree.
-    """
-    return jax.tree.map(
-        lambda place, part: jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), part
-        ),
-        sharding,
-        state,
-    )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import clu.parameter_overview
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,11 +36,12 @@ class Experiment(NamedTuple):
     """Compiled: the network's variables and images `[batch, ...]` to embeddings."""
 
 
-def build(config: ConfigDict) -> Experiment:
+def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> Experiment:
     """Makes everything that a configuration names, and refuses what cannot work.
 
     Args:
         config: a whole config.
+        mesh: the devices to run on.
 
     Returns:
         The experiment; nothing is computed yet, and nothing written.
@@ -49,7 +51,6 @@ def build(config: ConfigDict) -> Experiment:
         FileNotFoundError: the images are not where the config says.
     """
     configs.validate(config)
-    mesh = sharding.make_mesh()
     if config.batch_size % mesh.size:
         raise ValueError(
             f"config.batch_size is {config.batch_size}, which the {mesh.size} devices cannot share "
@@ -119,6 +120,22 @@ def _memory(config: ConfigDict, *, num_classes: int) -> memvir.Memory | None:
     )
 
 
+def abstract_state(experiment: Experiment) -> state.TrainState:
+    """The shapes, types and places of the state, for `Checkpoints.restore`."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(experiment.init),
+        experiment.state_sharding,
+    )
+
+
+def parameter_overview(experiment: Experiment) -> str:
+    """A table of all parameters with their shapes and sizes."""
+    return clu.parameter_overview.get_parameter_overview(
+        jax.eval_shape(experiment.init).params, include_stats=False
+    )
+
+
 def network(train_state: state.TrainState) -> dict[str, PyTree]:
     """The network's variables in a state, as `Experiment.embed` takes them."""
     return {"params": train_state.params["embedder"], "batch_stats": train_state.batch_stats}
@@ -135,9 +152,9 @@ def load_network(experiment: Experiment, folder: Path, name: str) -> dict[str, P
     Raises:
         FileNotFoundError: there is no such checkpoint.
     """
-    everything = checkpoint.abstract(jax.eval_shape(experiment.init), experiment.state_sharding)
+    everything = abstract_state(experiment)
     skipped = jax.tree.map(lambda _: checkpoint.SKIPPED, everything)
-    wanted = skipped.replace(
+    wanted = skipped._replace(
         params={**skipped.params, "embedder": everything.params["embedder"]},
         batch_stats=everything.batch_stats,
     )

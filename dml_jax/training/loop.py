@@ -9,13 +9,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from clu import parameter_overview
 from jaxtyping import Array
 
 from dml_jax import data, sharding
 from dml_jax.retrieval import embed
 from dml_jax.training import checkpoint, workdir
-from dml_jax.training.experiment import Experiment, embed_images, evaluate, network
+from dml_jax.training.experiment import (
+    Experiment,
+    abstract_state,
+    embed_images,
+    evaluate,
+    network,
+)
 from dml_jax.training.state import TrainState
 from dml_jax.training.step import compile_step
 from dml_jax.training.writer import Writer
@@ -87,13 +92,8 @@ def _start(
 ) -> tuple[TrainState, int]:
     latest = checkpoints.latest
     if latest is not None:
-        shapes = jax.eval_shape(experiment.init)
-        return checkpoints.restore(
-            latest, checkpoint.abstract(shapes, experiment.state_sharding)
-        ), latest
-    state = experiment.init()
-    print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
-    return state, 0
+        return checkpoints.restore(latest, abstract_state(experiment)), latest
+    return experiment.init(), 0
 
 
 def _batches(

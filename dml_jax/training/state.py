@@ -1,5 +1,7 @@
 """The train state: everything that the next step depends on, and that a checkpoint holds."""
 
+from typing import NamedTuple
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -21,8 +23,7 @@ class EpochMetrics(metrics.Collection):
     gradient_norm: metrics.Average.from_output("gradient_norm")
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(NamedTuple):
     """The state before step `step`, counted from 0, which is also the input's position."""
 
     step: Int[Array, ""]

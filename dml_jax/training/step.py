@@ -97,7 +97,7 @@ def train_step(
         state.metrics,
     )
     now = EpochMetrics.single_from_model_output(
-        loss=loss, gradient_norm=optax.global_norm(gradients)
+        loss=loss, gradient_norm=optax.tree.norm(gradients)
     )
     new_state = TrainState(
         step=state.step + 1,

@@ -3,10 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dml_jax.models import create_embedder
+from dml_jax.models import Embedder, create_embedder, resnet
 from dml_jax.models.normalisation import InputNormalisation
 
-OPTIONS = {"backbone": "resnet18", "width": 4, "stem": "small"}
+
+def make(*, pooling="gap", **options):
+    tiny = {"stage_sizes": (1, 1), "bottleneck": False, "width": 4, "stem": "small"}
+    return Embedder(backbone=resnet.ResNet(**tiny, **options), pooling=pooling, dim=8)
 
 
 @pytest.fixture(scope="module")
@@ -16,19 +19,19 @@ def images():
 
 @pytest.fixture(scope="module")
 def variables(images):
-    embedder = create_embedder(pooling="gap", dim=8, **OPTIONS)
-    return jax.jit(lambda: embedder.init(jax.random.key(0), images, train=False))()
+    embedder = make()
+    return jax.jit(lambda x: embedder.init(jax.random.key(0), x, train=False))(images)
 
 
 def embed(variables, images, **options):
-    embedder = create_embedder(**{"pooling": "gap", "dim": 8, **OPTIONS, **options})
+    embedder = make(**options)
     return jax.jit(lambda v, x: embedder.apply(v, x, train=False))(variables, images)
 
 
 def test_embedding_is_head_of_pooled_backbone_of_normalised_images(images, variables):
-    embedder = create_embedder(pooling="gmp", dim=8, **OPTIONS)
-    mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
-    normalised = (images.astype(jnp.float32) / 255 - mean[None, None]) / std[None, None]
+    embedder = make(pooling="gmp")
+    mean, std = np.float32([[[[0.485, 0.456, 0.406]]], [[[0.229, 0.224, 0.225]]]])
+    normalised = (images.astype(jnp.float32) / 255 - mean[None]) / std[None]
     bare = {collection: tree["backbone"] for collection, tree in variables.items()}
     features = jax.jit(lambda v, x: embedder.backbone.apply(v, x, train=False))(bare, normalised)
     head = variables["params"]["head"]
@@ -57,18 +60,20 @@ def test_normalisation_reorders_channels_for_bgr_backbones():
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32(images):
-    embedder = create_embedder(pooling="gap", dim=8, dtype="bfloat16", **OPTIONS)
+    embedder = make(dtype="bfloat16")
     embeddings, variables = jax.jit(
-        lambda: embedder.init_with_output(jax.random.key(0), images, train=False)
-    )()
-    assert {leaf.dtype for leaf in jax.tree.leaves((embeddings, variables))} == {jnp.float32}
+        lambda x: embedder.init_with_output(jax.random.key(0), x, train=False)
+    )(images)
+    assert {leaf.dtype for leaf in jax.tree.leaves((embeddings, variables))} == {
+        jnp.dtype("float32")
+    }
 
     bare = {collection: tree["backbone"] for collection, tree in variables.items()}
     features, updates = jax.jit(
         lambda v, x: embedder.backbone.apply(v, x, train=True, mutable=["batch_stats"])
     )(bare, images.astype(jnp.float32) / 255)
     assert features.dtype == jnp.bfloat16
-    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.float32}
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
 
     reference = embed(variables, images)
     assert (embeddings != reference).any()
@@ -77,4 +82,23 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32(images):
 
 def test_unknown_pooling_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="unknown pooling 'max': choose one of gap, gmp"):
-        create_embedder(pooling="max", dim=8, **OPTIONS)
+        create_embedder(backbone="resnet18", pooling="max", dim=8)
+
+
+def test_options_reach_the_backbone():
+    embedder = create_embedder(
+        backbone="resnet34",
+        pooling="gmp",
+        dim=5,
+        width=8,
+        stem="small",
+        freeze_bn=True,
+        dtype="bfloat16",
+    )
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.uint8)
+    embeddings, variables = jax.eval_shape(
+        lambda x: embedder.init_with_output(jax.random.key(0), x, train=False), images
+    )
+    assert embeddings.shape == (2, 5)
+    assert variables["params"]["head"]["kernel"].shape == (64, 5)
+    assert (embedder.backbone.freeze_bn, embedder.backbone.dtype) == (True, "bfloat16")

@@ -5,7 +5,8 @@ import pytest
 
 from dml_jax.models import create_backbone, resnet
 
-SMALL = {"width": 4, "stem": "small"}
+# Compiles in a second.
+TINY = {"stage_sizes": (1, 1), "bottleneck": False, "width": 4, "stem": "small"}
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +15,7 @@ def images():
 
 
 def initialise(backbone, images):
-    return jax.jit(lambda: backbone.init(jax.random.key(0), images, train=False))()
+    return jax.jit(lambda x: backbone.init(jax.random.key(0), x, train=False))(images)
 
 
 def shapes(name, size, **options):
@@ -32,8 +33,8 @@ def shapes(name, size, **options):
         ("resnet18", 64, {}, (2, 2, 2, 512)),
         ("resnet18", 65, {}, (2, 3, 3, 512)),
         ("resnet50", 64, {"width": 16}, (2, 2, 2, 512)),
-        ("resnet18", 32, {"width": 16, "stem": "small"}, (2, 4, 4, 128)),
-        ("resnet34", 32, {"width": 8, "stem": "small"}, (2, 4, 4, 64)),
+        ("resnet18", 32, {"width": 16, "stem": "small"}, (2, 2, 2, 128)),
+        ("resnet34", 48, {"width": 8, "stem": "small"}, (2, 3, 3, 64)),
     ],
 )
 def test_feature_map_has_the_expected_shape(name, size, options, expected):
@@ -50,10 +51,11 @@ def test_blocks_shorten_only_where_shapes_change():
 
 
 def test_initialisation_is_torchvisions(images):
-    variables = initialise(create_backbone("resnet18", width=16, stem="small"), images)
-    block = variables["params"]["layer4.1"]
-    # Kaiming normal by fan-out: variance 2 / (3 * 3 * 128).
-    np.testing.assert_allclose(block["conv2"]["kernel"].std(), (2 / 1152) ** 0.5, rtol=0.02)
+    variables = initialise(resnet.ResNet(**{**TINY, "width": 32}), images)
+    block = variables["params"]["layer2.0"]
+    # Kaiming normal by fan-out: variance 2 / (3 * 3 * 64).
+    np.testing.assert_allclose(block["conv1"]["kernel"].std(), (2 / 576) ** 0.5, rtol=0.02)
+    np.testing.assert_allclose(block["conv1"]["kernel"].mean(), 0, atol=0.002)
     assert (block["bn2"]["scale"] == 1).all()
     assert (block["bn2"]["bias"] == 0).all()
 
@@ -72,13 +74,13 @@ def gradients(backbone, variables, images):
 
 
 def test_training_moves_the_running_statistics_by_a_tenth(images):
-    backbone = create_backbone("resnet18", **SMALL)
+    backbone = resnet.ResNet(**TINY)
     variables = initialise(backbone, images)
     _, batch_stats = gradients(backbone, variables, images)
     x = jax.lax.conv_general_dilated(
         images,
         variables["params"]["conv1"]["kernel"],
-        (1, 1),
+        (2, 2),
         [(1, 1), (1, 1)],
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
@@ -87,14 +89,11 @@ def test_training_moves_the_running_statistics_by_a_tenth(images):
 
 
 def test_frozen_statistics_stay_while_scale_and_bias_train(images):
-    backbone = create_backbone("resnet18", freeze_bn=True, **SMALL)
+    backbone = resnet.ResNet(freeze_bn=True, **TINY)
     variables = initialise(backbone, images)
     grads, batch_stats = gradients(backbone, variables, images)
-    # Nothing was written to the collection, as in evaluation.
-    assert batch_stats == {} or jax.tree.all(
-        jax.tree.map(lambda a, b: (a == b).all(), batch_stats, variables["batch_stats"])
-    )
-    for layer in (grads["bn1"], grads["layer4.1"]["bn2"]):
+    jax.tree.map(np.testing.assert_array_equal, batch_stats, variables["batch_stats"])
+    for layer in (grads["bn1"], grads["layer2.0"]["bn2"]):
         assert (layer["scale"] != 0).any()
         assert (layer["bias"] != 0).any()
     training, _ = backbone.apply(variables, images, train=True, mutable=["batch_stats"])
@@ -102,7 +101,7 @@ def test_frozen_statistics_stay_while_scale_and_bias_train(images):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (2, 3), (4, 3)])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (4, 3)])
 def test_convolution_of_small_maps_is_the_same_convolution(shape, stride):
     x = jax.random.normal(jax.random.key(0), (2, *shape, 5))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 5, 7))

@@ -23,6 +23,13 @@ SETTINGS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def implicit_promotion():
+    """Optax leaves the promotion of its step counts to JAX."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def golden():
     return np.load(GOLDEN / "optimizers.npz")

@@ -1,0 +1,171 @@
+"""The programs, started as a user starts them."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import numpy as np
+import pytest
+
+from dml_jax import sharding
+from dml_jax.retrieval import embed
+from dml_jax.training import checkpoint, experiment, workdir
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(program, *arguments):
+    return [sys.executable, str(ROOT / "scripts" / program), *map(str, arguments)]
+
+
+def run(program, *arguments):
+    return subprocess.run(command(program, *arguments), cwd=ROOT, capture_output=True, text=True)
+
+
+def succeed(program, *arguments):
+    done = run(program, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return tiny.write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    succeed("train.py", f"--workdir={folder}", *tiny.arguments(images, "ps_memvir", epochs=6))
+    return folder
+
+
+def final_state(folder):
+    built = experiment.build(workdir.read_config(folder), sharding.make_mesh())
+    like = experiment.abstract_state(built)
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        return checkpoints.restore(checkpoints.find("last"), like)
+
+
+def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(images, finished, tmp_path):
+    folder = tmp_path / "killed"
+    training = command(
+        "train.py", f"--workdir={folder}", *tiny.arguments(images, "ps_memvir", epochs=6)
+    )
+    process = subprocess.Popen(training, cwd=ROOT, stdout=subprocess.DEVNULL)
+    # The warm-up is one epoch and the memory is full after one more: kill in a half-filled one.
+    while len(workdir.read_lines(folder / workdir.METRICS)) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / workdir.RESULT).exists()
+
+    subprocess.run(training, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    chex.assert_trees_all_equal(final_state(folder), final_state(finished))
+    for name in (workdir.METRICS, workdir.RESULT):
+        assert (folder / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_finished_run_is_not_trained_again(images, finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
+    out = succeed(
+        "train.py", f"--workdir={finished}", *tiny.arguments(images, "ps_memvir", epochs=6)
+    )
+    assert "last: R@1" in out
+    assert before == {path: path.stat().st_mtime_ns for path in finished.iterdir()}
+
+
+def test_evaluate_scores_checkpoints_and_exported_embeddings(finished):
+    result = workdir.read_result(finished)
+    best = json.loads(succeed("evaluate.py", f"--workdir={finished}", "--checkpoint=best"))
+    assert best["map@r"] == result["best"]["map@r"]
+    exported = json.loads(
+        succeed(
+            "evaluate.py", f"--embeddings={finished / workdir.EMBEDDINGS}", "--nmi", "--recall_at=1"
+        )
+    )
+    assert exported["recall@1"] == result["last"]["recall@1"]
+    assert 0 <= exported["nmi"] <= 1 and "recall@2" not in exported
+
+
+def test_embed_gives_the_embeddings_of_a_folder(images, finished, tmp_path):
+    out = tmp_path / "mine.npz"
+    succeed("embed.py", f"--workdir={finished}", f"--images={images / 'test'}", f"--out={out}")
+    ours = embed.load_embeddings(out)
+    expected = embed.load_embeddings(finished / workdir.EMBEDDINGS)
+    np.testing.assert_allclose(ours.embeddings, expected.embeddings, rtol=1e-5, atol=1e-5)
+    assert ours.class_names == expected.class_names
+    assert ours.names[0] == "class0/0.png"
+
+
+BAD = {
+    "unknown key": (["--config.optimizer.leraning_rate=1"], "leraning_rate"),
+    "wrong type": (["--config.epochs=many"], "epochs"),
+    "unknown variant": (["--config=configs/folder.py:psi"], "unknown variant 'psi'"),
+    "two bad values": (
+        ["--config.model.stem=large", "--config.optimizer.eps=0"],
+        "config.model.stem is 'large'; choose one of imagenet, small\nconfig.optimizer.eps is 0",
+    ),
+    "missing folder": (["--config.data.root=nowhere"], "nowhere is not a directory"),
+    "large batch": (["--config.batch_size=64"], "64"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_setting_is_told_before_anything_is_written(images, tmp_path, name):
+    wrong, message = BAD[name]
+    folder = tmp_path / "run"
+    done = run("train.py", f"--workdir={folder}", *tiny.arguments(images), *wrong)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not folder.exists()
+
+
+def test_bad_images_are_told_by_path(tmp_path):
+    images = tiny.write_images(tmp_path / "images")
+    (images / "train" / "class1" / "2.png").write_text("not an image")
+    (images / "train" / "class9").mkdir()
+    folder = tmp_path / "run"
+    training = ["train.py", f"--workdir={folder}", *tiny.arguments(images)]
+    done = run(*training)
+    assert done.returncode == 2 and str(images / "train" / "class9") in done.stderr
+    (images / "train" / "class9").rmdir()
+    done = run(*training)
+    assert done.returncode == 2 and "train/class1/2.png" in done.stderr
+    assert not folder.exists()
+
+
+def test_a_run_of_another_configuration_is_left_as_it_is(images, finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    done = run("train.py", f"--workdir={finished}", *tiny.arguments(images, "ps", epochs=6))
+    assert done.returncode == 2
+    assert "config.memvir.num_steps: 2 there, 0 now" in done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_quickstart_compares_and_reuses(tmp_path):
+    arguments = [f"--root={tmp_path}", "--epochs=1"]
+    first = succeed("quickstart.py", *arguments)
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in first.splitlines() if "│" in line
+    ]
+    assert [row[0] for row in rows] == [
+        "raw pixels",
+        "untrained network",
+        "baseline",
+        "ps",
+        "memvir",
+    ]
+    assert 25 < float(rows[0][3]) < 28 and float(rows[1][3]) < 12
+    runs = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = succeed("quickstart.py", *arguments)
+    assert again.splitlines()[-12:] == first.splitlines()[-12:]
+    assert runs == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+

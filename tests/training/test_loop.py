@@ -1,0 +1,109 @@
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from dml_jax import sharding
+from dml_jax.retrieval import embed, evaluate
+from dml_jax.training import checkpoint, experiment, loop, step, workdir
+from tests import tiny
+
+
+@pytest.fixture
+def images(tmp_path):
+    return tiny.write_images(tmp_path / "images")
+
+
+def start(config, folder):
+    built = experiment.build(config, sharding.make_mesh(jax.devices()[:2]))
+    workdir.check(folder, config)
+    workdir.claim(folder, config)
+    return built
+
+
+def test_a_run_leaves_everything_that_a_user_looks_for(images, tmp_path, monkeypatch):
+    chex.clear_trace_counter()
+    monkeypatch.setattr(step, "train_step", chex.assert_max_traces(n=1)(step.train_step))
+    folder = tmp_path / "run"
+    config = tiny.config(images, "ps_memvir")
+    built = start(config, folder)
+    result = loop.train(built, folder)
+
+    assert result == workdir.read_result(folder)
+    lines = workdir.read_lines(folder / workdir.METRICS)
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 4), (2, 8), (3, 12)]
+    assert result["last"] == lines[-1]
+    assert result["best"]["map@r"] == max(line["map@r"] for line in lines)
+    assert result["images"] == {"train": 36, "test": 24}
+    assert json.loads((folder / workdir.CONFIG).read_text()) == json.loads(config.to_json())
+    assert list(folder.glob("events.out.tfevents.*"))
+
+    exported = embed.load_embeddings(folder / workdir.EMBEDDINGS)
+    scores = evaluate(exported.embeddings, exported.labels)
+    assert scores.items() <= result["last"].items()
+    assert exported.names[0] == "test/class0/0.png"
+
+    for name, metric in checkpoint.BEST.items():
+        variables = experiment.load_network(built, folder, name)
+        embeddings = experiment.embed_images(built, variables, built.sources["test"])
+        assert experiment.evaluate(built, embeddings)[metric] == max(
+            line[metric] for line in lines
+        )
+
+
+def test_the_loop_forbids_implicit_transfers(images, tmp_path, monkeypatch):
+    built = start(tiny.config(images), tmp_path / "run")
+    monkeypatch.setattr(sharding, "put_batch", lambda mesh, batch: batch)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        loop.train(built, tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    images, tmp_path, monkeypatch
+):
+    folder = tmp_path / "run"
+    built = start(tiny.config(images), folder)
+    put_batch, calls = sharding.put_batch, []
+
+    def poisoned(mesh, batch):
+        calls.append(None)
+        batch = put_batch(mesh, batch)
+        if len(calls) == 7:  # the third step of the second epoch
+            batch["image"] = jax.device_put(
+                np.full(batch["image"].shape, np.nan, np.float32), sharding.by_row(mesh)
+            )
+        return batch
+
+    monkeypatch.setattr(sharding, "put_batch", poisoned)
+    with pytest.raises(FloatingPointError, match="step 7 is nan .*checkpoint is that of step 4"):
+        loop.train(built, folder)
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        assert checkpoints.latest == 4
+    assert [line["step"] for line in workdir.read_lines(folder / workdir.METRICS)] == [4]
+
+
+def test_the_latest_and_the_best_checkpoints_are_kept(tmp_path):
+    state = {"x": jax.numpy.zeros(3)}
+    with checkpoint.Checkpoints(tmp_path, keep_last=2) as checkpoints:
+        for at, scores in enumerate([(0.1, 0.9, 0.1), (0.8, 0.2, 0.2), (0.3, 0.3, 0.9)] * 2):
+            metrics = dict(zip(("recall@1", "r_precision", "map@r"), scores, strict=True))
+            # The second round is worse.
+            checkpoints.save(at, state, {k: v - 0.01 * (at > 2) for k, v in metrics.items()})
+        checkpoints.save(6, state, None)
+    kept = sorted(int(path.name) for path in (tmp_path / workdir.CHECKPOINTS).iterdir())
+    assert kept == [0, 1, 2, 5, 6]
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.find("last") == 6
+        assert checkpoints.find("best_r1") == 1
+        assert checkpoints.find("best_rp") == 0
+        assert checkpoints.find("best") == checkpoints.find("best_map") == 2
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with (
+        checkpoint.Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(FileNotFoundError, match="no best checkpoint"),
+    ):
+        checkpoints.find("best")

@@ -1,0 +1,90 @@
+import chex
+import jax
+import numpy as np
+import pytest
+
+from dml_jax import data, sharding
+from dml_jax.training import experiment, step
+from tests import tiny
+
+VARIANTS = ["baseline", "ps", "memvir", "ps_memvir", "ps_memvir_proxy_nca"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return tiny.write_images(tmp_path_factory.mktemp("images"))
+
+
+def losses_of_run(config, devices, steps):
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    built = experiment.build(config, mesh)
+    compiled = step.compile_step(built.recipe, built.state_sharding, sharding.by_row(mesh))
+    batches = data.train_batches(
+        built.sources["train"],
+        batch_size=config.batch_size,
+        n_instance=config.data.n_instance,
+        image_size=config.data.image_size,
+        crop_scale=tuple(config.data.crop_scale),
+        flip=config.data.flip,
+        seed=config.seed,
+        start_step=0,
+        num_steps=steps,
+        num_workers=0,
+    )
+    state, losses = built.init(), []
+    for batch in batches:
+        state, loss = compiled(state, sharding.put_batch(mesh, batch))
+        losses.append(float(loss))
+    return np.asarray(losses), state
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_are_the_same_on_any_number_of_devices(images, variant):
+    config = tiny.config(images, variant)
+    alone, _ = losses_of_run(config, devices=1, steps=20)
+    assert len(set(alone)) == 20
+    for devices in (2, 8):
+        together, _ = losses_of_run(config, devices=devices, steps=20)
+        np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+
+def test_regularisers_change_the_loss_when_their_time_comes(images):
+    losses = {
+        variant: losses_of_run(tiny.config(images, variant), devices=1, steps=8)[0]
+        for variant in ("baseline", "ps", "memvir")
+    }
+    assert losses["ps"][0] != losses["baseline"][0]
+    # An epoch of 4 steps is warm-up; a step 2 later is the first to meet a virtual class.
+    np.testing.assert_array_equal(losses["memvir"][:6], losses["baseline"][:6])
+    assert losses["memvir"][6] > losses["baseline"][6]
+
+
+def test_seed_decides_everything(images):
+    first, first_state = losses_of_run(tiny.config(images, "ps", seed=1), devices=1, steps=3)
+    same, same_state = losses_of_run(tiny.config(images, "ps", seed=1), devices=1, steps=3)
+    other, _ = losses_of_run(tiny.config(images, "ps", seed=2), devices=1, steps=3)
+    np.testing.assert_array_equal(first, same)
+    chex.assert_trees_all_equal(first_state, same_state)
+    assert (first != other).all()
+
+
+def test_frozen_statistics_stay_and_scales_train(images):
+    config = tiny.config(images, model__freeze_bn=True)
+    before = experiment.build(config, sharding.make_mesh(jax.devices()[:1])).init()
+    _, after = losses_of_run(config, devices=1, steps=2)
+    chex.assert_trees_all_equal(before.batch_stats, after.batch_stats)
+    scales = [
+        state.params["embedder"]["backbone"]["bn1"]["scale"] for state in (before, after)
+    ]
+    assert (scales[0] != scales[1]).all()
+
+
+def test_bfloat16_computes_losses_near_those_of_float32(images):
+    exact, _ = losses_of_run(tiny.config(images), devices=1, steps=3)
+    config = tiny.config(images, model__dtype="bfloat16")
+    rounded, state = losses_of_run(config, devices=1, steps=3)
+    np.testing.assert_allclose(rounded, exact, rtol=0.1)
+    assert (rounded != exact).all()
+    chex.assert_trees_all_equal_dtypes(state.params, experiment.build(
+        tiny.config(images), sharding.make_mesh(jax.devices()[:1])
+    ).init().params)
