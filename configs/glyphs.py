@@ -11,25 +11,25 @@ from dml_jax import config as configs
 def get_config(variant: str = "baseline") -> ConfigDict:
     """The settings of a variant, such as `baseline`, `ps`, `memvir` or `ps_memvir_proxy_nca`."""
     config = configs.default()
-    config.epochs = 8
+    config.epochs = 6
     config.data.update(
         name="glyphs",
         image_size=32,
         resize=32,
-        crop_scale=(0.6, 1.0),
+        crop_scale=(0.8, 1.0),
         # A mirrored letter is another letter.
         flip=False,
         # Letters are decoded faster than worker processes are started.
         num_workers=0,
     )
-    config.model.update(backbone="resnet18", width=16, stem="small", dim=128)
+    config.model.update(backbone="resnet18", width=16, stem="small", pooling="gap+gmp", dim=128)
     config.optimizer.update(
-        learning_rate=1e-3, eps=1e-3, decay_every=6, decay_until=6
+        learning_rate=3e-3, proxy_learning_rate=3e-2, eps=1e-6, decay_every=5, decay_until=5
     )
     config.evaluation.every_epochs = 2
     return configs.with_variant(
         config,
         variant,
         proxy_synthesis={"ratio": 1.0, "alpha": 0.4},
-        memvir={"num_steps": 5, "step_gap": 10, "warmup_epochs": 3},
+        memvir={"num_steps": 5, "step_gap": 3, "warmup_epochs": 3},
     )

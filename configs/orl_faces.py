@@ -23,7 +23,7 @@ def get_config(variant: str = "baseline") -> ConfigDict:
         crop_scale=(0.6, 1.0),
         num_workers=0,
     )
-    config.model.update(backbone="resnet18", width=16, stem="small", dim=128)
+    config.model.update(backbone="resnet18", width=16, stem="small", pooling="gap+gmp", dim=128)
     config.optimizer.update(learning_rate=1e-3, eps=1e-3)
     config.evaluation.every_epochs = 10
     config.checkpoint.every_epochs = 10

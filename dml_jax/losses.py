@@ -19,7 +19,7 @@ from dml_jax import numerics
 class SoftmaxLoss:
     """Cross-entropy over classes: the mean of `log(sum_c exp(z_c)) - z_label` over the rows.
 
-    A subclass says how logits are formed, and overrides `prepare` or `margin` where the
+    A subclass says how logits are formed, and overrides `prepare` or `target` where the
     vectors are not simply normalised or the label's own logit is made harder.
     """
 
@@ -35,7 +35,7 @@ class SoftmaxLoss:
         """The logits of prepared embeddings against prepared proxies, without any margin."""
         raise NotImplementedError
 
-    def margin(self, logit: Float[Array, " rows"]) -> Float[Array, " rows"]:
+    def target(self, logit: Float[Array, " rows"]) -> Float[Array, " rows"]:
         """What a row's logit for its own label becomes; unchanged by default."""
         return logit
 
@@ -84,7 +84,7 @@ def row_terms(
     Returns:
         `[rows]` and `[rows]`.
     """
-    targets = loss.margin(jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0])
+    targets = loss.target(jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0])
     is_target = labels[:, None] == jnp.arange(logits.shape[1])[None, :]
     logits = jnp.where(is_target, targets[:, None], logits)
     where = None if class_mask is None else class_mask[None, :]

@@ -224,9 +224,7 @@ def _sums_of_slots(
 
 def _sums_of_rounded(
     loss: losses.SoftmaxLoss, entry: Entry, past: Entry
-) -> tuple[
-    Entry, Float[Array, " batch"], Float[Array, "slots batch"], Float[Array, "slots batch"]
-]:
+) -> tuple[Entry, Float[Array, " batch"], Float[Array, "slots batch"], Float[Array, "slots batch"]]:
     """What is kept of an entry that storage rounds: sums of the vectors as they are stored."""
     rows, columns = entry.embeddings.astype(jnp.float32), entry.proxies.astype(jnp.float32)
     among_own, targets = losses.row_terms(loss, loss.logits(rows, columns), entry.labels)

@@ -1,6 +1,8 @@
 """Runs the tests on eight virtual CPU devices, with shapes checked at every call."""
 
+import functools
 import os
+import tempfile
 
 import hypothesis
 import jax
@@ -12,6 +14,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
+# Runs of one configuration compile one program; so they do it once, in whatever process.
+_compiled = tempfile.TemporaryDirectory(prefix="dml_jax_tests_", ignore_cleanup_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
+jax.config.update("jax_compilation_cache_dir", _compiled.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
 # Broadcasting between ranks must be written out. (Not so the promotion of types: optax's Adam,
 # clu's metrics and flax's BatchNorm in bfloat16 rely on it.)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -19,6 +28,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The shapes in dml_jax's signatures are checked at every call. Must precede its first import.
 jaxtyping.install_import_hook("dml_jax", "beartype.beartype")
 
+from dml_jax.models import registry, resnet  # noqa: E402
+
 # A first example compiles, which takes as long as it takes; the same examples at every run.
 hypothesis.settings.register_profile("dml_jax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("dml_jax")
+
+# A network that compiles in a moment, for tests in this process.
+registry.BACKBONES["resnet6"] = functools.partial(
+    resnet.ResNet, stage_sizes=(1, 1), bottleneck=False
+)

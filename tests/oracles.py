@@ -16,7 +16,12 @@ class DenseMemVir:
     """
 
     def __init__(self, loss, *, num_steps, step_gap, batch, classes, dtype=jnp.float32):
-        self.num_steps, self.step_gap, self.batch, self.classes = num_steps, step_gap, batch, classes
+        self.num_steps, self.step_gap, self.batch, self.classes = (
+            num_steps,
+            step_gap,
+            batch,
+            classes,
+        )
         self.dtype = dtype
         self.steps = []
         self.value_and_grad = jax.jit(
@@ -52,6 +57,6 @@ def dense_loss(loss, embeddings, proxies, labels, virtual, exist):
 
     logits = loss.logits(rows, columns)
     at_label = jnp.arange(len(labels)), labels
-    logits = logits.at[at_label].set(loss.margin(logits[at_label]))
+    logits = logits.at[at_label].set(loss.target(logits[at_label]))
     log_probabilities = jax.nn.log_softmax(logits, where=column_exists[None, :], axis=1)
     return -jnp.mean(log_probabilities[at_label], where=row_exists)

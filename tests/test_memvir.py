@@ -94,9 +94,9 @@ def run_against_dense(name, *, num_steps, step_gap, batch, classes, dim, steps, 
         assert close(gradients[0], expected_gradients[0]), t
         assert close(gradients[1], expected_gradients[1]), t
         if dtype != jnp.float32:  # The last bit before rounding decides; take it as it fell.
-            dense.steps[-1] = jax.tree.map(
-                lambda x: x.astype(jnp.float32), memory.pending[:2]
-            ) + (memory.pending.labels,)
+            dense.steps[-1] = jax.tree.map(lambda x: x.astype(jnp.float32), memory.pending[:2]) + (
+                memory.pending.labels,
+            )
         proxies = proxies - 0.5 * gradients[1][:classes]
 
 
@@ -200,9 +200,7 @@ def test_degenerate_embeddings_leave_everything_finite(kind):
     memory = memvir.init(num_steps=2, step_gap=0, batch_size=3, num_classes=2, dim=4)
     step = make_step(losses.create("norm_softmax"))
     for _ in range(4):
-        (value, memory), gradients = step(
-            memory, embeddings, jnp.eye(2, 4), jnp.asarray([0, 1, 0])
-        )
+        (value, memory), gradients = step(memory, embeddings, jnp.eye(2, 4), jnp.asarray([0, 1, 0]))
         chex.assert_tree_all_finite((value, gradients, memory))
 
 

@@ -153,7 +153,9 @@ def test_quickstart_compares_and_reuses(tmp_path):
     arguments = [f"--root={tmp_path}", "--epochs=1"]
     first = succeed("quickstart.py", *arguments)
     rows = [
-        [cell.strip() for cell in line.split("│")[1:-1]] for line in first.splitlines() if "│" in line
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in first.splitlines()
+        if "│" in line
     ]
     assert [row[0] for row in rows] == [
         "raw pixels",
@@ -167,5 +169,3 @@ def test_quickstart_compares_and_reuses(tmp_path):
     again = succeed("quickstart.py", *arguments)
     assert again.splitlines()[-12:] == first.splitlines()[-12:]
     assert runs == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-
-

@@ -115,9 +115,9 @@ def test_partners_are_random():
 
 def test_weights_follow_the_beta_distribution():
     keys = jax.random.split(jax.random.key(0), 4000)
-    lam, _ = jax.vmap(
-        lambda key: proxy_synthesis.draw(key, jnp.arange(2), alpha=0.4, ratio=1.0)
-    )(keys)
+    lam, _ = jax.vmap(lambda key: proxy_synthesis.draw(key, jnp.arange(2), alpha=0.4, ratio=1.0))(
+        keys
+    )
     assert lam.shape == (4000, 1)
     np.testing.assert_allclose(jnp.mean(lam), 0.5, atol=0.03)
     np.testing.assert_allclose(jnp.var(lam), 1 / (4 * (2 * 0.4 + 1)), atol=0.01)

@@ -45,17 +45,17 @@ MEMVIR_SETTINGS = {
 
 
 def config(root, variant="baseline", **settings):
-    """The folder config of a variant with the tiny settings; others as keywords, `.` as `__`."""
+    """The folder config of a variant with the tiny settings and network; others as keywords, `.` as `__`."""
     made = folder.get_config(variant)
     made.data.root = str(root)
     memvir = MEMVIR_SETTINGS if "memvir" in variant else {}
     given = {name.replace("__", "."): value for name, value in settings.items()}
-    made.update_from_flattened_dict(SETTINGS | memvir | given)
+    made.update_from_flattened_dict(SETTINGS | {"model.backbone": "resnet6"} | memvir | given)
     return made
 
 
 def arguments(root, variant="baseline", **settings):
-    """The same as the arguments of a program."""
+    """The same as the arguments of a program, which has no network that is quite so tiny."""
     memvir = MEMVIR_SETTINGS if "memvir" in variant else {}
     given = {name.replace("__", "."): value for name, value in settings.items()}
     values = SETTINGS | memvir | given | {"data.root": root}

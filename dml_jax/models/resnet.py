@@ -155,6 +155,9 @@ class ResNet(nn.Module):
             use_running_average=self.freeze_bn or not train,
             momentum=0.9,
             epsilon=1e-5,
+            # The fast variance, E[x^2] - E[x]^2, cancels: within 20 steps its last bits grew to
+            # 1e-4 of the loss between 1 and 8 devices, against 4e-6 this way.
+            use_fast_variance=False,
             dtype=self.dtype,
         )
         kernel = 7 if self.stem == "imagenet" else 3

@@ -49,9 +49,12 @@ def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
         compiled = compile_step(
             experiment.recipe, experiment.state_sharding, sharding.by_row(experiment.mesh)
         )
-        with Writer(
-            folder, step=start, total_steps=total_steps, batch_size=config.batch_size
-        ) as writer, jax.transfer_guard("disallow"):
+        with (
+            Writer(
+                folder, step=start, total_steps=total_steps, batch_size=config.batch_size
+            ) as writer,
+            jax.transfer_guard("disallow"),
+        ):
             watch = _LossWatch(experiment, writer, checkpoints)
             epoch_began = time.perf_counter()
             for step, batch in _batches(experiment, start, total_steps):
@@ -65,7 +68,9 @@ def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
                 epoch = step // steps_per_epoch
                 scores = None
                 if epoch % config.evaluation.every_epochs == 0 or step == total_steps:
-                    embeddings = embed_images(experiment, network(state), experiment.sources["test"])
+                    embeddings = embed_images(
+                        experiment, network(state), experiment.sources["test"]
+                    )
                     scores = evaluate(experiment, embeddings)
                 ended = time.perf_counter()
                 timings = {
@@ -87,9 +92,7 @@ def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
     return _finish(experiment, folder, embeddings)
 
 
-def _start(
-    experiment: Experiment, checkpoints: checkpoint.Checkpoints
-) -> tuple[TrainState, int]:
+def _start(experiment: Experiment, checkpoints: checkpoint.Checkpoints) -> tuple[TrainState, int]:
     latest = checkpoints.latest
     if latest is not None:
         return checkpoints.restore(latest, abstract_state(experiment)), latest
@@ -179,9 +182,7 @@ def _finish(experiment: Experiment, folder: Path, embeddings: np.ndarray) -> dic
     embed.save_embeddings(
         folder / workdir.EMBEDDINGS, embeddings, test.labels, test.names, test.class_names
     )
-    evaluated = [
-        line for line in workdir.read_lines(folder / workdir.METRICS) if "map@r" in line
-    ]
+    evaluated = [line for line in workdir.read_lines(folder / workdir.METRICS) if "map@r" in line]
     best = {
         metric: max(evaluated, key=lambda line: (line[metric], line["step"]))
         for metric in checkpoint.BEST.values()
@@ -191,9 +192,7 @@ def _finish(experiment: Experiment, folder: Path, embeddings: np.ndarray) -> dic
         "best": best["map@r"],
         "best_of": best,
         "images": {split: len(source) for split, source in experiment.sources.items()},
-        "classes": {
-            split: len(source.class_names) for split, source in experiment.sources.items()
-        },
+        "classes": {split: len(source.class_names) for split, source in experiment.sources.items()},
     }
     workdir.write_json(folder / workdir.RESULT, result)
     return result

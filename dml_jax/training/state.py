@@ -85,9 +85,7 @@ def create(
     network_key, proxy_key = jax.random.split(key)
     image = jnp.zeros((1, image_size, image_size, 3), jnp.uint8)
     variables = embedder.init(network_key, image, train=False)
-    proxies = initial_proxies(
-        proxy_key, init=proxy_init, num_classes=num_classes, dim=embedder.dim
-    )
+    proxies = initial_proxies(proxy_key, init=proxy_init, num_classes=num_classes, dim=embedder.dim)
     params = {"embedder": variables["params"], "proxies": proxies}
     return TrainState(
         step=jnp.zeros((), jnp.int32),

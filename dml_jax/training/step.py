@@ -96,9 +96,7 @@ def train_step(
         EpochMetrics.empty(),
         state.metrics,
     )
-    now = EpochMetrics.single_from_model_output(
-        loss=loss, gradient_norm=optax.tree.norm(gradients)
-    )
+    now = EpochMetrics.single_from_model_output(loss=loss, gradient_norm=optax.tree.norm(gradients))
     new_state = TrainState(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
@@ -121,9 +119,7 @@ def compile_step(
         batch_sharding: how a batch is split.
     """
 
-    def step(
-        state: TrainState, batch: Mapping[str, Array]
-    ) -> tuple[TrainState, Float[Array, ""]]:
+    def step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, Float[Array, ""]]:
         return train_step(recipe, state, batch)
 
     return jax.jit(

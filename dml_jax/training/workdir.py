@@ -43,8 +43,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def seconds(workdir: Path) -> float:
     """How long a run has trained and evaluated, all its interruptions left out."""
     return sum(
-        line["train_seconds"] + line["evaluation_seconds"]
-        for line in read_lines(workdir / TIMINGS)
+        line["train_seconds"] + line["evaluation_seconds"] for line in read_lines(workdir / TIMINGS)
     )
 
 

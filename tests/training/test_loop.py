@@ -48,9 +48,7 @@ def test_a_run_leaves_everything_that_a_user_looks_for(images, tmp_path, monkeyp
     for name, metric in checkpoint.BEST.items():
         variables = experiment.load_network(built, folder, name)
         embeddings = experiment.embed_images(built, variables, built.sources["test"])
-        assert experiment.evaluate(built, embeddings)[metric] == max(
-            line[metric] for line in lines
-        )
+        assert experiment.evaluate(built, embeddings)[metric] == max(line[metric] for line in lines)
 
 
 def test_the_loop_forbids_implicit_transfers(images, tmp_path, monkeypatch):
