@@ -8,15 +8,9 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 
-def run(main: Callable[[], None], *, required: Sequence[str] = ()) -> None:
-    """Parses the flags and runs a program.
-
-    Args:
-        main: the program.
-        required: flags that must be given.
-    """
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and runs a program."""
     logging.set_verbosity(logging.WARNING)
-    flags.mark_flags_as_required(required)
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dml_jax import losses
@@ -39,8 +40,8 @@ class Entry(NamedTuple):
 class Memory(NamedTuple):
     """The ring buffer, one block for each residue of the step modulo M+1, N slots a block."""
 
-    count: Int[Array, ""]
-    """Steps remembered since the warm-up; zero makes the memory an empty one."""
+    steps: Int[Array, ""]
+    """How many were remembered since the warm-up; zero makes the memory an empty one."""
     ring: Entry
     """`[M+1, N, ...]`."""
     row_sums: Float[Array, "blocks slots slots batch"]
@@ -60,7 +61,7 @@ def init(
     batch_size: int,
     num_classes: int,
     dim: int,
-    dtype: jnp.dtype | type = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Memory:
     """An empty memory.
 
@@ -98,7 +99,7 @@ def init(
 
     blocks = step_gap + 1
     return Memory(
-        count=jnp.zeros((), jnp.int32),
+        steps=jnp.zeros((), jnp.int32),
         ring=entry(blocks, num_steps),
         row_sums=jnp.zeros((blocks, num_steps, num_steps, batch_size)),
         pending=entry(),
@@ -137,8 +138,8 @@ def loss_and_update(
     memory = _store_pending(memory)
     blocks, slots, batch = memory.ring.labels.shape
     classes = memory.pending.proxies.shape[0]
-    block, slot = memory.count % blocks, memory.count // blocks % slots
-    in_use = jnp.arange(slots) < memory.count // blocks
+    block, slot = memory.steps % blocks, memory.steps // blocks % slots
+    in_use = jnp.arange(slots) < memory.steps // blocks
     past: Entry
     past, past_sums = jax.tree.map(
         lambda stored: jax.lax.dynamic_index_in_dim(stored, block, keepdims=False),
@@ -180,7 +181,7 @@ def loss_and_update(
         entry, among_own, sums_over_past, sums_of_past = _sums_of_rounded(loss, entry, past)
     update = jax.lax.stop_gradient(
         memory._replace(
-            count=memory.count + 1,
+            steps=memory.steps + 1,
             pending=entry,
             # Slot `slot` is where this entry will go: its rows meet their own proxies there.
             pending_row_sums=sums_over_past.at[slot].set(among_own),
@@ -193,7 +194,7 @@ def loss_and_update(
 def _store_pending(memory: Memory) -> Memory:
     """Puts the latest step into the ring; before the first step, zeros that nothing reads."""
     blocks, slots, _ = memory.ring.labels.shape
-    latest = memory.count - 1
+    latest = memory.steps - 1
     block, slot = latest % blocks, latest // blocks % slots
     ring = jax.tree.map(
         lambda ring, entry: ring.at[block, slot].set(entry), memory.ring, memory.pending

@@ -75,8 +75,8 @@ def synthesize(
 ) -> Synthesized:
     """Adds synthetic classes: mixtures of the samples and, alike, of their classes' proxies.
 
-    `e' = lam * e_i + (1 - lam) * e_partner` and `p' = lam * p_label_i + (1 - lam) * p_label_partner`
-    of unit vectors, for the first `floor(ratio * batch)` samples. Gradients flow through everything.
+    Of unit vectors, `e' = lam * e_i + (1 - lam) * e_partner`, and the same of the two classes'
+    proxies, for the first `floor(ratio * batch)` samples. Gradients flow through everything.
 
     Args:
         embeddings: `[batch, dim]`, raw.

@@ -5,9 +5,9 @@ losses, synthetic pairs and batch statistics are the same on any number of devic
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
@@ -29,7 +29,7 @@ def by_row(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Moves this process's share of a batch to its devices, without waiting for it.
 
     Args:

@@ -11,12 +11,14 @@ from dml_jax import command_line, data, sharding
 from dml_jax.retrieval import embed
 from dml_jax.training import checkpoint, experiment, workdir
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
 _CHECKPOINT = flags.DEFINE_enum(
     "checkpoint", "last", ["last", *checkpoint.BEST], "Which of the run's checkpoints."
 )
-_IMAGES = flags.DEFINE_string("images", None, "Folder of images, or of one folder a class.")
-_OUT = flags.DEFINE_string("out", None, "The .npz file to write.")
+_IMAGES = flags.DEFINE_string(
+    "images", None, "Folder of images, or of one folder a class.", required=True
+)
+_OUT = flags.DEFINE_string("out", None, "The .npz file to write.", required=True)
 
 
 def main() -> None:
@@ -35,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, required=("workdir", "images", "out"))
+    command_line.run(main)

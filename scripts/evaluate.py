@@ -25,17 +25,17 @@ _NMI = flags.DEFINE_bool("nmi", False, "Whether to cluster and measure NMI.")
 def main() -> None:
     """Runs the program."""
     with command_line.mendable():
-        if (_WORKDIR.value is None) == (_EMBEDDINGS.value is None):
-            raise ValueError("give either --workdir or --embeddings")
-        if _EMBEDDINGS.value is not None:
+        if _EMBEDDINGS.value and not _WORKDIR.value:
             exported = embed.load_embeddings(_EMBEDDINGS.value)
             embeddings, labels = exported.embeddings, exported.labels
-        else:
+        elif _WORKDIR.value and not _EMBEDDINGS.value:
             folder = Path(_WORKDIR.value)
             built = experiment.build(workdir.read_config(folder), sharding.make_mesh())
             variables = experiment.load_network(built, folder, _CHECKPOINT.value)
             embeddings = experiment.embed_images(built, variables, built.sources["test"])
             labels = built.sources["test"].labels
+        else:
+            raise ValueError("give either --workdir or --embeddings")
         scores = retrieval.evaluate(
             embeddings, labels, recall_at=[int(k) for k in _RECALL_AT.value], nmi=_NMI.value
         )

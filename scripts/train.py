@@ -13,7 +13,11 @@ from dml_jax import command_line, sharding
 from dml_jax.training import experiment, loop, workdir
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE[:variant]")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one of its own for each run.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; one of its own for each run.", required=True
+)
+
+flags.mark_flag_as_required("config")
 
 
 def main() -> None:
@@ -33,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, required=("config", "workdir"))
+    command_line.run(main)

@@ -3,9 +3,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.oracles import normalized
 
 from dml_jax import losses
+from tests.oracles import normalized
 
 BATCH, CLASSES, DIM = 6, 5, 8
 

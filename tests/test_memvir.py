@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from tests.oracles import DenseMemVir, normalized
 
 from dml_jax import losses, memvir
+from tests.oracles import DenseMemVir, normalized
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -184,7 +184,7 @@ def test_remembers_unit_vectors_and_proxies_of_before_the_update():
     _, memory = memvir.loss_and_update(
         losses.create("norm_softmax"), memory, embeddings, proxies, labels
     )
-    assert int(memory.count) == 1
+    assert int(memory.steps) == 1
     chex.assert_trees_all_close(memory.pending.embeddings, normalized(embeddings), atol=1e-6)
     chex.assert_trees_all_close(memory.pending.proxies, normalized(proxies), atol=1e-6)
     assert memory.pending.labels.tolist() == [1, 0, 1]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def command(program, *arguments):
-    return [sys.executable, str(ROOT / "scripts" / program), *map(str, arguments)]
+    return [sys.executable, f"scripts/{program}", *map(str, arguments)]
 
 
 def run(program, *arguments):
@@ -149,9 +149,15 @@ def test_a_run_of_another_configuration_is_left_as_it_is(images, finished):
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
+def quickstart(arguments):
+    # As quickstart.sh starts it, once the environment is made.
+    started = [sys.executable, "-m", "scripts.quickstart", *arguments]
+    return subprocess.run(started, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 def test_quickstart_compares_and_reuses(tmp_path):
     arguments = [f"--root={tmp_path}", "--epochs=1"]
-    first = succeed("quickstart.py", *arguments)
+    first = quickstart(arguments)
     rows = [
         [cell.strip() for cell in line.split("│")[1:-1]]
         for line in first.splitlines()
@@ -166,6 +172,6 @@ def test_quickstart_compares_and_reuses(tmp_path):
     ]
     assert 25 < float(rows[0][3]) < 28 and float(rows[1][3]) < 12
     runs = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    again = succeed("quickstart.py", *arguments)
+    again = quickstart(arguments)
     assert again.splitlines()[-12:] == first.splitlines()[-12:]
     assert runs == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

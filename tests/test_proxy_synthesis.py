@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.oracles import normalized
 
 from dml_jax import losses, proxy_synthesis
+from tests.oracles import normalized
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "proxy_synthesis.npz")
 

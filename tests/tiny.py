@@ -45,7 +45,7 @@ MEMVIR_SETTINGS = {
 
 
 def config(root, variant="baseline", **settings):
-    """The folder config of a variant with the tiny settings and network; others as keywords, `.` as `__`."""
+    """The folder config of a variant, tiny; more settings as keywords, with `__` for `.`."""
     made = folder.get_config(variant)
     made.data.root = str(root)
     memvir = MEMVIR_SETTINGS if "memvir" in variant else {}

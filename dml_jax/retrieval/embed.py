@@ -34,7 +34,7 @@ class Embeddings(NamedTuple):
 def embed(
     embed_fn: Callable[[Any, jax.Array], jax.Array],
     variables: Any,
-    batches: Iterable[Mapping[str, np.ndarray]],
+    batches: Iterable[Mapping[str, Any]],
     count: int,
     mesh: Mesh,
 ) -> Float32[np.ndarray, "n d"]:
@@ -76,7 +76,7 @@ def embed(
 def _outputs(
     embed_fn: Callable[[Any, jax.Array], jax.Array],
     variables: Any,
-    batches: Iterable[Mapping[str, np.ndarray]],
+    batches: Iterable[Mapping[str, Any]],
     mesh: Mesh,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the embeddings [B, d] and indices [B] of each global batch, one batch behind."""

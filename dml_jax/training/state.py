@@ -19,8 +19,8 @@ PROXY_INITS = ("uniform_dim", "uniform_classes", "normal_dim")
 class EpochMetrics(metrics.Collection):
     """Averages over the steps of the epoch that is under way."""
 
-    loss: metrics.Average.from_output("loss")
-    gradient_norm: metrics.Average.from_output("gradient_norm")
+    loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
+    gradient_norm: metrics.Average.from_output("gradient_norm")  # type: ignore[valid-type]
 
 
 class TrainState(NamedTuple):

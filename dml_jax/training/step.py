@@ -67,7 +67,7 @@ def objective(
     loss, memory = memvir.loss_and_update(recipe.loss, state.memory, **problem)
     # What the warm-up remembers is forgotten at once: an empty memory changes no loss.
     warm = state.step >= recipe.memory_warmup_steps
-    memory = memory._replace(count=jnp.where(warm, memory.count, 0))
+    memory = memory._replace(steps=jnp.where(warm, memory.steps, 0))
     return loss, (updates["batch_stats"], memory)
 
 
