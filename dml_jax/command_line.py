@@ -17,7 +17,8 @@ def run(main: Callable[[], None]) -> None:
             return flags.FLAGS(argv)
         # A mistyped --config.name is an AttributeError or a KeyError of ml_collections.
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            _exit(error, 2)
+            # What went wrong inside a config file comes with its traceback before it.
+            _exit(str(error).strip().splitlines()[-1], 2)
 
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:

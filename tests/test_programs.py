@@ -155,23 +155,22 @@ def quickstart(arguments):
     return subprocess.run(started, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
+def table_rows(printed):
+    lines = [line.split("│")[1:-1] for line in printed.splitlines() if "│" in line]
+    return [[cell.strip() for cell in cells] for cells in lines]
+
+
 def test_quickstart_compares_and_reuses(tmp_path):
     arguments = [f"--root={tmp_path}", "--epochs=1"]
-    first = quickstart(arguments)
-    rows = [
-        [cell.strip() for cell in line.split("│")[1:-1]]
-        for line in first.splitlines()
-        if "│" in line
-    ]
-    assert [row[0] for row in rows] == [
+    first = table_rows(quickstart(arguments))
+    assert [row[0] for row in first] == [
         "raw pixels",
         "untrained network",
         "baseline",
         "ps",
         "memvir",
     ]
-    assert 25 < float(rows[0][3]) < 28 and float(rows[1][3]) < 12
+    assert 25 < float(first[0][3]) < 28 and float(first[1][3]) < 12
     runs = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    again = quickstart(arguments)
-    assert again.splitlines()[-12:] == first.splitlines()[-12:]
+    assert table_rows(quickstart(arguments)) == first
     assert runs == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
