@@ -17,8 +17,9 @@ def run(main: Callable[[], None]) -> None:
             return flags.FLAGS(argv)
         # A mistyped --config.name is an AttributeError or a KeyError of ml_collections.
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            # What went wrong inside a config file comes with its traceback before it.
-            _exit(str(error).strip().splitlines()[-1], 2)
+            message = str(error.args[0] if isinstance(error, KeyError) else error).strip()
+            # What went wrong inside a config file comes behind its whole traceback.
+            _exit(message.splitlines()[-1] if "Traceback" in message else message, 2)
 
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
