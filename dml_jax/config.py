@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from dml_jax import losses
 from dml_jax.models import BACKBONES, POOLINGS
+from dml_jax.models.resnet import STEMS
 from dml_jax.training import optimizer, state
 
 
@@ -63,6 +64,8 @@ def default() -> ConfigDict:
                 "decay_rate": 0.1,
                 "decay_every": 50,
                 "decay_until": 50,
+                # Bound on the size of each element of a gradient; none by default.
+                "clip_value": config_dict.placeholder(float),
             },
             "evaluation": {"every_epochs": 5, "recall_at": (1, 2, 4, 8), "nmi": False},
             "checkpoint": {"every_epochs": 1, "keep_last": 2},
@@ -141,7 +144,7 @@ def validate(config: ConfigDict) -> None:
                 wrong.append(f"config.{path} is {_at(config, path)}; it must be above 0")
 
     one_of("model.backbone", BACKBONES)
-    one_of("model.stem", ("imagenet", "small"))
+    one_of("model.stem", STEMS)
     one_of("model.pooling", POOLINGS)
     one_of("model.dtype", ("float32", "bfloat16"))
     one_of("memvir.dtype", ("float32", "bfloat16"))
@@ -155,13 +158,21 @@ def validate(config: ConfigDict) -> None:
     at_least(config.data.image_size, "data.resize")
     positive("proxy_synthesis.alpha", "optimizer.learning_rate", "optimizer.eps")
     positive("optimizer.proxy_learning_rate", "optimizer.decay_rate")
-    low, high = config.data.crop_scale
-    if not 0 < low <= high <= 1:
+    crop_scale = tuple(config.data.crop_scale)
+    if len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
         wrong.append(
-            f"config.data.crop_scale is {(low, high)}; it must rise within 0 to 1, above 0"
+            f"config.data.crop_scale is {crop_scale}; it must be least and most, above 0, up to 1"
         )
-    if not config.evaluation.recall_at or min(config.evaluation.recall_at) < 1:
-        wrong.append("config.evaluation.recall_at must name at least one k, each at least 1")
+    recall_at = tuple(config.evaluation.recall_at)
+    if 1 not in recall_at or not all(isinstance(k, int) and k >= 1 for k in recall_at):
+        wrong.append(
+            f"config.evaluation.recall_at is {recall_at}; it must be whole numbers, with 1"
+        )
+    if config.memvir.num_steps and config.memvir.warmup_epochs >= config.epochs:
+        wrong.append(
+            f"config.memvir.warmup_epochs is {config.memvir.warmup_epochs}, but the run ends after "
+            f"{config.epochs}, before the memory is used"
+        )
     try:
         losses.create(**config.loss)
     except ValueError as error:

@@ -18,8 +18,8 @@ _CHECKPOINT = flags.DEFINE_enum(
     "checkpoint", "last", ["last", *checkpoint.BEST], "Which of the run's checkpoints."
 )
 _EMBEDDINGS = flags.DEFINE_string("embeddings", None, "Exported embeddings, in place of a run.")
-_RECALL_AT = flags.DEFINE_list("recall_at", ["1", "2", "4", "8"], "Each k of Recall@k.")
-_NMI = flags.DEFINE_bool("nmi", False, "Whether to cluster and measure NMI.")
+_RECALL_AT = flags.DEFINE_list("recall_at", None, "Each k of Recall@k; the run's, or 1,2,4,8.")
+_NMI = flags.DEFINE_bool("nmi", False, "Whether to cluster and measure NMI too.")
 
 
 def main() -> None:
@@ -28,16 +28,22 @@ def main() -> None:
         if _EMBEDDINGS.value and not _WORKDIR.value:
             exported = embed.load_embeddings(_EMBEDDINGS.value)
             embeddings, labels = exported.embeddings, exported.labels
+            recall_at = (1, 2, 4, 8)
         elif _WORKDIR.value and not _EMBEDDINGS.value:
             folder = Path(_WORKDIR.value)
-            built = experiment.build(workdir.read_config(folder), sharding.make_mesh())
+            config = workdir.read_config(folder)
+            built = experiment.build(config, sharding.make_mesh())
             variables = experiment.load_network(built, folder, _CHECKPOINT.value)
             embeddings = experiment.embed_images(built, variables, built.sources["test"])
             labels = built.sources["test"].labels
+            recall_at = config.evaluation.recall_at
         else:
             raise ValueError("give either --workdir or --embeddings")
         scores = retrieval.evaluate(
-            embeddings, labels, recall_at=[int(k) for k in _RECALL_AT.value], nmi=_NMI.value
+            embeddings,
+            labels,
+            recall_at=[int(k) for k in _RECALL_AT.value or recall_at],
+            nmi=_NMI.value,
         )
     print(json.dumps(scores, indent=2))
 

@@ -15,7 +15,9 @@ from dml_jax import command_line, data, sharding
 from dml_jax.training import experiment, loop, workdir
 
 _ROOT = flags.DEFINE_string("root", "runs/quickstart", "Folder of the runs.")
-_EPOCHS = flags.DEFINE_integer("epochs", None, "Epochs of each run; None for the config's.")
+_EPOCHS = flags.DEFINE_integer(
+    "epochs", None, "Epochs of each run; the config's by default.", lower_bound=1
+)
 _COLUMNS = {"R@1": "recall@1", "RP": "r_precision", "MAP@R": "map@r"}
 
 
@@ -27,26 +29,25 @@ def main() -> None:
         cells = [f"{100 * scores[metric]:.1f}" for metric in _COLUMNS.values()]
         table.add_row(name, *cells, "" if seconds is None else f"{seconds:.0f}")
 
-    for variant in ("baseline", "ps", "memvir"):
-        config = glyphs.get_config(variant)
-        if _EPOCHS.value:
-            config.epochs = _EPOCHS.value
-        folder = Path(_ROOT.value) / variant
-        with command_line.mendable():
+    with command_line.mendable():
+        for variant in ("baseline", "ps", "memvir"):
+            config = glyphs.get_config(variant)
+            config.epochs = _EPOCHS.value or config.epochs
+            config.memvir.warmup_epochs = min(config.memvir.warmup_epochs, config.epochs - 1)
+            folder = Path(_ROOT.value) / variant
             workdir.check(folder, config)
-        built = experiment.build(config, sharding.make_mesh())
-        test = built.sources["test"]
-        if variant == "baseline":
-            add("raw pixels", experiment.evaluate(built, _pixels(test)))
-            untrained = experiment.embed_images(built, experiment.network(built.init()), test)
-            add("untrained network", experiment.evaluate(built, untrained))
-        result = workdir.read_result(folder)
-        if result is None:
-            print(f"\n{variant}: {folder}")
-            workdir.claim(folder, config)
-            with command_line.mendable():
+            built = experiment.build(config, sharding.make_mesh())
+            test = built.sources["test"]
+            if variant == "baseline":
+                add("raw pixels", experiment.evaluate(built, _pixels(test)))
+                untrained = experiment.embed_images(built, experiment.network(built.init()), test)
+                add("untrained network", experiment.evaluate(built, untrained))
+            result = workdir.read_result(folder)
+            if result is None:
+                print(f"\n{variant}: {folder}")
+                workdir.claim(folder, config)
                 result = loop.train(built, folder)
-        add(variant, result["last"], workdir.seconds(folder))
+            add(variant, result["last"], workdir.seconds(folder))
     Console().print(table)
     print(f"Runs with checkpoints, metrics and embeddings: {_ROOT.value}")
 

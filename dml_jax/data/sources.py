@@ -88,7 +88,7 @@ def images_below(root: str | os.PathLike[str]) -> Source:
         FileNotFoundError: there is no such directory, or no image in it.
     """
     classes = {}
-    for directory, below, _ in os.walk(root):
+    for directory, below, _ in os.walk(root, followlinks=True):
         below[:] = sorted(name for name in below if not name.startswith("."))
         members = [
             (str(path.relative_to(root)), str(path))

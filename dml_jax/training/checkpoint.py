@@ -7,11 +7,12 @@ state is the input's position too.
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
 from dml_jax.training import workdir as workdirs
 
-BEST = {"best": "map@r", "best_r1": "recall@1", "best_rp": "r_precision", "best_map": "map@r"}
+BEST = {"best": "map@r", "best_r1": "recall@1", "best_rp": "r_precision"}
 """Names of the best checkpoints, and the metric by which each is the best."""
 
 SKIPPED = ocp.PLACEHOLDER
@@ -35,7 +36,7 @@ class Checkpoints:
                 n=1,
                 keep_checkpoints_without_metrics=False,
             )
-            for name in sorted(set(BEST.values()))
+            for name in BEST.values()
         ]
         self._checkpointer = ocp.training.Checkpointer(
             (workdir / workdirs.CHECKPOINTS).absolute(),
@@ -62,7 +63,8 @@ class Checkpoints:
             state: what to save.
             metrics: of the evaluation at this step; None if there was none.
         """
-        self._checkpointer.save_async(step, state, force=True, metrics=metrics)
+        with jax.transfer_guard("allow"):  # The copy to the host counts as an implicit one.
+            self._checkpointer.save_async(step, state, force=True, metrics=metrics)
 
     @property
     def latest(self) -> int | None:

@@ -1,4 +1,4 @@
-"""From a configuration to what it names: images, network, loss, optimizer and the compiled step."""
+"""From a configuration to what it names: images, network, loss, optimizer."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -59,7 +59,13 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> Experiment:
     sources = data.create(config.data.name, root=config.data.root or None)
     for source in sources.values():
         data.check(source)
-    train = sources["train"]
+    train, test = sources["train"], sources["test"]
+    if max(config.evaluation.recall_at) >= len(test) or np.bincount(test.labels).max() < 2:
+        raise ValueError(
+            f"the {len(test)} test images in {len(test.class_names)} classes are too few to search "
+            f"in: config.evaluation.recall_at asks for {max(config.evaluation.recall_at)} "
+            "neighbours, and some class needs two images"
+        )
     steps_per_epoch = data.steps_per_epoch(
         train.labels, batch_size=config.batch_size, n_instance=config.data.n_instance
     )

@@ -55,36 +55,33 @@ def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
             ) as writer,
             jax.transfer_guard("disallow"),
         ):
-            watch = _LossWatch(experiment, writer, checkpoints)
+            watch = _Watch(experiment, writer, checkpoints)
             epoch_began = time.perf_counter()
             for step, batch in _batches(experiment, start, total_steps):
-                state, loss = compiled(state, batch)
-                watch.put(step, loss)
+                state, observed = compiled(state, batch)
+                watch.put(step, observed)
                 if step % steps_per_epoch:
                     continue
                 watch.drain()
                 metrics = _epoch_metrics(experiment, state, step)
                 trained = time.perf_counter()
-                epoch = step // steps_per_epoch
                 scores = None
-                if epoch % config.evaluation.every_epochs == 0 or step == total_steps:
+                if metrics["epoch"] % config.evaluation.every_epochs == 0 or step == total_steps:
                     embeddings = embed_images(
                         experiment, network(state), experiment.sources["test"]
                     )
                     scores = evaluate(experiment, embeddings)
-                ended = time.perf_counter()
                 timings = {
                     "step": step,
-                    "epoch": epoch,
+                    "epoch": metrics["epoch"],
                     "images_per_second": (
                         steps_per_epoch * config.batch_size / (trained - epoch_began)
                     ),
                     "train_seconds": trained - epoch_began,
-                    "evaluation_seconds": ended - trained,
+                    "evaluation_seconds": time.perf_counter() - trained,
                 }
                 writer.epoch(metrics | (scores or {}), timings)
-                due = epoch % config.checkpoint.every_epochs == 0
-                if due or scores is not None:
+                if scores or metrics["epoch"] % config.checkpoint.every_epochs == 0:
                     checkpoints.save(step, state, scores)
                 epoch_began = time.perf_counter()
     if embeddings is None:
@@ -131,34 +128,36 @@ def _batches(
         batches.close()
 
 
-class _LossWatch:
-    """Looks at each step's loss a few steps late, so that the devices never wait for the host."""
+class _Watch:
+    """Looks at each step's loss and gradient a few steps late: devices never wait for the host."""
 
     def __init__(
         self, experiment: Experiment, writer: Writer, checkpoints: checkpoint.Checkpoints
     ) -> None:
         self._experiment, self._writer, self._checkpoints = experiment, writer, checkpoints
-        self._losses: collections.deque[tuple[int, Array]] = collections.deque()
+        self._observed: collections.deque[tuple[int, tuple[Array, Array]]] = collections.deque()
 
-    def put(self, step: int, loss: Array) -> None:
-        self._losses.append((step, loss))
-        if len(self._losses) > _STEPS_IN_FLIGHT:
+    def put(self, step: int, observed: tuple[Array, Array]) -> None:
+        self._observed.append((step, observed))
+        if len(self._observed) > _STEPS_IN_FLIGHT:
             self._look()
 
     def drain(self) -> None:
-        while self._losses:
+        while self._observed:
             self._look()
 
     def _look(self) -> None:
-        step, loss = self._losses.popleft()
-        value = float(jax.device_get(loss))
+        step, observed = self._observed.popleft()
+        loss, gradient_norm = map(float, jax.device_get(observed))
         rate, _ = self._experiment.learning_rate(step - 1)
-        if not math.isfinite(value):
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            latest = self._checkpoints.latest
             raise FloatingPointError(
-                f"the loss of step {step} is {value} (learning rate {rate:g}); "
-                f"the last good checkpoint is that of step {self._checkpoints.latest or 0}"
+                f"the loss of step {step} is {loss}, the norm of its gradient {gradient_norm} "
+                f"(learning rate {rate:g}); the last good checkpoint is "
+                + ("none yet" if latest is None else f"that of step {latest}")
             )
-        self._writer.step(step, loss=value, learning_rate=rate)
+        self._writer.step(step, loss=loss, learning_rate=rate)
 
 
 def _epoch_metrics(experiment: Experiment, state: TrainState, step: int) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def objective(
 
 def train_step(
     recipe: Recipe, state: TrainState, batch: Mapping[str, Array]
-) -> tuple[TrainState, Float[Array, ""]]:
+) -> tuple[TrainState, tuple[Float[Array, ""], Float[Array, ""]]]:
     """Takes one step.
 
     Args:
@@ -82,7 +82,7 @@ def train_step(
         batch: `image` `[batch, height, width, 3]` and `label` `[batch]`.
 
     Returns:
-        The state after the step, and the step's loss.
+        The state after the step, and the step's loss and gradient norm.
     """
     # A key that depends on the step alone makes a resumed run the same run.
     key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
@@ -96,7 +96,8 @@ def train_step(
         EpochMetrics.empty(),
         state.metrics,
     )
-    now = EpochMetrics.single_from_model_output(loss=loss, gradient_norm=optax.tree.norm(gradients))
+    gradient_norm = optax.tree.norm(gradients)
+    now = EpochMetrics.single_from_model_output(loss=loss, gradient_norm=gradient_norm)
     new_state = TrainState(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
@@ -105,12 +106,12 @@ def train_step(
         memory=memory,
         metrics=so_far.merge(now),
     )
-    return new_state, loss
+    return new_state, (loss, gradient_norm)
 
 
 def compile_step(
     recipe: Recipe, state_sharding: Any, batch_sharding: Any
-) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, Float[Array, ""]]]:
+) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, tuple[Array, Array]]]:
     """`train_step` of a recipe, compiled; the state that is given to it is used up.
 
     Args:
@@ -119,7 +120,9 @@ def compile_step(
         batch_sharding: how a batch is split.
     """
 
-    def step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, Float[Array, ""]]:
+    def step(
+        state: TrainState, batch: Mapping[str, Array]
+    ) -> tuple[TrainState, tuple[Array, Array]]:
         return train_step(recipe, state, batch)
 
     return jax.jit(

@@ -16,9 +16,17 @@ EMBEDDINGS = "embeddings.npz"
 RESULT = "result.json"
 
 
+FREE = ("config.data.num_workers",)
+"""Settings that may change when a run goes on: they change no result."""
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file whole or not at all."""
-    part = path.with_name(path.name + ".part")
+    part = _part(path)
     part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(part, path)
 
@@ -59,7 +67,8 @@ def check(workdir: Path, config: ConfigDict) -> None:
     """
     path = workdir / CONFIG
     if not path.exists():
-        if workdir.exists() and any(workdir.iterdir()):
+        # A run that was killed when it began leaves at most a part of that file.
+        if workdir.exists() and {x.name for x in workdir.iterdir()} - {_part(path).name}:
             raise ValueError(
                 f"{workdir} holds files but no {CONFIG}, so it is not a run to resume; "
                 "choose a new folder for --workdir"
@@ -90,12 +99,15 @@ def read_config(workdir: Path) -> ConfigDict:
     path = workdir / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run: there is no {path}")
-    return ConfigDict(json.loads(path.read_text(encoding="utf-8"))).lock()
+    try:
+        return ConfigDict(json.loads(path.read_text(encoding="utf-8"))).lock()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def _differences(there: Any, here: Any, path: str = "config") -> Iterator[str]:
     if isinstance(there, dict) and isinstance(here, dict):
         for name in sorted(there.keys() | here.keys()):
             yield from _differences(there.get(name), here.get(name), f"{path}.{name}")
-    elif there != here:
+    elif there != here and path not in FREE:
         yield f"{path}: {there!r} there, {here!r} now"

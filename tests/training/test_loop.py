@@ -75,7 +75,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         return batch
 
     monkeypatch.setattr(sharding, "put_batch", poisoned)
-    with pytest.raises(FloatingPointError, match="step 7 is nan .*checkpoint is that of step 4"):
+    with pytest.raises(FloatingPointError, match="step 7 is nan, .*checkpoint is that of step 4"):
         loop.train(built, folder)
     with checkpoint.Checkpoints(folder) as checkpoints:
         assert checkpoints.latest == 4
@@ -96,7 +96,7 @@ def test_the_latest_and_the_best_checkpoints_are_kept(tmp_path):
         assert checkpoints.find("last") == 6
         assert checkpoints.find("best_r1") == 1
         assert checkpoints.find("best_rp") == 0
-        assert checkpoints.find("best") == checkpoints.find("best_map") == 2
+        assert checkpoints.find("best") == 2
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):

@@ -32,7 +32,7 @@ def losses_of_run(config, devices, steps):
     )
     state, losses = built.init(), []
     for batch in batches:
-        state, loss = compiled(state, sharding.put_batch(mesh, batch))
+        state, (loss, _) = compiled(state, sharding.put_batch(mesh, batch))
         losses.append(float(loss))
     return np.asarray(losses), state
 
