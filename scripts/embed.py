@@ -24,6 +24,8 @@ _OUT = flags.DEFINE_string("out", None, "The .npz file to write.", required=True
 def main() -> None:
     """Runs the program."""
     with command_line.mendable():
+        if not Path(_OUT.value).absolute().parent.is_dir():
+            raise FileNotFoundError(f"there is no folder to write {_OUT.value} into")
         images = data.images_below(_IMAGES.value)
         data.check(images)
         folder = Path(_WORKDIR.value)

@@ -23,6 +23,9 @@ flags.mark_flag_as_required("config")
 def main() -> None:
     """Runs the program."""
     folder, config = Path(_WORKDIR.value), _CONFIG.value
+    if config.data.root:
+        # So that the run can be resumed and evaluated from any directory.
+        config.data.root = str(Path(config.data.root).absolute())
     with command_line.mendable():
         workdir.check(folder, config)
         result = workdir.read_result(folder)

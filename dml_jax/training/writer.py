@@ -36,9 +36,7 @@ class Writer:
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.completed}/{task.total} steps"),
-            TextColumn("{task.fields[speed]:.0f} images/s"),
-            TextColumn("loss {task.fields[loss]:.3f}"),
-            TextColumn("lr {task.fields[learning_rate]:.2g}"),
+            TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
@@ -48,9 +46,7 @@ class Writer:
             workdir.name,
             total=total_steps,
             completed=step,
-            speed=0.0,
-            loss=float("nan"),
-            learning_rate=float("nan"),
+            status="compiling",
         )
 
     def __enter__(self) -> "Writer":
@@ -68,9 +64,8 @@ class Writer:
     def step(self, step: int, *, loss: float, learning_rate: float) -> None:
         """Moves the progress bar to a step."""
         speed = (self._progress.tasks[0].speed or 0.0) * self._batch_size
-        self._progress.update(
-            self._task, completed=step, speed=speed, loss=loss, learning_rate=learning_rate
-        )
+        status = f"{speed:.0f} images/s  loss {loss:.3f}  lr {learning_rate:.2g}"
+        self._progress.update(self._task, completed=step, status=status)
 
     def epoch(self, metrics: dict[str, Any], timings: dict[str, Any]) -> None:
         """Writes an epoch's metrics.

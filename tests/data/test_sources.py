@@ -146,3 +146,19 @@ def test_wrong_names_and_roots_are_refused(folder):
         data.create("folder")
     with pytest.raises(ValueError, match="'glyphs' comes with its images and takes no root"):
         data.create("glyphs", root=folder)
+
+
+def test_images_below_takes_every_image_with_its_directory_as_class(folder):
+    (folder / "notes.txt").write_text("not an image")
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "1.png").write_bytes(b"")
+    (folder / "top.png").write_bytes((folder / "train" / "a" / "2.PNG").read_bytes())
+    source = data.images_below(folder)
+    assert source.class_names == (".", "test/c", "train/a", "train/b")
+    assert source.names[:2] == ("top.png", "test/c/0.pgm")
+    assert source.labels.tolist() == [0, *[1] * 3, *[2] * 3, *[3] * 3]
+
+
+def test_images_below_names_a_directory_without_images(tmp_path):
+    with pytest.raises(FileNotFoundError, match="found no images in"):
+        data.images_below(tmp_path)
