@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -48,11 +48,3 @@ def _exit(error: object, code: int) -> NoReturn:
     logging.debug("traceback", exc_info=True)
     print(f"error: {error}", file=sys.stderr)
     sys.exit(code)
-
-
-def scores(metrics: Mapping[str, float]) -> str:
-    """The three scores that papers compare, in percent."""
-    return "  ".join(
-        f"{label} {100 * metrics[name]:.1f}"
-        for label, name in (("R@1", "recall@1"), ("RP", "r_precision"), ("MAP@R", "map@r"))
-    )

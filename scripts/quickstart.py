@@ -11,22 +11,23 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import glyphs
-from dml_jax import command_line, data, sharding
+from dml_jax import command_line, data, retrieval, sharding
 from dml_jax.training import experiment, loop, workdir
 
 _ROOT = flags.DEFINE_string("root", "runs/quickstart", "Folder of the runs.")
 _EPOCHS = flags.DEFINE_integer(
     "epochs", None, "Epochs of each run; the config's by default.", lower_bound=1
 )
-_COLUMNS = {"R@1": "recall@1", "RP": "r_precision", "MAP@R": "map@r"}
 
 
 def main() -> None:
     """Runs the program."""
-    table = Table("", *_COLUMNS, "seconds", title="Letters of scripts that were never seen, %")
+    table = Table(
+        "", *retrieval.SCORES, "seconds", title="Letters of scripts that were never seen, %"
+    )
 
     def add(name: str, scores: dict[str, float], seconds: float | None = None) -> None:
-        cells = [f"{100 * scores[metric]:.1f}" for metric in _COLUMNS.values()]
+        cells = [f"{100 * scores[metric]:.1f}" for metric in retrieval.SCORES.values()]
         table.add_row(name, *cells, "" if seconds is None else f"{seconds:.0f}")
 
     with command_line.mendable():

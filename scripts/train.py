@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from dml_jax import command_line, sharding
+from dml_jax import command_line, retrieval, sharding
 from dml_jax.training import experiment, loop, workdir
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE[:variant]")
@@ -34,8 +34,8 @@ def main() -> None:
             print(experiment.parameter_overview(built))
             workdir.claim(folder, config)
             result = loop.train(built, folder)
-    print(f"last: {command_line.scores(result['last'])}")
-    print(f"best: {command_line.scores(result['best'])} (epoch {result['best']['epoch']})")
+    print(f"last: {retrieval.summary(result['last'])}")
+    print(f"best: {retrieval.summary(result['best'])} (epoch {result['best']['epoch']})")
     print(f"results: {folder / workdir.RESULT}")
 
 

@@ -1,6 +1,6 @@
 """Zero-shot retrieval: embed test images, search their neighbours, measure."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -12,6 +12,15 @@ from dml_jax.retrieval import metrics, search
 # neighbours (8 bytes each, and a few such arrays) stay near 64 MB whatever k.
 _BLOCK_QUERIES = 4096
 _BLOCK_NEIGHBOURS = 1 << 23
+
+
+SCORES = {"R@1": "recall@1", "RP": "r_precision", "MAP@R": "map@r"}
+"""The scores that papers compare, by the names they give them."""
+
+
+def summary(metrics: Mapping[str, float]) -> str:
+    """The scores that papers compare, in percent, in a line."""
+    return "  ".join(f"{name} {100 * metrics[metric]:.1f}" for name, metric in SCORES.items())
 
 
 def evaluate(

@@ -8,6 +8,7 @@ import tensorboardX
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dml_jax import retrieval
 from dml_jax.training import workdir as workdirs
 
 
@@ -82,11 +83,8 @@ class Writer:
                 self._events.add_scalar(name, value, metrics["step"])
         self._events.flush()
         shown = [f"epoch {metrics['epoch']}", f"loss {metrics['loss']:.3f}"]
-        shown += [
-            f"{label} {100 * metrics[name]:.1f}"
-            for label, name in (("R@1", "recall@1"), ("RP", "r_precision"), ("MAP@R", "map@r"))
-            if name in metrics
-        ]
+        if "map@r" in metrics:
+            shown.append(retrieval.summary(metrics))
         shown.append(f"{timings['images_per_second']:.0f} images/s")
         self._console.print("  ".join(shown), highlight=False)
 
