@@ -1,6 +1,7 @@
 """Zero-shot retrieval: embed test images, search their neighbours, measure."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -18,7 +19,7 @@ SCORES = {"R@1": "recall@1", "RP": "r_precision", "MAP@R": "map@r"}
 """The scores that papers compare, by the names they give them."""
 
 
-def summary(metrics: Mapping[str, float]) -> str:
+def summary(metrics: Mapping[str, Any]) -> str:
     """The scores that papers compare, in percent, in a line."""
     return "  ".join(f"{name} {100 * metrics[metric]:.1f}" for name, metric in SCORES.items())
 
