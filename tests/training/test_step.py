@@ -37,22 +37,15 @@ def losses_of_run(config, devices, steps):
     return np.asarray(losses), state
 
 
-@pytest.mark.parametrize(
-    ("variant", "backbone"),
-    [
-        ("baseline", "resnet18"),
-        ("baseline", "resnet6"),
-        ("ps_memvir", "resnet6"),
-        ("ps_memvir_proxy_nca", "resnet6"),
-    ],
-)
-def test_losses_are_the_same_on_any_number_of_devices(variant, backbone):
-    # With the shipped learning rate such a narrow network is chaotic: within some steps the last
-    # bit of a sum decides which side of zero an activation falls on. 482 classes don't divide by 8.
+@pytest.mark.parametrize("variant", ["baseline", "ps_memvir", "ps_memvir_proxy_nca"])
+def test_losses_are_the_same_on_any_number_of_devices(variant):
+    # In a deep network the last bit of a sum decides, every few steps, on which side of zero some
+    # activation falls, and a high learning rate carries that into the loss: so a shallow network
+    # at the official rates. 482 classes don't divide by 8.
     config = glyphs.get_config(variant)
     settings = {
         "batch_size": 32,
-        "model.backbone": backbone,
+        "model.backbone": "resnet6",
         "model.width": 8,
         "optimizer.learning_rate": 1e-4,
         "optimizer.proxy_learning_rate": 1e-2,
