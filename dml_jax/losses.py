@@ -5,6 +5,7 @@ Adding one takes a class here, named in `_LOSSES`: Proxy Synthesis, MemVir and t
 need of it only what `SoftmaxLoss` names.
 """
 
+import abc
 import dataclasses
 from typing import Any
 
@@ -16,7 +17,7 @@ from dml_jax import numerics
 
 
 @dataclasses.dataclass(frozen=True)
-class SoftmaxLoss:
+class SoftmaxLoss(abc.ABC):
     """Cross-entropy over classes: the mean of `log(sum_c exp(z_c)) - z_label` over the rows.
 
     A subclass says how logits are formed, and overrides `prepare` or `target` where the
@@ -29,11 +30,11 @@ class SoftmaxLoss:
         """What `logits` takes: by default both sets of vectors at unit length, in float32."""
         return numerics.normalize(embeddings), numerics.normalize(proxies)
 
+    @abc.abstractmethod
     def logits(
         self, embeddings: Float[Array, "rows dim"], proxies: Float[Array, "proxies dim"]
     ) -> Float[Array, "rows classes"]:
         """The logits of prepared embeddings against prepared proxies, without any margin."""
-        raise NotImplementedError
 
     def target(self, logit: Float[Array, " rows"]) -> Float[Array, " rows"]:
         """What a row's logit for its own label becomes; unchanged by default."""

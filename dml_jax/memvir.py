@@ -156,13 +156,13 @@ def loss_and_update(
 
     # The rows in memory, against the current proxies; the rest of their logits are remembered.
     sums_of_past = _sums_of_slots(loss, past.embeddings, columns[:classes])
-    met = [sums_of_past]
+    known = jnp.where(in_use[None, :, None], past_sums, -jnp.inf)
+    terms = [sums_of_past[:, None], known]
     if len(columns) > classes:
         extra_mask = None if class_mask is None else class_mask[classes:]
-        met.append(_sums_of_slots(loss, past.embeddings, columns[classes:], extra_mask))
-    known = jnp.where(in_use[None, :, None], past_sums, -jnp.inf)
-    virtual = jax.nn.logsumexp(jnp.concatenate([jnp.stack(met, axis=1), known], axis=1), axis=1)
-    virtual = virtual - past.targets
+        extra = _sums_of_slots(loss, past.embeddings, columns[classes:], extra_mask)
+        terms.append(extra[:, None])
+    virtual = jax.nn.logsumexp(jnp.concatenate(terms, axis=1), axis=1) - past.targets
 
     counted = jnp.ones(len(rows), bool) if row_mask is None else row_mask
     total = jnp.sum(current, where=counted) + jnp.sum(virtual, where=in_use[:, None])

@@ -56,16 +56,8 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> Experiment:
             f"config.batch_size is {config.batch_size}, which the {mesh.size} devices cannot share "
             f"evenly; choose a multiple of {mesh.size}"
         )
-    sources = data.create(config.data.name, root=config.data.root or None)
-    for source in sources.values():
-        data.check(source)
-    train, test = sources["train"], sources["test"]
-    if max(config.evaluation.recall_at) >= len(test) or np.bincount(test.labels).max() < 2:
-        raise ValueError(
-            f"the {len(test)} test images in {len(test.class_names)} classes are too few to search "
-            f"in: config.evaluation.recall_at asks for {max(config.evaluation.recall_at)} "
-            "neighbours, and some class needs two images"
-        )
+    sources = _sources(config)
+    train = sources["train"]
     steps_per_epoch = data.steps_per_epoch(
         train.labels, batch_size=config.batch_size, n_instance=config.data.n_instance
     )
@@ -111,6 +103,20 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> Experiment:
             in_shardings=(everywhere, sharding.by_row(mesh)),
         ),
     )
+
+
+def _sources(config: ConfigDict) -> dict[str, data.Source]:
+    sources = data.create(config.data.name, root=config.data.root or None)
+    for source in sources.values():
+        data.check(source)
+    test, furthest = sources["test"], max(config.evaluation.recall_at)
+    if furthest >= len(test) or np.bincount(test.labels).max() < 2:
+        raise ValueError(
+            f"the {len(test)} test images in {len(test.class_names)} classes are too few to search "
+            f"in: config.evaluation.recall_at asks for {furthest} neighbours, and some class needs "
+            "two images"
+        )
+    return sources
 
 
 def _memory(config: ConfigDict, *, num_classes: int) -> memvir.Memory | None:

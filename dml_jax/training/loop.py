@@ -57,7 +57,7 @@ def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
         ):
             watch = _Watch(experiment, writer, checkpoints)
             epoch_began = time.perf_counter()
-            for step, batch in _batches(experiment, start, total_steps):
+            for step, batch in batches(experiment, start, total_steps):
                 state, observed = compiled(state, batch)
                 watch.put(step, observed)
                 if step % steps_per_epoch:
@@ -96,12 +96,21 @@ def _start(experiment: Experiment, checkpoints: checkpoint.Checkpoints) -> tuple
     return experiment.init(), 0
 
 
-def _batches(
+def batches(
     experiment: Experiment, start: int, total_steps: int
 ) -> Iterator[tuple[int, dict[str, Array]]]:
-    """Batches on their devices, with the number of steps done after each; one is sent ahead."""
+    """Batches on their devices, with the number of steps done after each; one is sent ahead.
+
+    Args:
+        experiment: whose images.
+        start: steps that are done.
+        total_steps: steps of the whole run.
+
+    Yields:
+        Steps done after the batch, and the batch.
+    """
     config = experiment.config
-    batches = data.train_batches(
+    reader = data.train_batches(
         experiment.sources["train"],
         batch_size=config.batch_size,
         n_instance=config.data.n_instance,
@@ -117,7 +126,7 @@ def _batches(
     )
     try:
         sent = None
-        for step, batch in enumerate(batches, start):
+        for step, batch in enumerate(reader, start):
             ahead = sharding.put_batch(experiment.mesh, batch)
             if sent is not None:
                 yield step, sent
@@ -125,7 +134,7 @@ def _batches(
         if sent is not None:
             yield total_steps, sent
     finally:
-        batches.close()
+        reader.close()
 
 
 class _Watch:

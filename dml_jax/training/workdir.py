@@ -15,7 +15,6 @@ CHECKPOINTS = "checkpoints"
 EMBEDDINGS = "embeddings.npz"
 RESULT = "result.json"
 
-
 FREE = ("config.data.num_workers",)
 """Settings that may change when a run goes on: they change no result."""
 
@@ -24,11 +23,16 @@ def _part(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    part = _part(path)
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file whole or not at all."""
-    part = _part(path)
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_result(workdir: Path) -> dict[str, Any] | None:

@@ -92,7 +92,5 @@ class Writer:
 def _open_up_to(path: Path, step: int) -> Any:
     """Opens a file of JSON lines to append to, without the lines behind a step."""
     kept = [line for line in workdirs.read_lines(path) if line["step"] <= step]
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    part.replace(path)
+    workdirs.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
     return path.open("a", encoding="utf-8")
