@@ -4,7 +4,7 @@ python scripts/train.py --config=configs/folder.py:ps --workdir=runs/mine --conf
 
 The settings are the official CARS196 recipe with a ResNet-50 from random weights. For small images
 set `--config.data.image_size=32 --config.data.resize=32 --config.model.stem=small`; for images
-with a left and a right, such as letters, set `--noconfig.data.flip`.
+with a left and a right, such as letters, set `--noconfig.data.augmentation.flip`.
 """
 
 from ml_collections import ConfigDict

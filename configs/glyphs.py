@@ -16,15 +16,14 @@ def get_config(variant: str = "baseline") -> ConfigDict:
         name="glyphs",
         image_size=32,
         resize=32,
-        crop_scale=(0.8, 1.0),
         # A mirrored letter is another letter.
-        flip=False,
+        augmentation={"crop_scale": (0.8, 1.0), "flip": False},
         # Letters are decoded faster than worker processes are started.
         num_workers=0,
     )
     config.model.update(backbone="resnet18", width=16, stem="small", pooling="gap+gmp", dim=128)
     config.optimizer.update(
-        learning_rate=3e-3, proxy_learning_rate=3e-2, eps=1e-6, decay_every=5, decay_until=5
+        learning_rate=3e-3, proxy_learning_rate=3e-2, eps=1e-6, decay_epochs=(5,)
     )
     config.evaluation.every_epochs = 2
     return configs.with_variant(

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from dml_jax import losses
+from dml_jax import data, losses
 from dml_jax.models import BACKBONES, POOLINGS
 from dml_jax.models.resnet import STEMS
 from dml_jax.training import optimizer, state
@@ -27,9 +27,8 @@ def default() -> ConfigDict:
                 "image_size": 224,
                 # Shorter side of a test image before its centre is cropped to image_size.
                 "resize": 256,
-                # Share of the image's area that a random crop keeps, least and most.
-                "crop_scale": (0.08, 1.0),
-                "flip": True,
+                # See dml_jax.data.Augmentation.
+                "augmentation": dataclasses.asdict(data.Augmentation()),
                 # Processes that decode images; 0 decodes in the training process.
                 "num_workers": 4,
             },
@@ -59,11 +58,9 @@ def default() -> ConfigDict:
                 "proxy_learning_rate": 1e-2,
                 "eps": 0.01,
                 "weight_decay": 1e-4,
-                # Each learning rate is multiplied by decay_rate at the start of the epochs that
-                # decay_every divides, up to epoch decay_until.
+                # Each learning rate is multiplied by decay_rate at the start of these epochs.
                 "decay_rate": 0.1,
-                "decay_every": 50,
-                "decay_until": 50,
+                "decay_epochs": (50,),
                 # Bound on the size of each element of a gradient; none by default.
                 "clip_value": config_dict.placeholder(float),
             },
@@ -152,17 +149,12 @@ def validate(config: ConfigDict) -> None:
     one_of("optimizer.name", optimizer.NAMES)
     at_least(1, "epochs", "batch_size", "data.n_instance", "data.image_size", "model.width")
     at_least(1, "model.dim", "evaluation.every_epochs", "checkpoint.every_epochs")
-    at_least(1, "checkpoint.keep_last", "optimizer.decay_every")
+    at_least(1, "checkpoint.keep_last")
     at_least(0, "seed", "data.num_workers", "proxy_synthesis.ratio", "memvir.num_steps")
     at_least(0, "memvir.step_gap", "memvir.warmup_epochs", "optimizer.weight_decay")
     at_least(config.data.image_size, "data.resize")
     positive("proxy_synthesis.alpha", "optimizer.learning_rate", "optimizer.eps")
     positive("optimizer.proxy_learning_rate", "optimizer.decay_rate")
-    crop_scale = tuple(config.data.crop_scale)
-    if len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-        wrong.append(
-            f"config.data.crop_scale is {crop_scale}; it must be least and most, above 0, up to 1"
-        )
     recall_at = tuple(config.evaluation.recall_at)
     if 1 not in recall_at or not all(isinstance(k, int) and k >= 1 for k in recall_at):
         wrong.append(
@@ -173,10 +165,11 @@ def validate(config: ConfigDict) -> None:
             f"config.memvir.warmup_epochs is {config.memvir.warmup_epochs}, but the run ends after "
             f"{config.epochs}, before the memory is used"
         )
-    try:
-        losses.create(**config.loss)
-    except ValueError as error:
-        wrong.append(f"config.loss: {error}")
+    for path, create in (("loss", losses.create), ("data.augmentation", data.Augmentation)):
+        try:
+            create(**_at(config, path))
+        except ValueError as error:
+            wrong.append(f"config.{path}: {error}")
     if wrong:
         raise ValueError("\n".join(wrong))
 

@@ -33,7 +33,7 @@ def test_an_unknown_variant_is_refused_with_the_known_ones():
 BAD = {
     "epochs": (0, "config.epochs is 0; it must be at least 1"),
     "data.resize": (16, "config.data.resize is 16; it must be at least 32"),
-    "data.crop_scale": ((0.9, 0.5), r"config.data.crop_scale is \(0.9, 0.5\)"),
+    "data.augmentation.crop_scale": ((0.9, 0.5), r"augmentation: crop_scale is \(0.9, 0.5\)"),
     "model.pooling": ("max", "config.model.pooling is 'max'; choose one of gap, gmp"),
     "optimizer.learning_rate": (0.0, "config.optimizer.learning_rate is 0.0; it must be above 0"),
     "evaluation.recall_at": ((2, 4), "config.evaluation.recall_at is .* with 1"),

@@ -1,11 +1,12 @@
 """From image files to batches: sources of encoded images, sampling, decoding, the pipeline."""
 
-from dml_jax.data.images import decode
+from dml_jax.data.images import Augmentation, decode
 from dml_jax.data.pipeline import TestBatch, TrainBatch, test_batches, train_batches
 from dml_jax.data.sampling import epoch_order, steps_per_epoch
 from dml_jax.data.sources import Source, check, create, images_below
 
 __all__ = [
+    "Augmentation",
     "Source",
     "TestBatch",
     "TrainBatch",

@@ -1,5 +1,6 @@
 """Decoding, cropping and resizing of single images, as pure functions."""
 
+import dataclasses
 import io
 import math
 
@@ -11,6 +12,41 @@ from PIL import ExifTags, Image, ImageOps
 
 CROP_RATIO = (3 / 4, 4 / 3)
 """Range of width / height of a random crop."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """How a training image is varied at random.
+
+    Attributes:
+        crop_scale: least and greatest area of the crop as a fraction of the image's; (1, 1) keeps
+            square images whole.
+        flip: whether left and right may change places.
+        rotation: greatest rotation either way, in degrees.
+        zoom: greatest change of size either way, as a fraction of the size.
+        shift: greatest shift either way along each axis, as a fraction of the image's side.
+
+    Raises:
+        ValueError: a range that makes no sense.
+    """
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    flip: bool = True
+    rotation: float = 0.0
+    zoom: float = 0.0
+    shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "crop_scale", tuple(self.crop_scale))
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(
+                f"crop_scale is {self.crop_scale}; it must be least and most, above 0, up to 1"
+            )
+        for name, below in (("rotation", 181), ("zoom", 1), ("shift", 1)):
+            if not 0 <= getattr(self, name) < below:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be at least 0 and below {below}"
+                )
 
 
 def decode(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
@@ -105,23 +141,38 @@ def random_view(
     rng: np.random.Generator,
     *,
     size: int,
-    crop_scale: tuple[float, float],
-    flip: bool,
+    augmentation: Augmentation,
 ) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """Random resized crop, then with `flip` a mirror image every second time.
+    """A random view: turned, zoomed and shifted; a resized crop of that; perhaps mirrored.
 
     Args:
         image: upright RGB.
         rng: source of randomness.
         size: side of the result, pixels.
-        crop_scale: range of the crop's area as a fraction of the image's; (1, 1) keeps square
-            images whole.
-        flip: whether left and right may change places.
+        augmentation: how far the view may differ from the image.
     """
+    if augmentation.rotation or augmentation.zoom or augmentation.shift:
+        image = _moved(image, rng, augmentation)
     height, width = image.shape[:2]
-    top, left, height, width = random_crop_box(height, width, rng, scale=crop_scale)
+    top, left, height, width = random_crop_box(height, width, rng, scale=augmentation.crop_scale)
     view = resize(image[top : top + height, left : left + width], size, size)
-    return view[:, ::-1] if flip and rng.random() < 0.5 else view
+    return view[:, ::-1] if augmentation.flip and rng.random() < 0.5 else view
+
+
+def _moved(
+    image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, augmentation: Augmentation
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The image turned and zoomed about its middle, and shifted; its border goes on outside."""
+    height, width = image.shape[:2]
+    turn, zoom, right, down = rng.uniform(-1, 1, 4) * (
+        augmentation.rotation,
+        augmentation.zoom,
+        augmentation.shift * width,
+        augmentation.shift * height,
+    )
+    matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), turn, 1 + zoom)
+    matrix[:, 2] += right, down
+    return cv2.warpAffine(image, matrix, (width, height), borderMode=cv2.BORDER_REPLICATE)
 
 
 def centre_view(

@@ -77,8 +77,7 @@ def train_batches(
     batch_size: int,
     n_instance: int,
     image_size: int,
-    crop_scale: tuple[float, float],
-    flip: bool,
+    augmentation: images.Augmentation,
     seed: int,
     start_step: int,
     num_steps: int,
@@ -93,8 +92,7 @@ def train_batches(
         batch_size: images in a global batch.
         n_instance: images of each class in a batch; 1 samples without regard to class.
         image_size: side of the square images, pixels.
-        crop_scale: range of a random crop's area as a fraction of the image's.
-        flip: whether images are mirrored at random.
+        augmentation: how images are varied at random.
         seed: seed of the run, non-negative.
         start_step: first batch to read, counted from the beginning of the run.
         num_steps: batches in the whole run, not only from `start_step` on.
@@ -110,12 +108,10 @@ def train_batches(
             image cannot be decoded.
     """
     sampling.steps_per_epoch(source.labels, batch_size=batch_size, n_instance=n_instance)
-    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-        raise ValueError(f"crop_scale must be 0 < least <= greatest <= 1, got {crop_scale}")
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
     rows = _rows(batch_size, process_index, process_count)
-    load = _TrainLoader(source, batch_size, n_instance, rows, image_size, crop_scale, flip, seed)
+    load = _TrainLoader(source, batch_size, n_instance, rows, image_size, augmentation, seed)
     return _read(grain.MapDataset.range(start_step, num_steps).map(load), num_workers)
 
 
@@ -178,8 +174,7 @@ class _TrainLoader:
     n_instance: int
     rows: range
     image_size: int
-    crop_scale: tuple[float, float]
-    flip: bool
+    augmentation: images.Augmentation
     seed: int
     cached: tuple[int, Int64[np.ndarray, "steps batch"]] | None = None
 
@@ -194,8 +189,7 @@ class _TrainLoader:
                 images.decode(self.source[index], self.source.names[index]),
                 np.random.Generator(np.random.Philox(key=key)),
                 size=self.image_size,
-                crop_scale=self.crop_scale,
-                flip=self.flip,
+                augmentation=self.augmentation,
             )
         return {"image": image, "label": self.source.labels[indices]}
 

@@ -25,3 +25,9 @@ class InputNormalisation(NamedTuple):
             images = images[..., ::-1]
         mean, std = (jnp.array(x, jnp.float32).reshape(1, 1, 1, 3) for x in (self.mean, self.std))
         return (images.astype(jnp.float32) - mean) / std
+
+
+IMAGENET = InputNormalisation(
+    mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), channels="RGB"
+)
+"""What torchvision's networks were trained on."""

@@ -4,71 +4,19 @@ He et al., Deep Residual Learning for Image Recognition, CVPR 2016, arXiv 1512.0
 of a bottleneck sits on its 3x3 convolution, as in torchvision.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
-from dml_jax.models.normalisation import InputNormalisation
+from dml_jax.models import layers
+from dml_jax.models.normalisation import IMAGENET, InputNormalisation
 
 STEMS = ("imagenet", "small")
-
-
-def _convolve(
-    x: Float[Array, "b h w c"],
-    kernel: Float[Array, "k k c f"],
-    strides: Sequence[int],
-    padding: Any,
-    **options: Any,
-) -> Float[Array, "b y x f"]:
-    """`lax.conv_general_dilated` for `_conv`, with a way round a defect of XLA on the CPU.
-
-    Where a kernel is larger than the feature map, XLA exchanges the two, and its CPU compiler has
-    only a loop for what results, about 50 times slower than it ought to be. So small feature maps
-    are gathered into patches, and multiplied as matrices; a gradient's map is the output's.
-    """
-    size = kernel.shape[0]
-    (stride, _), ((low, high), _) = strides, padding
-    height, width = ((n + low + high - size) // stride + 1 for n in x.shape[1:3])
-    if height * width >= size**2:
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    patches = [
-        x[:, i : i + stride * height : stride, j : j + stride * width : stride]
-        for i in range(size)
-        for j in range(size)
-    ]
-    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
-
-
-def _kaiming_normal(
-    key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike
-) -> Float[Array, "k k c f"]:
-    """N(0, 2 / fan-out), He et al., arXiv 1502.01852, equation 14."""
-    # Drawn in a row: XLA takes seconds to compile each draw of a four-dimensional array.
-    numbers = jax.random.normal(key, (math.prod(shape),), dtype)
-    return numbers.reshape(shape) * (2 / math.prod((*shape[:2], shape[3]))) ** 0.5
-
-
-def _conv(features: int, kernel: int, stride: int, *, dtype: DTypeLike, name: str) -> nn.Conv:
-    return nn.Conv(
-        features,
-        (kernel, kernel),
-        stride,
-        # Explicit, since "SAME" pads a strided convolution more on the right than on the left.
-        padding=kernel // 2,
-        use_bias=False,
-        kernel_init=_kaiming_normal,
-        dtype=dtype,
-        conv_general_dilated=_convolve,
-        name=name,
-    )
 
 
 class ResidualBlock(nn.Module):
@@ -133,9 +81,7 @@ class ResNet(nn.Module):
     freeze_bn: bool = False
     dtype: DTypeLike = jnp.float32
 
-    input_normalisation: ClassVar = InputNormalisation(
-        mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), channels="RGB"
-    )
+    input_normalisation: ClassVar[InputNormalisation] = IMAGENET
 
     def __post_init__(self) -> None:
         if self.stem not in STEMS:
@@ -149,17 +95,8 @@ class ResNet(nn.Module):
         With `train`, batch statistics normalise (unless frozen) and the collection "batch_stats",
         which must then be mutable, is updated.
         """
-        conv = partial(_conv, dtype=self.dtype)
-        norm = partial(
-            nn.BatchNorm,
-            use_running_average=self.freeze_bn or not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            # The fast variance, E[x^2] - E[x]^2, cancels: within 20 steps its last bits grew to
-            # 1e-4 of the loss between 1 and 8 devices, against 4e-6 this way.
-            use_fast_variance=False,
-            dtype=self.dtype,
-        )
+        conv = partial(layers.convolution, dtype=self.dtype)
+        norm = partial(layers.batch_norm, frozen=self.freeze_bn, train=train, dtype=self.dtype)
         kernel = 7 if self.stem == "imagenet" else 3
         x = nn.relu(norm(name="bn1")(conv(self.width, kernel, 2, name="conv1")(images)))
         if self.stem == "imagenet":

@@ -1,6 +1,6 @@
 """Optimizers over embedder and proxies, to the letter of torch's, with the official step decay."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import optax
@@ -17,16 +17,14 @@ def create(
     weight_decay: float,
     steps_per_epoch: int,
     decay_rate: float,
-    decay_every: int,
-    decay_until: int,
+    decay_epochs: Sequence[int],
     clip_value: float | None = None,
 ) -> tuple[optax.GradientTransformation, Callable[[int], tuple[float, float]]]:
     """Makes the optimizer of a tree `{"embedder": ..., "proxies": ...}`.
 
     Every parameter, proxies too, decays: weight_decay * parameter joins its gradient, or, in
     adamw, its step before the learning rate multiplies it. The learning rates of both groups are
-    multiplied by `decay_rate` at the start of each epoch, counted from 1, that is divisible by
-    `decay_every` and not past `decay_until`.
+    multiplied by `decay_rate` at the start of each of `decay_epochs`, counted from 1.
 
     Args:
         name: "adam", "adamw", "rmsprop" (alpha 0.99, momentum 0.9) or "sgd" (Nesterov 0.9).
@@ -36,8 +34,7 @@ def create(
         weight_decay: coefficient of the decay, 0 for none.
         steps_per_epoch: optimizer steps in an epoch.
         decay_rate: factor of the learning rates at each decay.
-        decay_every: epochs between decays.
-        decay_until: last epoch that may begin with a decay, 0 for no decay at all.
+        decay_epochs: epochs that begin with a decay; none for a constant rate.
         clip_value: bound on the size of each element of the raw gradient, None for no bound.
 
     Returns:
@@ -46,17 +43,15 @@ def create(
         computes on the host only.
 
     Raises:
-        ValueError: on an unknown name, or on steps_per_epoch or decay_every below 1.
+        ValueError: on an unknown name, or on an epoch below 1.
     """
     if name not in NAMES:
         raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(NAMES)}")
-    for key, value in {"steps_per_epoch": steps_per_epoch, "decay_every": decay_every}.items():
-        if value < 1:
-            raise ValueError(f"{key} is {value}, but must be at least 1")
+    if any(epoch < 1 for epoch in decay_epochs):
+        raise ValueError(f"decay_epochs is {tuple(decay_epochs)}; epochs count from 1")
 
     # First steps of the epochs that begin with a decay.
-    decay_steps = (np.arange(decay_every, decay_until + 1, decay_every) - 1) * steps_per_epoch
-    decay_steps = decay_steps.astype(np.int32)
+    decay_steps = (np.asarray(decay_epochs, np.int32) - 1) * steps_per_epoch
 
     def schedule(rate: float) -> optax.Schedule:
         return lambda step: rate * decay_rate ** (decay_steps <= step).sum().astype(np.float32)

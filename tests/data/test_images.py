@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import numpy as np
@@ -138,7 +139,8 @@ def test_a_crop_that_never_fits_becomes_the_largest_central_one(height, width, b
 def test_random_views_are_a_function_of_the_generator(photograph):
     def view(seed, flip=True):
         rng = np.random.default_rng(seed)
-        return images.random_view(photograph, rng, size=16, crop_scale=(0.3, 1.0), flip=flip)
+        augmentation = images.Augmentation(crop_scale=(0.3, 1.0), flip=flip)
+        return images.random_view(photograph, rng, size=16, augmentation=augmentation)
 
     assert view(0).shape == (16, 16, 3)
     np.testing.assert_array_equal(view(5), view(5))
@@ -147,6 +149,48 @@ def test_random_views_are_a_function_of_the_generator(photograph):
     mirrored = [bool(view(seed)[0, 0, 1] > view(seed)[0, -1, 1]) for seed in range(100)]
     assert 30 < sum(mirrored) < 70
     assert not any(view(seed, False)[0, 0, 1] > view(seed, False)[0, -1, 1] for seed in range(100))
+
+
+def view_of_a_dot(seed, **moves):
+    """Where a white square ends up: its middle (down, right) and its side, in pixels."""
+    image = np.zeros((80, 80, 3), np.uint8)
+    image[30:50, 50:70] = 255
+    still = images.Augmentation(crop_scale=(1.0, 1.0), flip=False)
+    augmentation = dataclasses.replace(still, **moves)
+    view = images.random_view(
+        image, np.random.default_rng(seed), size=80, augmentation=augmentation
+    )
+    weight = view[:, :, 0] / 255
+    place = np.array([(weight * axis).sum() for axis in np.indices((80, 80))]) / weight.sum()
+    return *place, weight.sum() ** 0.5
+
+
+def test_a_view_is_turned_zoomed_and_shifted_as_far_as_asked_for():
+    assert view_of_a_dot(0) == (39.5, 59.5, 20)
+    moved = np.array([view_of_a_dot(seed, shift=0.1) for seed in range(50)])
+    for axis, middle in ((0, 39.5), (1, 59.5)):
+        assert 6 < np.abs(moved[:, axis] - middle).max() < 8.1
+    zoomed = np.array([view_of_a_dot(seed, zoom=0.2) for seed in range(50)])
+    assert 15.9 < zoomed[:, 2].min() < 17 and 23 < zoomed[:, 2].max() < 24.1
+    turned = np.array([view_of_a_dot(seed, rotation=30.0) for seed in range(50)])
+    angles = np.degrees(np.arctan2(turned[:, 0] - 39.5, turned[:, 1] - 39.5))
+    assert -30.5 < angles.min() < -25 and 25 < angles.max() < 30.5
+    np.testing.assert_allclose(turned[:, 2], 20, atol=0.3)
+
+
+def test_what_comes_in_from_outside_continues_the_border():
+    grey = np.full((20, 20, 3), 77, np.uint8)
+    augmentation = images.Augmentation(rotation=45.0, zoom=0.5, shift=0.5)
+    view = images.random_view(grey, np.random.default_rng(0), size=8, augmentation=augmentation)
+    assert (view == 77).all()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"crop_scale": (0.5, 0.2)}, {"zoom": 1.0}, {"shift": -0.1}, {"rotation": 360.0}]
+)
+def test_an_augmentation_that_makes_no_sense_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*; it must be"):
+        images.Augmentation(**wrong)
 
 
 def test_centre_view_scales_the_shorter_side_and_crops_the_middle():

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dml_jax.models import create_backbone, resnet
+from dml_jax.models import create_backbone, layers, resnet
 
 # Compiles in a second.
 TINY = {"stage_sizes": (1, 1), "bottleneck": False, "width": 4, "stem": "small"}
@@ -107,7 +107,7 @@ def test_convolution_of_small_maps_is_the_same_convolution(shape, stride):
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 5, 7))
     arguments = (stride, stride), [(1, 1), (1, 1)]
     numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
-    ours = resnet._convolve(x, kernel, *arguments, **numbers)
+    ours = layers._convolve(x, kernel, *arguments, **numbers)
     expected = jax.lax.conv_general_dilated(x, kernel, *arguments, **numbers)
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
@@ -119,7 +119,7 @@ def test_convolution_of_small_maps_is_compiled_as_a_product():
         numbers = ("NHWC", "HWIO", "NHWC")
         padding = [(1, 1), (1, 1)]
         function = jax.jit(
-            lambda x, k: resnet._convolve(x, k, (1, 1), padding, dimension_numbers=numbers)
+            lambda x, k: layers._convolve(x, k, (1, 1), padding, dimension_numbers=numbers)
         )
         return function.lower(images, kernel).as_text()
 

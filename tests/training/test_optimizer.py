@@ -18,8 +18,7 @@ SETTINGS = {
     "weight_decay": 0.0,
     "steps_per_epoch": 2,
     "decay_rate": 0.5,
-    "decay_every": 2,
-    "decay_until": 5,
+    "decay_epochs": (2, 4),
 }
 
 
@@ -36,6 +35,9 @@ def golden():
 
 
 def golden_settings(golden):
+    # Official programs decay at the epochs that decay_step divides, up to decay_stop.
+    step, stop = int(golden["decay_step"]), int(golden["decay_stop"])
+    decay_epochs = tuple(range(step, stop + 1, step))
     return {
         "learning_rate": float(golden["model_lr"]),
         "proxy_learning_rate": float(golden["proxy_lr"]),
@@ -43,8 +45,7 @@ def golden_settings(golden):
         "weight_decay": float(golden["weight_decay"]),
         "steps_per_epoch": int(golden["steps_per_epoch"]),
         "decay_rate": float(golden["decay_rate"]),
-        "decay_every": int(golden["decay_step"]),
-        "decay_until": int(golden["decay_stop"]),
+        "decay_epochs": decay_epochs,
     }
 
 
@@ -81,15 +82,15 @@ def test_learning_rates_are_the_official_ones(golden):
 
 
 @pytest.mark.parametrize(
-    ("every", "until", "expected"),
+    ("epochs", "expected"),
     [
-        (1, 2, [0.5, 0.5, 0.25, 0.25, 0.25, 0.25]),  # epoch 1 is divisible by 1
-        (2, 3, [1, 1, 0.5, 0.5, 0.5, 0.5]),
-        (2, 0, [1, 1, 1, 1, 1, 1]),
+        ((1, 2), [0.5, 0.5, 0.25, 0.25, 0.25, 0.25]),
+        ((2,), [1, 1, 0.5, 0.5, 0.5, 0.5]),
+        ((), [1, 1, 1, 1, 1, 1]),
     ],
 )
-def test_decay_begins_and_ends_where_told(every, until, expected):
-    settings = {**SETTINGS, "decay_every": every, "decay_until": until}
+def test_rates_decay_at_the_epochs_told(epochs, expected):
+    settings = {**SETTINGS, "decay_epochs": epochs}
     transformation, learning_rate = optimizer.create(**settings)
     assert [learning_rate(step)[1] for step in range(6)] == expected
 
@@ -128,8 +129,7 @@ def test_learning_rate_needs_no_device():
     ("wrong", "message"),
     [
         ({"name": "lion"}, "unknown optimizer 'lion': choose one of adam, adamw, rmsprop, sgd"),
-        ({"decay_every": 0}, "decay_every is 0, but must be at least 1"),
-        ({"steps_per_epoch": 0}, "steps_per_epoch is 0, but must be at least 1"),
+        ({"decay_epochs": (0, 3)}, r"decay_epochs is \(0, 3\); epochs count from 1"),
     ],
 )
 def test_wrong_settings_are_refused(wrong, message):
