@@ -10,7 +10,9 @@ computed before: of two remembered steps, the newer was once the current one whi
 memory, and neither has changed since. So each remembered row keeps the log-sum-exp of its logits
 against every remembered step's proxies, and a step computes only the current rows against all
 proxies and the remembered rows against the current ones: (2N+1)BC logits, with the same value and
-the same gradients.
+the same gradients. That is for losses that sum over classes; Proxy-Anchor sums over rows for each
+proxy, and the same holds with the two exchanged. What sums is called a unit here, what it sums over
+the others.
 
 Steps M+1 apart share a block of the ring, `[block, slot, ...]`, and so everything that a step reads
 is one contiguous slice. A step's own entry waits in `pending` until the next step begins: a
@@ -24,17 +26,30 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from dml_jax import losses
+from dml_jax import losses, numerics
 
 
 class Entry(NamedTuple):
     """What is remembered of a step, or of many behind leading axes; nothing has a gradient."""
 
     embeddings: Float[Array, "*steps batch dim"]
-    proxies: Float[Array, "*steps classes dim"]
+    proxies: Float[Array, "*steps proxies dim"]
     labels: Int[Array, "*steps batch"]
-    targets: Float[Array, "*steps batch"]
-    """Each row's logit for its own label, margin included."""
+
+
+class Known(NamedTuple):
+    """What remembered units, rows or classes, need never compute again."""
+
+    own: Float[Array, "blocks slots units"]
+    """What each has with its own class, as `ProxyLoss.within` gives it."""
+    sums: Float[Array, "blocks slots slots units"]
+    """`[block, a, b]`: log-sum-exp of slot a's units over slot b's others."""
+    pending_own: Float[Array, " units"]
+    """Of the latest step."""
+    pending_over: Float[Array, "slots units"]
+    """Log-sum-exp of the latest step's units over each slot's others."""
+    pending_of: Float[Array, "slots units"]
+    """Log-sum-exp of each slot's units over the latest step's others."""
 
 
 class Memory(NamedTuple):
@@ -44,14 +59,10 @@ class Memory(NamedTuple):
     """How many were remembered since the warm-up; zero makes the memory an empty one."""
     ring: Entry
     """`[M+1, N, ...]`."""
-    row_sums: Float[Array, "blocks slots slots batch"]
-    """`[block, a, b]`: log-sum-exp of slot a's rows over slot b's proxies."""
     pending: Entry
     """The latest step, which the next one puts into the ring."""
-    pending_row_sums: Float[Array, "slots batch"]
-    """Log-sum-exp of the pending rows over each slot's proxies."""
-    pending_proxy_sums: Float[Array, "slots batch"]
-    """Log-sum-exp of each slot's rows over the pending proxies."""
+    known: dict[str, Known]
+    """By the losses' units, `rows` or `classes`."""
 
 
 def init(
@@ -62,6 +73,7 @@ def init(
     num_classes: int,
     dim: int,
     dtype: DTypeLike = jnp.float32,
+    loss: losses.ProxyLoss | None = None,
 ) -> Memory:
     """An empty memory.
 
@@ -69,9 +81,11 @@ def init(
         num_steps: N, how many earlier steps take part in a loss.
         step_gap: M, how many steps lie between two that take part.
         batch_size: B, rows that are remembered of a step.
-        num_classes: C, proxies that are remembered of a step.
+        num_classes: C, classes that are remembered of a step.
         dim: D, size of an embedding.
         dtype: of the remembered embeddings and proxies.
+        loss: whose memory it is. By default it fits any loss that has `[num_classes, dim]` proxies,
+            and is larger by what losses of the other kind would keep.
 
     Returns:
         A memory of N(M+1) steps.
@@ -88,31 +102,41 @@ def init(
     ):
         if value < least:
             raise ValueError(f"memvir needs {name} of at least {least}, got {value}")
+    proxies, dim = (num_classes, dim) if loss is None else loss.proxy_shape(num_classes, dim)
+    units = {"rows": batch_size, "classes": num_classes}
+    if loss is not None:
+        units = {_units(loss): units[_units(loss)]}
+    blocks = step_gap + 1
 
     def entry(*steps: int) -> Entry:
         return Entry(
             embeddings=jnp.zeros((*steps, batch_size, dim), dtype),
-            proxies=jnp.zeros((*steps, num_classes, dim), dtype),
+            proxies=jnp.zeros((*steps, proxies, dim), dtype),
             labels=jnp.zeros((*steps, batch_size), jnp.int32),
-            targets=jnp.zeros((*steps, batch_size)),
         )
 
-    blocks = step_gap + 1
+    def known(count: int) -> Known:
+        return Known(
+            own=jnp.zeros((blocks, num_steps, count)),
+            sums=jnp.zeros((blocks, num_steps, num_steps, count)),
+            pending_own=jnp.zeros(count),
+            pending_over=jnp.zeros((num_steps, count)),
+            pending_of=jnp.zeros((num_steps, count)),
+        )
+
     return Memory(
         steps=jnp.zeros((), jnp.int32),
         ring=entry(blocks, num_steps),
-        row_sums=jnp.zeros((blocks, num_steps, num_steps, batch_size)),
         pending=entry(),
-        pending_row_sums=jnp.zeros((num_steps, batch_size)),
-        pending_proxy_sums=jnp.zeros((num_steps, batch_size)),
+        known={name: known(count) for name, count in units.items()},
     )
 
 
 def loss_and_update(
-    loss: losses.SoftmaxLoss,
+    loss: losses.ProxyLoss,
     memory: Memory,
     embeddings: Float[Array, "rows dim"],
-    proxies: Float[Array, "proxies dim"],
+    proxies: Float[Array, "proxies pdim"],
     labels: Int[Array, " rows"],
     *,
     row_mask: Bool[Array, " rows"] | None = None,
@@ -120,14 +144,14 @@ def loss_and_update(
 ) -> tuple[Float[Array, ""], Memory]:
     """The loss of a step with the virtual classes in memory, and the memory with that step in it.
 
-    The first B rows and C proxies are remembered, B and C as the memory has them. Any that follow
-    (synthetic classes) take part in this step only; remembered rows meet their proxies too.
+    The first B rows and C classes are remembered, B and C as the memory has them. Any that follow
+    (synthetic classes) take part in this step only; remembered ones meet them too.
 
     Args:
-        loss: forms the logits.
+        loss: the loss.
         memory: of the steps before this one.
         embeddings: `[rows, dim]`, raw.
-        proxies: `[proxies, dim]`, raw, as they are before this step's update.
+        proxies: raw, as they are before this step's update, `[classes, dim]` or as the loss has it.
         labels: `[rows]`, in `0..classes - 1`.
         row_mask: rows that count; None counts all. The first B must.
         class_mask: classes that exist; None takes all. The first C must.
@@ -137,58 +161,86 @@ def loss_and_update(
     """
     memory = _store_pending(memory)
     blocks, slots, batch = memory.ring.labels.shape
-    classes = memory.pending.proxies.shape[0]
     block, slot = memory.steps % blocks, memory.steps // blocks % slots
-    in_use = jnp.arange(slots) < memory.steps // blocks
-    past: Entry
-    past, past_sums = jax.tree.map(
+    known = memory.known[_units(loss)]
+    entries, own, sums = jax.tree.map(
         lambda stored: jax.lax.dynamic_index_in_dim(stored, block, keepdims=False),
-        (memory.ring, memory.row_sums),
+        (memory.ring, known.own, known.sums),
     )
+    past = _Past(entries, own, sums, jnp.arange(slots) < memory.steps // blocks)
     rows, columns = loss.prepare(embeddings, proxies)
-
-    # The current rows, against the current proxies and those in memory.
-    logits = loss.logits(rows, columns)
-    own_sums, targets = losses.row_terms(loss, logits, labels, class_mask)
-    sums_over_past = _sums_over_slots(loss, rows, past.proxies)
-    reached = jnp.where(in_use[:, None], sums_over_past, -jnp.inf)
-    current = jax.nn.logsumexp(jnp.vstack([own_sums, reached]), axis=0) - targets
-
-    # The rows in memory, against the current proxies; the rest of their logits are remembered.
-    sums_of_past = _sums_of_slots(loss, past.embeddings, columns[:classes])
-    known = jnp.where(in_use[None, :, None], past_sums, -jnp.inf)
-    terms = [sums_of_past[:, None], known]
-    if len(columns) > classes:
-        extra_mask = None if class_mask is None else class_mask[classes:]
-        extra = _sums_of_slots(loss, past.embeddings, columns[classes:], extra_mask)
-        terms.append(extra[:, None])
-    virtual = jax.nn.logsumexp(jnp.concatenate(terms, axis=1), axis=1) - past.targets
-
-    counted = jnp.ones(len(rows), bool) if row_mask is None else row_mask
-    total = jnp.sum(current, where=counted) + jnp.sum(virtual, where=in_use[:, None])
-    mean = total / (jnp.sum(counted) + batch * jnp.sum(in_use)).astype(jnp.float32)
+    masks = loss.masks(rows, columns, row_mask, class_mask)
+    value = _loss(loss, past, rows, columns, labels, *masks)
 
     entry = Entry(
         embeddings=rows[:batch].astype(memory.ring.embeddings.dtype),
-        proxies=columns[:classes].astype(memory.ring.proxies.dtype),
+        proxies=columns[: len(memory.pending.proxies)].astype(memory.ring.proxies.dtype),
         labels=labels[:batch].astype(jnp.int32),
-        targets=targets[:batch],
     )
-    if entry.embeddings.dtype == rows.dtype:
-        among_own, _ = losses.row_terms(loss, logits[:batch, :classes], labels[:batch])
-        sums_over_past = sums_over_past[:, :batch]
-    else:
-        entry, among_own, sums_over_past, sums_of_past = _sums_of_rounded(loss, entry, past)
-    update = jax.lax.stop_gradient(
-        memory._replace(
-            steps=memory.steps + 1,
-            pending=entry,
-            # Slot `slot` is where this entry will go: its rows meet their own proxies there.
-            pending_row_sums=sums_over_past.at[slot].set(among_own),
-            pending_proxy_sums=sums_of_past,
-        )
+    # What is kept is computed from the vectors as they are stored, which may be rounded. Where they
+    # are not, the compiler finds that it has these numbers already.
+    rows, columns = entry.embeddings.astype(jnp.float32), entry.proxies.astype(jnp.float32)
+    within, own = loss.within(rows, columns, entry.labels, *loss.masks(rows, columns, None, None))
+    over, of = _across(loss, past.entries, rows, columns)
+    known = known._replace(
+        pending_own=own,
+        # Slot `slot` is where this entry will go: its units meet their own others there.
+        pending_over=over.at[slot].set(within),
+        pending_of=of,
     )
-    return mean, update
+    update = memory._replace(
+        steps=memory.steps + 1, pending=entry, known=memory.known | {_units(loss): known}
+    )
+    return value, jax.lax.stop_gradient(update)
+
+
+class _Past(NamedTuple):
+    """What a step sees of the memory: the slots of one block."""
+
+    entries: Entry
+    own: Float[Array, "slots units"]
+    sums: Float[Array, "slots slots units"]
+    in_use: Bool[Array, " slots"]
+
+
+def _loss(
+    loss: losses.ProxyLoss,
+    past: _Past,
+    rows: Float[Array, "rows dim"],
+    columns: Float[Array, "proxies dim"],
+    labels: Int[Array, " rows"],
+    row_mask: Bool[Array, " rows"],
+    class_mask: Bool[Array, " classes"],
+) -> Float[Array, ""]:
+    """The loss of a step's prepared vectors and of those in memory.
+
+    Only the units of this step over all others, and those in memory over this step's others, are
+    computed: the rest is known.
+    """
+    batch, remembered = past.entries.labels.shape[1], past.entries.proxies.shape[1]
+    in_use = past.in_use[:, None]
+    within, own = loss.within(rows, columns, labels, row_mask, class_mask)
+    over, of = _across(loss, past.entries, rows[:batch], columns[:remembered])
+    of_terms = [of[:, None], jnp.where(in_use[None], past.sums, -jnp.inf)]
+    if len(rows) > batch:
+        mask = row_mask if loss.per_class else class_mask
+        mask = mask[batch if loss.per_class else remembered // loss.proxies_per_class :]
+        more, of_more = _across(loss, past.entries, rows[batch:], columns[remembered:], mask)
+        over = jnp.concatenate([over, more], axis=1)
+        of_terms.append(of_more[:, None])
+    over_terms = jnp.vstack([within, jnp.where(in_use, over, -jnp.inf)])
+    sums = numerics.log_sum_exp(over_terms, axis=0)
+    past_sums = numerics.log_sum_exp(jnp.concatenate(of_terms, axis=1), axis=1)
+    counts = class_mask if loss.per_class else row_mask
+    past_counts = jnp.broadcast_to(in_use, past.own.shape)
+    value = loss.mean(
+        jnp.append(sums, past_sums), jnp.append(own, past.own), jnp.append(counts, past_counts)
+    )
+    return value + loss.penalty(columns, class_mask)
+
+
+def _units(loss: losses.ProxyLoss) -> str:
+    return "classes" if loss.per_class else "rows"
 
 
 def _store_pending(memory: Memory) -> Memory:
@@ -196,42 +248,39 @@ def _store_pending(memory: Memory) -> Memory:
     blocks, slots, _ = memory.ring.labels.shape
     latest = memory.steps - 1
     block, slot = latest % blocks, latest // blocks % slots
-    ring = jax.tree.map(
-        lambda ring, entry: ring.at[block, slot].set(entry), memory.ring, memory.pending
+
+    def stored(known: Known) -> Known:
+        sums = known.sums.at[block, :, slot].set(known.pending_of)
+        return known._replace(
+            own=known.own.at[block, slot].set(known.pending_own),
+            sums=sums.at[block, slot].set(known.pending_over),
+        )
+
+    return memory._replace(
+        ring=jax.tree.map(
+            lambda ring, entry: ring.at[block, slot].set(entry), memory.ring, memory.pending
+        ),
+        known={name: stored(known) for name, known in memory.known.items()},
     )
-    row_sums = memory.row_sums.at[block, :, slot].set(memory.pending_proxy_sums)
-    row_sums = row_sums.at[block, slot].set(memory.pending_row_sums)
-    return memory._replace(ring=ring, row_sums=row_sums)
 
 
-def _sums_over_slots(
-    loss: losses.SoftmaxLoss,
-    rows: Float[Array, "rows dim"],
-    proxies: Float[Array, "slots classes dim"],
-) -> Float[Array, "slots rows"]:
-    logits = jax.vmap(loss.logits, in_axes=(None, 0))(rows, proxies)
-    return jax.nn.logsumexp(logits, axis=-1)
-
-
-def _sums_of_slots(
-    loss: losses.SoftmaxLoss,
-    rows: Float[Array, "slots batch dim"],
+def _across(
+    loss: losses.ProxyLoss,
+    past: Entry,
+    embeddings: Float[Array, "rows dim"],
     proxies: Float[Array, "proxies dim"],
-    class_mask: Bool[Array, " classes"] | None = None,
-) -> Float[Array, "slots batch"]:
-    logits = jax.vmap(loss.logits, in_axes=(0, None))(rows, proxies)
-    return jax.nn.logsumexp(logits, axis=-1, where=class_mask)
+    mask: Bool[Array, " others"] | None = None,
+) -> tuple[Float[Array, "slots new_units"], Float[Array, "slots units"]]:
+    """Log-sum-exps of a step's units over each slot's others, and of each slot's over the step's.
 
-
-def _sums_of_rounded(
-    loss: losses.SoftmaxLoss, entry: Entry, past: Entry
-) -> tuple[Entry, Float[Array, " batch"], Float[Array, "slots batch"], Float[Array, "slots batch"]]:
-    """What is kept of an entry that storage rounds: sums of the vectors as they are stored."""
-    rows, columns = entry.embeddings.astype(jnp.float32), entry.proxies.astype(jnp.float32)
-    among_own, targets = losses.row_terms(loss, loss.logits(rows, columns), entry.labels)
-    return (
-        entry._replace(targets=targets),
-        among_own,
-        _sums_over_slots(loss, rows, past.proxies),
-        _sums_of_slots(loss, past.embeddings, columns),
-    )
+    Args:
+        loss: forms the logits.
+        past: the slots' entries.
+        embeddings: the step's, prepared.
+        proxies: the step's, prepared.
+        mask: which of the step's others count; None counts all.
+    """
+    row_mask, class_mask = (mask, None) if loss.per_class else (None, mask)
+    past_rows = jax.vmap(lambda old: loss.partial_sums(old, proxies, class_mask))(past.embeddings)
+    past_columns = jax.vmap(lambda old: loss.partial_sums(embeddings, old, row_mask))(past.proxies)
+    return (past_rows, past_columns) if loss.per_class else (past_columns, past_rows)

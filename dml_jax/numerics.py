@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 _SHORTEST = 1e-12
 
@@ -25,6 +25,12 @@ def normalize(vectors: Float[Array, "*n dim"]) -> Float[Array, "*n dim"]:
     return vectors / jnp.sqrt(jnp.where(square > 0, square, 1.0))
 
 
+def lengths(vectors: Float[Array, "*n dim"]) -> Float[Array, "*n"]:
+    """The length of each vector, in float32; a zero vector's has no gradient."""
+    square = jnp.sum(vectors.astype(jnp.float32) ** 2, axis=-1)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+
+
 def inner_products(
     rows: Float[Array, "rows dim"], columns: Float[Array, "columns dim"]
 ) -> Float[Array, "rows columns"]:
@@ -41,3 +47,24 @@ def inner_products(
         `[rows, columns]`, float32.
     """
     return jnp.matmul(rows, columns.T, precision="highest", preferred_element_type=jnp.float32)
+
+
+def log_sum_exp(
+    x: Float[Array, "*n"], *, axis: int, where: Bool[Array, "*#n"] | None = None
+) -> Float[Array, "*m"]:
+    """Log of a sum of exponentials; an empty sum's is -inf, and has no gradient.
+
+    Args:
+        x: any array; -inf adds nothing.
+        axis: what to sum over.
+        where: which entries count, broadcast to `x`; None counts all.
+
+    Returns:
+        `x` without `axis`.
+    """
+    counts = (x > -jnp.inf) if where is None else (x > -jnp.inf) & where
+    some = jnp.any(counts, axis=axis, keepdims=True)
+    # An empty sum would divide by zero on the way back: it is taken over zeros, and left out.
+    x = jnp.where(some, x, 0.0)
+    total = jax.nn.logsumexp(x, axis=axis, where=counts | ~some)
+    return jnp.where(jnp.squeeze(some, axis), total, -jnp.inf)

@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from dml_jax import numerics
+from dml_jax import losses
 
 
 class Synthesized(NamedTuple):
-    """A batch with its synthetic classes behind it: unit vectors, and what of them counts.
+    """A batch with its synthetic classes behind it, prepared for its loss, and what of it counts.
 
     Row `B + i` is the only member of class `C + i`, whose proxy is row `C + i` of the proxies.
     """
 
     embeddings: Float[Array, "rows dim"]
-    proxies: Float[Array, "classes dim"]
+    proxies: Float[Array, "proxies pdim"]
     labels: Int[Array, " rows"]
     row_mask: Bool[Array, " rows"]
     class_mask: Bool[Array, " classes"]
@@ -66,17 +66,19 @@ def _partners(key: PRNGKeyArray, labels: Int[Array, " batch"]) -> Int[Array, " b
 
 def synthesize(
     embeddings: Float[Array, "batch dim"],
-    proxies: Float[Array, "classes dim"],
+    proxies: Float[Array, "proxies pdim"],
     labels: Int[Array, " batch"],
     *,
     lam: Float[Array, "*draws"],
     partner: Int[Array, "*draws_batch"],
     ratio: float,
+    loss: losses.ProxyLoss | None = None,
 ) -> Synthesized:
     """Adds synthetic classes: mixtures of the samples and, alike, of their classes' proxies.
 
     Of unit vectors, `e' = lam * e_i + (1 - lam) * e_partner`, and the same of the two classes'
-    proxies, for the first `floor(ratio * batch)` samples. Gradients flow through everything.
+    proxies, for the first `floor(ratio * batch)` samples; all have unit length again. Gradients
+    flow through everything.
 
     Args:
         embeddings: `[batch, dim]`, raw.
@@ -85,6 +87,8 @@ def synthesize(
         lam: weight of the sample against its partner, a scalar or `[draws]`.
         partner: position of each sample's partner, `[batch]` or `[draws, batch]`.
         ratio: synthetic classes per sample, the paper's mu, at most `draws`.
+        loss: whose vectors are mixed, as it prepares them: raw ones for plain softmax, all centres
+            of a class for SoftTriple. By default one of unit vectors and one proxy a class.
 
     Returns:
         The enlarged problem. Masks leave out pairs that share a class, which are no new class.
@@ -92,7 +96,9 @@ def synthesize(
     Raises:
         ValueError: there are fewer draws than `ratio` asks for.
     """
-    batch, classes = embeddings.shape[0], proxies.shape[0]
+    loss = losses.NormSoftmax() if loss is None else loss
+    batch, per_class = len(embeddings), loss.proxies_per_class
+    classes = len(proxies) // per_class
     partner = jnp.atleast_2d(partner)
     # 0.29 * 100 is 28.999999999999996, and 29 synthetic classes are meant.
     count = math.floor(ratio * batch + 1e-6)
@@ -101,19 +107,20 @@ def synthesize(
             f"ratio={ratio} asks for {count} synthetic classes, but {partner.shape[0]} draw(s) of "
             f"partners for {batch} samples allow 0 to {partner.size}; draw more, or lower ratio"
         )
-    embeddings, proxies = numerics.normalize(embeddings), numerics.normalize(proxies)
+    embeddings, proxies = loss.prepare(embeddings, proxies)
     first = jnp.arange(count) % batch
     second = partner.reshape(-1)[:count]
     weight = jnp.repeat(jnp.atleast_1d(lam), batch)[:count, None]
-    own_proxies = proxies[labels]
+    own_proxies = proxies.reshape(classes, -1)[labels]
 
-    def mix(vectors: Float[Array, "batch dim"]) -> Float[Array, "synthetic dim"]:
+    def mix(vectors: Float[Array, "batch n"]) -> Float[Array, "synthetic n"]:
         return weight * vectors[first] + (1 - weight) * vectors[second]
 
+    mixtures = loss.prepare(mix(embeddings), mix(own_proxies).reshape(-1, proxies.shape[1]))
     differ = labels[first] != labels[second]
     return Synthesized(
-        embeddings=jnp.concatenate([embeddings, mix(embeddings)]),
-        proxies=jnp.concatenate([proxies, mix(own_proxies)]),
+        embeddings=jnp.concatenate([embeddings, mixtures[0]]),
+        proxies=jnp.concatenate([proxies, mixtures[1]]),
         labels=jnp.concatenate([labels, classes + jnp.arange(count, dtype=labels.dtype)]),
         row_mask=jnp.concatenate([jnp.ones(batch, bool), differ]),
         class_mask=jnp.concatenate([jnp.ones(classes, bool), differ]),

@@ -1,5 +1,7 @@
 """The methods once more, written as their definitions read, to hold the fast forms against."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -8,35 +10,149 @@ def normalized(vectors):
     return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
+def cosines(embeddings, proxies):
+    return normalized(embeddings) @ normalized(proxies).T
+
+
+def cross_entropy(logits, labels, rows, classes):
+    logits = jnp.where(classes[None, :], logits, -1e9)
+    return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels], where=rows)
+
+
+def at_labels(logits, labels, function):
+    """Logits with a function applied to each row's own label's."""
+    own = jax.nn.one_hot(labels, logits.shape[1])
+    return own * function(logits) + (1 - own) * logits
+
+
+def softmax(e, p, labels, rows, classes):
+    return cross_entropy(e @ p.T, labels, rows, classes)
+
+
+def norm_softmax(e, p, labels, rows, classes, *, scale=23.0):
+    return cross_entropy(scale * cosines(e, p), labels, rows, classes)
+
+
+def proxy_nca(e, p, labels, rows, classes, *, scale=12.0):
+    gaps = normalized(e)[:, None] - normalized(p)[None]
+    return cross_entropy(-scale * (gaps**2).sum(-1), labels, rows, classes)
+
+
+def cosface(e, p, labels, rows, classes, *, scale=64.0, margin=0.35):
+    logits = scale * at_labels(cosines(e, p), labels, lambda cosine: cosine - margin)
+    return cross_entropy(logits, labels, rows, classes)
+
+
+def arcface(e, p, labels, rows, classes, *, scale=64.0, margin=0.5):
+    def raised(cosine):
+        angle = jnp.arccos(jnp.clip(cosine, -0.9999999, 0.9999999))
+        lowered = cosine - margin * math.sin(margin)
+        return jnp.where(angle + margin <= math.pi, jnp.cos(angle + margin), lowered)
+
+    logits = scale * at_labels(cosines(e, p), labels, raised)
+    return cross_entropy(logits, labels, rows, classes)
+
+
+def sphereface(e, p, labels, rows, classes, *, scale=1.0, margin=4):
+    def multiplied(cosine):
+        angle = jnp.arccos(jnp.clip(cosine, -0.9999999, 0.9999999))
+        k = jax.lax.stop_gradient(jnp.floor(margin * angle / math.pi))
+        return (-1) ** k * jnp.cos(margin * angle) - 2 * k
+
+    length = jnp.linalg.norm(e, axis=1, keepdims=True)
+    logits = scale * length * at_labels(cosines(e, p), labels, multiplied)
+    return cross_entropy(logits, labels, rows, classes)
+
+
+def soft_triple(
+    e, p, labels, rows, classes, *, la=20.0, gamma=0.1, margin=0.01, centers_per_class=10
+):
+    similar = cosines(e, p).reshape(len(e), -1, centers_per_class)
+    weights = jnp.exp(similar / gamma) / jnp.exp(similar / gamma).sum(-1, keepdims=True)
+    similarity = (weights * similar).sum(-1)
+    logits = la * at_labels(similarity, labels, lambda own: own - margin)
+    return cross_entropy(logits, labels, rows, classes)
+
+
+def proxy_anchor(e, p, labels, rows, classes, *, alpha=32.0, margin=0.1):
+    similarity = cosines(e, p)
+    positive = (labels[:, None] == jnp.arange(len(p))[None]) & rows[:, None]
+    negative = (labels[:, None] != jnp.arange(len(p))[None]) & rows[:, None]
+    pull = jnp.where(positive, jnp.exp(-alpha * (similarity - margin)), 0.0).sum(0)
+    push = jnp.where(negative, jnp.exp(alpha * (similarity + margin)), 0.0).sum(0)
+    with_positives = positive.any(0) & classes
+    return jnp.mean(jnp.log1p(pull), where=with_positives) + jnp.mean(
+        jnp.log1p(push), where=classes
+    )
+
+
+LOSSES = {
+    function.__name__: function
+    for function in (
+        softmax,
+        norm_softmax,
+        proxy_nca,
+        cosface,
+        arcface,
+        sphereface,
+        soft_triple,
+        proxy_anchor,
+    )
+}
+
+
+def prepared(name, embeddings, proxies):
+    """What is mixed and remembered: unit vectors, but raw ones of plain softmax, and SphereFace's
+    embeddings with their lengths.
+    """
+    raw = name == "softmax"
+    return (
+        embeddings if raw or name == "sphereface" else normalized(embeddings),
+        proxies if raw else normalized(proxies),
+    )
+
+
 class DenseMemVir:
     """MemVir as published: a list of all that was, and one matrix of all rows and all proxies.
 
     Calling it gives a step's loss and its gradients by embeddings and proxies; then the step is
-    remembered. Rows and proxies beyond `batch` and `classes` are synthetic, and in no memory.
+    remembered. Rows and classes beyond `batch` and `classes` are synthetic, and in no memory.
     """
 
-    def __init__(self, loss, *, num_steps, step_gap, batch, classes, dtype=jnp.float32):
+    def __init__(
+        self, name, *, num_steps, step_gap, batch, classes, dtype=jnp.float32, **hyperparameters
+    ):
         self.num_steps, self.step_gap, self.batch, self.classes = (
             num_steps,
             step_gap,
             batch,
             classes,
         )
-        self.dtype = dtype
+        self.name, self.dtype = name, dtype
+        self.per_class = hyperparameters.get("centers_per_class", 1)
         self.steps = []
-        self.value_and_grad = jax.jit(
-            jax.value_and_grad(lambda e, p, *rest: dense_loss(loss, e, p, *rest), argnums=(0, 1))
-        )
+
+        def loss(embeddings, proxies, labels, virtual, exist):
+            rows, columns = prepared(name, embeddings, proxies)
+            rows = jnp.concatenate([rows, *[old for old, _, _ in virtual]])
+            columns = jnp.concatenate([columns, *[old for _, old, _ in virtual]])
+            present = len(proxies) // self.per_class
+            labels = [labels] + [
+                present + k * classes + old for k, (_, _, old) in enumerate(virtual)
+            ]
+            row_exists = [jnp.ones(len(embeddings), bool), jnp.repeat(exist, batch)]
+            class_exists = [jnp.ones(present, bool), jnp.repeat(exist, classes)]
+            problem = map(jnp.concatenate, (labels, row_exists, class_exists))
+            return LOSSES[name](rows, columns, *problem, **hyperparameters)
+
+        self.value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
 
     def __call__(self, embeddings, proxies, labels):
-        def kept(vectors):
-            return normalized(vectors).astype(self.dtype).astype(jnp.float32)
-
-        step = (
-            kept(embeddings[: self.batch]),
-            kept(proxies[: self.classes]),
-            labels[: self.batch],
+        rows, columns = prepared(
+            self.name, embeddings[: self.batch], proxies[: self.classes * self.per_class]
         )
+        rows, columns = (x.astype(self.dtype).astype(jnp.float32) for x in (rows, columns))
+        step = rows, columns, labels[: self.batch]
         ages = [(k + 1) * (self.step_gap + 1) for k in range(self.num_steps)]
         exist = jnp.asarray([age <= len(self.steps) for age in ages])
         # Steps that are not there yet are filled in, and masked out.
@@ -44,19 +160,3 @@ class DenseMemVir:
         result = self.value_and_grad(embeddings, proxies, labels, virtual, exist)
         self.steps.append(step)
         return result
-
-
-def dense_loss(loss, embeddings, proxies, labels, virtual, exist):
-    batch, classes = len(virtual[0][0]), len(virtual[0][1])
-    rows = jnp.concatenate([normalized(embeddings), *[old for old, _, _ in virtual]])
-    columns = jnp.concatenate([normalized(proxies), *[old for _, old, _ in virtual]])
-    new_labels = [len(proxies) + k * classes + old for k, (_, _, old) in enumerate(virtual)]
-    labels = jnp.concatenate([labels, *new_labels])
-    row_exists = jnp.concatenate([jnp.ones(len(embeddings), bool), jnp.repeat(exist, batch)])
-    column_exists = jnp.concatenate([jnp.ones(len(proxies), bool), jnp.repeat(exist, classes)])
-
-    logits = loss.logits(rows, columns)
-    at_label = jnp.arange(len(labels)), labels
-    logits = logits.at[at_label].set(loss.target(logits[at_label]))
-    log_probabilities = jax.nn.log_softmax(logits, where=column_exists[None, :], axis=1)
-    return -jnp.mean(log_probabilities[at_label], where=row_exists)

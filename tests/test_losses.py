@@ -1,3 +1,7 @@
+import dataclasses
+import math
+from pathlib import Path
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -5,54 +9,77 @@ import numpy as np
 import pytest
 
 from dml_jax import losses
-from tests.oracles import normalized
+from tests.oracles import LOSSES
 
+GOLDEN = np.load(Path(__file__).parent / "golden" / "peer_losses.npz")
 BATCH, CLASSES, DIM = 6, 5, 8
+HYPERPARAMETERS = {"soft_triple": {"centers_per_class": 3}}
+PEERS = {
+    "norm_softmax_scale20": ("norm_softmax", {"scale": 20.0}),
+    "proxy_nca_scale8": ("proxy_nca", {"scale": 8.0}),
+    "proxy_anchor_margin0.1_alpha32": ("proxy_anchor", {"margin": 0.1, "alpha": 32.0}),
+    "cosface_margin0.35_scale64": ("cosface", {"margin": 0.35, "scale": 64.0}),
+    "arcface_margin28.6deg_scale64": ("arcface", {"margin": math.radians(28.6), "scale": 64.0}),
+    "sphereface_margin4_scale1": ("sphereface", {"margin": 4.0, "scale": 1.0}),
+    "soft_triple_k3_la20_gamma0.1_margin0.01": (
+        "soft_triple",
+        {"centers_per_class": 3, "la": 20.0, "gamma": 0.1, "margin": 0.01},
+    ),
+}
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_losses_and_gradients_of_another_library(peer):
+    name, hyperparameters = PEERS[peer]
+    kind = "centers" if name == "soft_triple" else "proxies"
+    value, gradients = jax.value_and_grad(losses.create(name, **hyperparameters), argnums=(0, 1))(
+        jnp.asarray(GOLDEN["embeddings"]), jnp.asarray(GOLDEN[kind]), jnp.asarray(GOLDEN["labels"])
+    )
+    np.testing.assert_allclose(value, GOLDEN[f"{peer}_loss"], rtol=1e-5)
+    for gradient, of in zip(gradients, ("embeddings", kind), strict=True):
+        expected = GOLDEN[f"{peer}_grad_{of}"]
+        assert np.linalg.norm(gradient - expected) < 1e-5 * np.linalg.norm(expected)
+
+
+def create(name, **hyperparameters):
+    return losses.create(name, **HYPERPARAMETERS.get(name, {}), **hyperparameters)
 
 
 @pytest.fixture
-def problem():
+def problem(name):
     rng = np.random.default_rng(0)
     embeddings = jnp.asarray(rng.normal(size=(BATCH, DIM)), jnp.float32)
-    proxies = jnp.asarray(rng.normal(size=(CLASSES, DIM)), jnp.float32)
+    shape = create(name).proxy_shape(CLASSES, DIM)
+    proxies = jnp.asarray(rng.normal(size=shape), jnp.float32)
     return embeddings, proxies, jnp.asarray(rng.integers(CLASSES, size=BATCH))
-
-
-def cross_entropy(logits, labels):
-    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    return -np.log(probabilities[np.arange(len(labels)), labels]).mean()
-
-
-def test_norm_softmax_is_cross_entropy_of_scaled_cosines(problem):
-    embeddings, proxies, labels = problem
-    cosines = np.asarray(normalized(embeddings) @ normalized(proxies).T, np.float64)
-    loss = losses.create("norm_softmax", scale=7.0)(*problem)
-    chex.assert_trees_all_close(float(loss), cross_entropy(7 * cosines, labels), rtol=1e-6)
-
-
-def test_proxy_nca_is_cross_entropy_of_negative_squared_distances(problem):
-    embeddings, proxies, labels = problem
-    gaps = np.asarray(normalized(embeddings)[:, None] - normalized(proxies)[None], np.float64)
-    loss = losses.create("proxy_nca", scale=3.0)(*problem)
-    expected = cross_entropy(-3 * (gaps**2).sum(-1), labels)
-    chex.assert_trees_all_close(float(loss), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", losses.NAMES)
 class TestEveryLoss:
+    def test_is_its_definition(self, name, problem):
+        masks = jnp.ones(BATCH, bool), jnp.ones(CLASSES, bool)
+        expected = LOSSES[name](*problem, *masks, **HYPERPARAMETERS.get(name, {}))
+        chex.assert_trees_all_close(create(name)(*problem), expected, rtol=1e-5)
+
     def test_ignores_the_lengths_of_vectors(self, name, problem):
         embeddings, proxies, labels = problem
-        loss = losses.create(name)
-        scaled = loss(1e3 * embeddings, 1e-3 * proxies, labels)
+        loss = create(name)
+        longer = {
+            "softmax": (1.0, 1.0),  # Whose vectors are raw ones,
+            "sphereface": (1.0, 1e-3),  # and here the embeddings are.
+        }.get(name, (1e3, 1e-3))
+        scaled = loss(longer[0] * embeddings, longer[1] * proxies, labels)
         chex.assert_trees_all_close(scaled, loss(*problem), rtol=1e-5)
 
     def test_leaves_out_what_the_masks_leave_out(self, name, problem):
         embeddings, proxies, labels = problem
-        loss = losses.create(name)
-        other = jnp.asarray(np.random.default_rng(1).normal(size=(2, DIM)), jnp.float32)
+        loss = create(name)
+        rng = np.random.default_rng(1)
+        more = jnp.asarray(rng.normal(size=(2, DIM)), jnp.float32)
+        more_proxies = jnp.asarray(rng.normal(size=loss.proxy_shape(2, DIM)), jnp.float32)
         value = loss(
-            jnp.concatenate([embeddings, other]),
-            jnp.concatenate([proxies, other]),
+            jnp.concatenate([embeddings, more]),
+            jnp.concatenate([proxies, more_proxies]),
             jnp.concatenate([labels, CLASSES + jnp.arange(2)]),
             row_mask=jnp.arange(BATCH + 2) < BATCH,
             class_mask=jnp.arange(CLASSES + 2) < CLASSES,
@@ -61,34 +88,84 @@ class TestEveryLoss:
 
     def test_takes_bfloat16_and_answers_in_float32(self, name, problem):
         embeddings, proxies, labels = problem
-        assert losses.create(name)(embeddings.astype(jnp.bfloat16), proxies, labels).dtype == (
-            jnp.float32
-        )
+        assert create(name)(embeddings.astype(jnp.bfloat16), proxies, labels).dtype == jnp.float32
 
-    @pytest.mark.parametrize("kind", ["zero", "identical", "opposite", "huge", "tiny"])
+    @pytest.mark.parametrize("kind", ["zero", "identical", "opposite", "tiny"])
     def test_is_finite_with_finite_gradients(self, name, kind, problem):
         embeddings, proxies, labels = problem
+        loss = create(name)
+        own = proxies.reshape(CLASSES, -1, DIM)[labels, 0]
         embeddings = {
             "zero": jnp.zeros_like(embeddings),
-            "identical": proxies[labels],
-            "opposite": -proxies[labels],
-            "huge": 1e30 * embeddings,
+            "identical": own,
+            "opposite": -own,
             "tiny": 1e-30 * embeddings,
         }[kind]
-        value, gradients = jax.value_and_grad(losses.create(name), argnums=(0, 1))(
-            embeddings, proxies, labels
-        )
+        value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(embeddings, proxies, labels)
         chex.assert_tree_all_finite((value, gradients))
 
     def test_gradient_is_that_of_finite_differences(self, name, problem):
         embeddings, proxies, labels = problem
-        loss = losses.create(name, scale=2.0)
+        soft = {"la": 2.0, "alpha": 2.0, "scale": 2.0}
+        loss = create(name)
+        fields = {field.name for field in dataclasses.fields(loss)}
+        loss = dataclasses.replace(loss, **{k: v for k, v in soft.items() if k in fields})
         chex.assert_numerical_grads(
             lambda e, p: loss(jnp.asarray(e), jnp.asarray(p), labels),
             (embeddings, proxies),
             order=1,
-            atol=1e-2,
+            atol=2e-2,
         )
+
+
+NORMALISING = [name for name in losses.NAMES if name not in ("softmax", "sphereface")]
+
+
+@pytest.mark.parametrize("name", NORMALISING)
+def test_huge_embeddings_are_finite(name, problem):
+    embeddings, proxies, labels = problem
+    value, gradients = jax.value_and_grad(create(name), argnums=(0, 1))(
+        1e30 * embeddings, proxies, labels
+    )
+    chex.assert_tree_all_finite((value, gradients))
+
+
+@pytest.mark.parametrize("name", ["softmax"])
+def test_a_bias_is_the_last_column_of_the_proxies(problem):
+    embeddings, proxies, labels = problem
+    bias = jnp.arange(CLASSES, dtype=jnp.float32)
+    loss = losses.create("softmax", bias=True)
+    assert loss.proxy_shape(CLASSES, DIM) == (CLASSES, DIM + 1)
+    value = loss(embeddings, jnp.concatenate([proxies, bias[:, None]], axis=1), labels)
+    logits = embeddings @ proxies.T + bias[None]
+    expected = -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(BATCH), labels])
+    chex.assert_trees_all_close(value, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["soft_triple"])
+def test_tau_pulls_the_centres_of_a_class_together(problem):
+    embeddings, centers, labels = problem
+    centers = centers.reshape(CLASSES, 3, DIM)
+    unit = centers / jnp.linalg.norm(centers, axis=-1, keepdims=True)
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    # Equation 9's distances of unit vectors, sqrt(2 - 2 cos).
+    distances = [jnp.sqrt(2 - 2 * (unit[:, i] * unit[:, j]).sum(-1)) for i, j in pairs]
+    difference = create("soft_triple", tau=0.2)(*problem) - create("soft_triple")(*problem)
+    chex.assert_trees_all_close(difference, 0.2 * jnp.mean(jnp.asarray(distances)), rtol=1e-4)
+    merged = jnp.broadcast_to(centers[:, :1], centers.shape).reshape(-1, DIM)
+    gradient = jax.grad(create("soft_triple", tau=0.2), argnums=1)(embeddings, merged, labels)
+    chex.assert_tree_all_finite(gradient)
+
+
+@pytest.mark.parametrize("name", ["arcface", "sphereface"])
+def test_the_margin_makes_a_loss_that_grows_with_the_angle(name):
+    angles = jnp.linspace(0, math.pi, 200)
+    proxies = jnp.asarray([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    embeddings = jnp.stack([jnp.cos(angles), jnp.sin(angles), jnp.zeros(200)], axis=1)
+    loss = losses.create(name)
+    values = jnp.stack([loss(row[None], proxies, jnp.zeros(1, int)) for row in embeddings])
+    assert (jnp.diff(values) > -1e-5).all()
+    assert values[-1] > values[0] + 1
 
 
 def test_unknown_loss_is_refused_with_the_known_ones():

@@ -12,6 +12,7 @@ from dml_jax import losses, memvir
 from tests.oracles import DenseMemVir, normalized
 
 GOLDEN = Path(__file__).parent / "golden"
+HYPERPARAMETERS = {"soft_triple": {"centers_per_class": 3}}
 
 
 def make_step(loss):
@@ -69,25 +70,25 @@ def run_against_dense(name, *, num_steps, step_gap, batch, classes, dim, steps, 
     """A run in both forms, compared step by step; `options`: seed, synthetic, dtype."""
     rng = np.random.default_rng(options.get("seed", 0))
     synthetic, dtype = options.get("synthetic", 0), options.get("dtype", jnp.float32)
-    loss = losses.create(name)
-    dense = DenseMemVir(
-        loss, num_steps=num_steps, step_gap=step_gap, batch=batch, classes=classes, dtype=dtype
-    )
-    memory = memvir.init(
-        num_steps=num_steps,
-        step_gap=step_gap,
-        batch_size=batch,
-        num_classes=classes,
-        dim=dim,
-        dtype=dtype,
-    )
+    hyperparameters = HYPERPARAMETERS.get(name, {})
+    loss = losses.create(name, **hyperparameters)
+    sizes = {"num_steps": num_steps, "step_gap": step_gap, "dtype": dtype}
+    dense = DenseMemVir(name, batch=batch, classes=classes, **sizes, **hyperparameters)
+    memory = memvir.init(batch_size=batch, num_classes=classes, dim=dim, loss=loss, **sizes)
     step = make_step(loss)
-    proxies = jnp.asarray(rng.normal(size=(classes, dim)), jnp.float32)
+    per_class = loss.proxies_per_class
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    proxies = normal(classes * per_class, dim)
     for t in range(steps):
-        embeddings = jnp.asarray(rng.normal(size=(batch + synthetic, dim)), jnp.float32)
-        new_proxies = jnp.asarray(rng.normal(size=(synthetic, dim)), jnp.float32)
         labels = np.append(rng.integers(classes, size=batch), classes + np.arange(synthetic))
-        problem = embeddings, jnp.concatenate([proxies, new_proxies]), jnp.asarray(labels)
+        problem = (
+            normal(batch + synthetic, dim),
+            jnp.concatenate([proxies, normal(synthetic * per_class, dim)]),
+            jnp.asarray(labels),
+        )
         (value, memory), gradients = step(memory, *problem)
         expected, expected_gradients = dense(*problem)
         assert close(value, expected), t
@@ -97,13 +98,27 @@ def run_against_dense(name, *, num_steps, step_gap, batch, classes, dim, steps, 
             dense.steps[-1] = jax.tree.map(lambda x: x.astype(jnp.float32), memory.pending[:2]) + (
                 memory.pending.labels,
             )
-        proxies = proxies - 0.5 * gradients[1][:classes]
+        proxies = proxies - 0.5 * gradients[1][: len(proxies)]
 
 
 @pytest.mark.parametrize("synthetic", [0, 3])
-@pytest.mark.parametrize(("num_steps", "step_gap"), [(1, 0), (3, 2), (4, 0), (5, 7)])
 @pytest.mark.parametrize("name", losses.NAMES)
-def test_equals_the_dense_form(name, num_steps, step_gap, synthetic):
+def test_equals_the_dense_form_over_60_steps(name, synthetic):
+    run_against_dense(
+        name,
+        num_steps=4,
+        step_gap=5,
+        batch=4,
+        classes=3,
+        dim=6,
+        steps=60,
+        synthetic=synthetic,
+    )
+
+
+@pytest.mark.parametrize(("num_steps", "step_gap"), [(1, 0), (4, 0), (5, 7)])
+@pytest.mark.parametrize("name", ["norm_softmax", "proxy_anchor"])
+def test_equals_the_dense_form_at_other_lengths(name, num_steps, step_gap):
     run_against_dense(
         name,
         num_steps=num_steps,
@@ -112,8 +127,25 @@ def test_equals_the_dense_form(name, num_steps, step_gap, synthetic):
         classes=3,
         dim=6,
         steps=3 * num_steps * (step_gap + 1),
-        synthetic=synthetic,
     )
+
+
+@pytest.mark.parametrize("name", ["norm_softmax", "proxy_anchor"])
+def test_a_memory_of_no_particular_loss_gives_the_same(name):
+    rng = np.random.default_rng(0)
+    loss = losses.create(name)
+    sizes = {"num_steps": 2, "step_gap": 0, "batch_size": 3, "num_classes": 4, "dim": 5}
+    memories = memvir.init(**sizes), memvir.init(**sizes, loss=loss)
+    for _ in range(4):
+        problem = (
+            jnp.asarray(rng.normal(size=(3, 5)), jnp.float32),
+            jnp.asarray(rng.normal(size=(4, 5)), jnp.float32),
+            jnp.asarray(rng.integers(4, size=3)),
+        )
+        values, memories = zip(
+            *(memvir.loss_and_update(loss, memory, *problem) for memory in memories), strict=True
+        )
+        assert values[0] == values[1]
 
 
 # An example compiles twice, so that shrinking a failure would take minutes.
@@ -137,9 +169,10 @@ def test_equals_the_dense_form_at_any_shape(num_steps, step_gap, **shape):
     )
 
 
-def test_rounded_memory_is_consistent_with_what_it_stores():
+@pytest.mark.parametrize("name", ["norm_softmax", "proxy_anchor"])
+def test_rounded_memory_is_consistent_with_what_it_stores(name):
     run_against_dense(
-        "norm_softmax",
+        name,
         num_steps=3,
         step_gap=1,
         batch=4,
@@ -151,9 +184,10 @@ def test_rounded_memory_is_consistent_with_what_it_stores():
     )
 
 
-def test_masked_rows_and_classes_take_no_part():
+@pytest.mark.parametrize("name", ["norm_softmax", "proxy_anchor"])
+def test_masked_rows_and_classes_take_no_part(name):
     rng = np.random.default_rng(0)
-    loss = losses.create("norm_softmax")
+    loss = losses.create(name)
     memory = memvir.init(num_steps=2, step_gap=0, batch_size=3, num_classes=4, dim=5)
     other = memory
     for _ in range(4):
@@ -190,18 +224,21 @@ def test_remembers_unit_vectors_and_proxies_of_before_the_update():
     assert memory.pending.labels.tolist() == [1, 0, 1]
 
 
-@pytest.mark.parametrize("kind", ["zero", "identical", "huge"])
-def test_degenerate_embeddings_leave_everything_finite(kind):
+@pytest.mark.parametrize("name", losses.NAMES)
+@pytest.mark.parametrize("kind", ["zero", "identical", "opposite"])
+def test_degenerate_embeddings_leave_loss_and_gradients_finite(kind, name):
     embeddings = {
         "zero": jnp.zeros((3, 4)),
         "identical": jnp.ones((3, 4)),
-        "huge": jnp.full((3, 4), 1e30),
+        "opposite": -jnp.eye(2, 4)[jnp.asarray([0, 1, 0])],
     }[kind]
-    memory = memvir.init(num_steps=2, step_gap=0, batch_size=3, num_classes=2, dim=4)
-    step = make_step(losses.create("norm_softmax"))
+    loss = losses.create(name, **HYPERPARAMETERS.get(name, {}))
+    memory = memvir.init(num_steps=2, step_gap=0, batch_size=3, num_classes=2, dim=4, loss=loss)
+    proxies = jnp.repeat(jnp.eye(2, 4), loss.proxies_per_class, axis=0)
+    step = make_step(loss)
     for _ in range(4):
-        (value, memory), gradients = step(memory, embeddings, jnp.eye(2, 4), jnp.asarray([0, 1, 0]))
-        chex.assert_tree_all_finite((value, gradients, memory))
+        (value, memory), gradients = step(memory, embeddings, proxies, jnp.asarray([0, 1, 0]))
+        chex.assert_tree_all_finite((value, gradients))
 
 
 def test_an_impossible_size_is_refused():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dml_jax import losses, proxy_synthesis
-from tests.oracles import normalized
+from tests.oracles import LOSSES, normalized, prepared
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "proxy_synthesis.npz")
 
@@ -43,6 +43,40 @@ def test_official_losses_and_gradients(name, ratio):
         assert np.linalg.norm(gradient - expected) < 1e-5 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("name", losses.NAMES)
+def test_every_loss_equals_its_definition_on_the_mixtures(name):
+    hyperparameters = {"centers_per_class": 3} if name == "soft_triple" else {}
+    loss = losses.create(name, **hyperparameters)
+    per_class = loss.proxies_per_class
+    embeddings, proxies, labels = make_problem([2, 0, 1, 2], classes=4 * per_class)
+    lam, partner = jnp.asarray(0.3), jnp.asarray([1, 3, 0, 2])
+
+    def ours(e, p):
+        mixed = proxy_synthesis.synthesize(
+            e, p, labels, lam=lam, partner=partner, ratio=0.75, loss=loss
+        )
+        return loss(**mixed._asdict())
+
+    def defined(e, p):
+        e, p = prepared(name, e, p)
+        of_class = [p[per_class * label : per_class * (label + 1)] for label in range(4)]
+        for i in range(3):
+            j = int(partner[i])
+            e = jnp.concatenate([e, (lam * e[i] + (1 - lam) * e[j])[None]])
+            own = lam * of_class[int(labels[i])] + (1 - lam) * of_class[int(labels[j])]
+            p = jnp.concatenate([p, own])
+        all_labels = jnp.concatenate([labels, jnp.arange(4, 7)])
+        return LOSSES[name](
+            e, p, all_labels, jnp.ones(7, bool), jnp.ones(7, bool), **hyperparameters
+        )
+
+    value, gradients = jax.value_and_grad(ours, argnums=(0, 1))(embeddings, proxies)
+    expected, expected_gradients = jax.value_and_grad(defined, argnums=(0, 1))(embeddings, proxies)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        assert np.linalg.norm(gradient - wanted) < 1e-5 * np.linalg.norm(wanted)
+
+
 def make_problem(labels, classes, dim=4):
     rng = np.random.default_rng(0)
     embeddings = jnp.asarray(rng.normal(size=(len(labels), dim)), jnp.float32)
@@ -61,10 +95,10 @@ def test_mixes_sample_and_class_by_the_same_weight():
         ratio=1.0,
     )
     e, p = normalized(embeddings), normalized(proxies)
-    chex.assert_trees_all_close(mixed.embeddings[3:], 0.3 * e + 0.7 * e[jnp.asarray([1, 2, 0])])
-    chex.assert_trees_all_close(
-        mixed.proxies[3:], 0.3 * p[labels] + 0.7 * p[jnp.asarray([0, 1, 2])]
-    )
+    mixtures = 0.3 * e + 0.7 * e[jnp.asarray([1, 2, 0])]
+    chex.assert_trees_all_close(mixed.embeddings[3:], normalized(mixtures), rtol=1e-5)
+    mixtures = 0.3 * p[labels] + 0.7 * p[jnp.asarray([0, 1, 2])]
+    chex.assert_trees_all_close(mixed.proxies[3:], normalized(mixtures), rtol=1e-5)
     assert mixed.labels.tolist() == [2, 0, 1, 3, 4, 5]
 
 
@@ -133,9 +167,8 @@ def test_more_than_one_synthetic_class_a_sample_takes_further_draws():
     )
     assert mixed.embeddings.shape[0] == mixed.proxies.shape[0] == 6 + 9
     e = normalized(embeddings)
-    chex.assert_trees_all_close(
-        mixed.embeddings[12], lam[1] * e[0] + (1 - lam[1]) * e[partner[1, 0]], atol=1e-6
-    )
+    mixture = normalized(lam[1] * e[0] + (1 - lam[1]) * e[partner[1, 0]])
+    chex.assert_trees_all_close(mixed.embeddings[12], mixture, atol=1e-6)
 
 
 def test_too_few_draws_are_refused():

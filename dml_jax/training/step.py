@@ -17,7 +17,7 @@ class Recipe(NamedTuple):
     """What a step does, as opposed to what it does it to."""
 
     embedder: Embedder
-    loss: losses.SoftmaxLoss
+    loss: losses.ProxyLoss
     optimizer: optax.GradientTransformation
     seed: int
     steps_per_epoch: int
@@ -60,7 +60,7 @@ def objective(
             key, batch["label"], alpha=recipe.mixing_alpha, ratio=recipe.mixing_ratio
         )
         problem = proxy_synthesis.synthesize(
-            **problem, lam=lam, partner=partner, ratio=recipe.mixing_ratio
+            **problem, lam=lam, partner=partner, ratio=recipe.mixing_ratio, loss=recipe.loss
         )._asdict()
     if state.memory is None:
         return recipe.loss(**problem), (updates["batch_stats"], None)
