@@ -12,7 +12,7 @@ from dml_jax.models import create_backbone, pretrained
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHAPES = json.loads((GOLDEN / "backbone_state_dicts.json").read_text())
-NAMES = ("resnet18", "resnet34", "resnet50", "resnet101")
+NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "bninception")
 
 
 def tensor(key, shape):
@@ -34,7 +34,7 @@ def state_dict():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_features_are_torchvisions(name):
+def test_features_are_those_of_pytorch(name):
     golden = np.load(GOLDEN / "backbones.npz")
     weights = {key: tensor(key, shape) for key, shape in SHAPES[name].items()}
     variables = pretrained.convert(name, weights)
