@@ -1,13 +1,13 @@
 """What can be set, what it starts as, and what a variant changes."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
 from dml_jax import data, losses
-from dml_jax.models import BACKBONES, POOLINGS
+from dml_jax.models import BACKBONES, POOLINGS, backbone_options, pretrained
 from dml_jax.models.resnet import STEMS
 from dml_jax.training import optimizer, state
 
@@ -34,8 +34,11 @@ def default() -> ConfigDict:
             },
             "model": {
                 "backbone": "resnet50",
-                "width": 64,
-                "stem": "imagenet",
+                # Of the ResNets; by default what they were pretrained with, 64 and "imagenet".
+                "width": config_dict.placeholder(int),
+                "stem": config_dict.placeholder(str),
+                # "none", a .safetensors file, or "hf:OWNER/NAME" such as hf:timm/resnet50.tv_in1k.
+                "pretrained": pretrained.NONE,
                 "pooling": "gap",
                 "dim": 512,
                 "freeze_bn": False,
@@ -141,13 +144,16 @@ def validate(config: ConfigDict) -> None:
                 wrong.append(f"config.{path} is {_at(config, path)}; it must be above 0")
 
     one_of("model.backbone", BACKBONES)
-    one_of("model.stem", STEMS)
+    if config.model.stem is not None:
+        one_of("model.stem", STEMS)
     one_of("model.pooling", POOLINGS)
     one_of("model.dtype", ("float32", "bfloat16"))
     one_of("memvir.dtype", ("float32", "bfloat16"))
     one_of("proxy_init", state.PROXY_INITS)
     one_of("optimizer.name", optimizer.NAMES)
-    at_least(1, "epochs", "batch_size", "data.n_instance", "data.image_size", "model.width")
+    at_least(1, "epochs", "batch_size", "data.n_instance", "data.image_size")
+    if config.model.width is not None:
+        at_least(1, "model.width")
     at_least(1, "model.dim", "evaluation.every_epochs", "checkpoint.every_epochs")
     at_least(1, "checkpoint.keep_last")
     at_least(0, "seed", "data.num_workers", "proxy_synthesis.ratio", "memvir.num_steps")
@@ -170,8 +176,29 @@ def validate(config: ConfigDict) -> None:
             create(**_at(config, path))
         except ValueError as error:
             wrong.append(f"config.{path}: {error}")
+    if config.model.backbone in BACKBONES:
+        wrong.extend(_wrong_options(config.model))
+    try:
+        pretrained.check_place(config.model.pretrained)
+    except ValueError as error:
+        wrong.append(f"config.model.pretrained: {error}")
     if wrong:
         raise ValueError("\n".join(wrong))
+
+
+def _wrong_options(model: ConfigDict) -> Iterator[str]:
+    defaults = backbone_options(model.backbone)
+    for option in ("width", "stem"):
+        value = model[option]
+        if value is None:
+            continue
+        if option not in defaults:
+            yield f"config.model.{option} is {value}, but {model.backbone} has no {option}"
+        elif model.pretrained != pretrained.NONE and value != defaults[option]:
+            yield (
+                f"config.model.{option} is {value}, but {model.backbone} was pretrained with "
+                f"{defaults[option]}; leave it out, or set config.model.pretrained to none"
+            )
 
 
 def _at(config: ConfigDict, path: str) -> Any:

@@ -10,6 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dml_jax import command_line, retrieval, sharding
+from dml_jax.models import pretrained
 from dml_jax.training import experiment, loop, workdir
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE[:variant]")
@@ -23,8 +24,9 @@ flags.mark_flag_as_required("config")
 def main() -> None:
     """Runs the program."""
     folder, config = Path(_WORKDIR.value), _CONFIG.value
+    # So that the run can be resumed and evaluated from any directory.
+    config.model.pretrained = pretrained.absolute(config.model.pretrained)
     if config.data.root:
-        # So that the run can be resumed and evaluated from any directory.
         config.data.root = str(Path(config.data.root).absolute())
     with command_line.mendable():
         workdir.check(folder, config)
@@ -32,6 +34,8 @@ def main() -> None:
         if result is None:
             built = experiment.build(config, sharding.make_mesh())
             print(experiment.parameter_overview(built))
+            if not (folder / workdir.CONFIG).exists():
+                experiment.load_weights(config)  # So that bad ones are told before.
             workdir.claim(folder, config)
             result = loop.train(built, folder)
     print(f"last: {retrieval.summary(result['last'])}")

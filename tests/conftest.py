@@ -21,6 +21,11 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
 jax.config.update("jax_compilation_cache_dir", _compiled.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
+# Nothing is downloaded, and nobody's cache is read.
+_hub = tempfile.TemporaryDirectory(prefix="dml_jax_tests_", ignore_cleanup_errors=True)
+os.environ["HF_HOME"] = _hub.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # Broadcasting between ranks must be written out. (Not so the promotion of types: optax's Adam,
 # clu's metrics and flax's BatchNorm in bfloat16 rely on it.)
 jax.config.update("jax_numpy_rank_promotion", "raise")

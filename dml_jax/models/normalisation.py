@@ -31,3 +31,6 @@ IMAGENET = InputNormalisation(
     mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), channels="RGB"
 )
 """What torchvision's networks were trained on."""
+
+CAFFE = InputNormalisation(mean=(104.0, 117.0, 128.0), std=(1.0, 1.0, 1.0), channels="BGR")
+"""What the Caffe networks were trained on."""

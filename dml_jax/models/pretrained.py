@@ -1,17 +1,23 @@
 """Weights that PyTorch trained, as variables of our backbones.
 
+They come from a local .safetensors file, or from one on the Hugging Face hub.
+
 A backbone's modules are named as PyTorch's are, dots included, so that
 `("params", "layer1.0", "conv1", "kernel")` is `layer1.0.conv1.weight`.
 """
 
+import re
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import flax
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
 from dml_jax.models.registry import create_backbone
 
@@ -24,11 +30,96 @@ _LEAVES = {
 }
 
 
+_CLASSIFIERS = ("fc.", "last_linear.", "classifier.")
+
+_HUB = re.compile(r"hf:(?P<repo_id>[\w.-]+/[\w.-]+)(?:@(?P<revision>.+))?")
+
+NONE = "none"
+"""The place of weights that are drawn at random."""
+
+
+def check_place(where: str) -> None:
+    """Makes sure that a place is of a known form, without going there.
+
+    Args:
+        where: `none`, a local file that ends in .safetensors, or hf:OWNER/NAME, with @REVISION
+            behind it or not.
+
+    Raises:
+        ValueError: it is not.
+    """
+    local = where.endswith(".safetensors") and not where.startswith("hf:")
+    if not (where == NONE or local or _HUB.fullmatch(where)):
+        raise ValueError(
+            f"{where!r} is no place of weights; choose {NONE}, a file that ends in .safetensors, "
+            "or hf:OWNER/NAME"
+        )
+
+
+def absolute(where: str) -> str:
+    """The same place, whatever directory a later program starts in."""
+    return where if where == NONE or where.startswith("hf:") else str(Path(where).absolute())
+
+
+def load(name: str, where: str) -> dict[str, Any]:
+    """Reads the weights of a backbone.
+
+    Args:
+        name: a backbone of `create_backbone`, made without options.
+        where: a local .safetensors file, or hf:OWNER/NAME for the file model.safetensors there;
+            its tensors have PyTorch's names.
+
+    Returns:
+        {"params": ..., "batch_stats": ...}, float32.
+
+    Raises:
+        FileNotFoundError: there is no such file, or the hub does not give it.
+        ValueError: it is no safetensors file, or its tensors are not those of the backbone.
+    """
+    hub = _HUB.fullmatch(where)
+    path = _download(where, **hub.groupdict()) if hub else Path(where)
+    if not path.is_file():
+        raise FileNotFoundError(f"there are no weights at {path}")
+    try:
+        return convert(name, safetensors.numpy.load_file(path))
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged or no safetensors file ({error}); "
+            "scripts/convert_weights.py makes one of a .pth"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _download(where: str, repo_id: str, revision: str | None) -> Path:
+    """The hub's file in its local cache, where it stays."""
+    try:
+        path = huggingface_hub.hf_hub_download(repo_id, "model.safetensors", revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"{where} has no model.safetensors, or cannot be reached "
+            f"({reason}); check the name, or, for a machine without a network, run "
+            f"`hf download {repo_id} model.safetensors` on one that has it and give the file's "
+            "path, or copy the cache and set HF_HUB_OFFLINE=1"
+        ) from None
+    return Path(path)
+
+
+def backbone_tensors(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A PyTorch state dict without what no backbone has: classifier and `num_batches_tracked`."""
+    return {
+        key: array
+        for key, array in state_dict.items()
+        if not key.startswith(_CLASSIFIERS) and not key.endswith("num_batches_tracked")
+    }
+
+
 def convert(name: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Converts a PyTorch state dict to the variables of a backbone.
 
-    The classifier (`fc.*`) and the counters `num_batches_tracked` are left out; every other
-    tensor must find its place, and every place its tensor.
+    The classifier and the counters of `backbone_tensors` are left out; every other tensor must
+    find its place, and every place its tensor.
 
     Args:
         name: a backbone of `create_backbone`, made without options.
@@ -46,8 +137,7 @@ def convert(name: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
     paths = {".".join((*path[1:-1], _LEAVES[path[-1]])): path for path in template}
     arrays = {
         key: np.transpose(array, (2, 3, 1, 0)) if array.ndim == 4 else array
-        for key, array in state_dict.items()
-        if not key.startswith("fc.") and not key.endswith("num_batches_tracked")
+        for key, array in backbone_tensors(state_dict).items()
     }
     problems = [f"{key} is missing" for key in paths.keys() - arrays.keys()]
     problems += [f"{key} is unexpected" for key in arrays.keys() - paths.keys()]
@@ -55,6 +145,8 @@ def convert(name: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
         expected, shape = template[paths[key]].shape, arrays[key].shape
         if shape != expected:
             problems.append(f"{key} is {_torch(shape)}, but should be {_torch(expected)}")
+        if not jnp.issubdtype(arrays[key].dtype, jnp.floating):
+            problems.append(f"{key} is {arrays[key].dtype}, but should be floating-point")
     if problems:
         raise ValueError(f"these are no weights of {name}: {'; '.join(sorted(problems))}")
     return flax.traverse_util.unflatten_dict(

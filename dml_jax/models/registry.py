@@ -1,15 +1,17 @@
 """Networks by name. A new backbone is a file beside this one and a line in `BACKBONES`."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 
-from dml_jax.models import resnet
+from dml_jax.models import bninception, resnet
 from dml_jax.models.embedder import Embedder
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **resnet.VARIANTS,
+    "bninception": bninception.BNInception,
 }
 
 
@@ -33,6 +35,12 @@ def create_backbone(name: str, **options: Any) -> nn.Module:
     return BACKBONES[name](**options)
 
 
+def backbone_options(name: str) -> dict[str, Any]:
+    """The options of a backbone in `BACKBONES`, with their defaults."""
+    parameters = inspect.signature(BACKBONES[name]).parameters
+    return {option: parameter.default for option, parameter in parameters.items()}
+
+
 def create_embedder(*, backbone: str, pooling: str, dim: int, **options: Any) -> Embedder:
     """Makes an embedder.
 
@@ -40,7 +48,7 @@ def create_embedder(*, backbone: str, pooling: str, dim: int, **options: Any) ->
         backbone: a key of `BACKBONES`.
         pooling: "gap", "gmp" or "gap+gmp".
         dim: size of an embedding.
-        **options: see `create_backbone`.
+        **options: see `create_backbone`; one that is None is as if it were not given.
 
     Returns:
         A module from RGB images of 0..255 [B, H, W, 3] to raw float32 embeddings [B, dim].
@@ -49,4 +57,5 @@ def create_embedder(*, backbone: str, pooling: str, dim: int, **options: Any) ->
         ValueError: on an unknown backbone or pooling.
         TypeError: on an option that the backbone does not have.
     """
-    return Embedder(backbone=create_backbone(backbone, **options), pooling=pooling, dim=dim)
+    given = {option: value for option, value in options.items() if value is not None}
+    return Embedder(backbone=create_backbone(backbone, **given), pooling=pooling, dim=dim)

@@ -100,7 +100,7 @@ class ResNet(nn.Module):
         kernel = 7 if self.stem == "imagenet" else 3
         x = nn.relu(norm(name="bn1")(conv(self.width, kernel, 2, name="conv1")(images)))
         if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+            x = layers.max_pool(x, 2)
         for stage, size in enumerate(self.stage_sizes):
             for block in range(size):
                 x = ResidualBlock(

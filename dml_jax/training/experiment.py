@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from dml_jax import config as configs
 from dml_jax import data, losses, memvir, retrieval, sharding
-from dml_jax.models import create_embedder
+from dml_jax.models import create_embedder, pretrained
 from dml_jax.retrieval import embed
 from dml_jax.training import checkpoint, optimizer, state, step
 
@@ -29,7 +29,9 @@ class Experiment(NamedTuple):
     learning_rate: Callable[[int], tuple[float, float]]
     """Of the embedder and of the proxies, at a step."""
     init: Callable[[], state.TrainState]
-    """Makes the state before the first step, sharded."""
+    """Makes the state before the first step, sharded; reads pretrained weights where there are."""
+    state_shape: state.TrainState
+    """The shape and type of every array of the state."""
     state_sharding: PyTree
     """The sharding of every array of the state."""
     embed: Callable[[PyTree, Array], Array]
@@ -61,7 +63,9 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> Experiment:
     steps_per_epoch = data.steps_per_epoch(
         train.labels, batch_size=config.batch_size, n_instance=config.data.n_instance
     )
-    embedder = create_embedder(**config.model)
+    embedder = create_embedder(
+        **{name: value for name, value in config.model.items() if name != "pretrained"}
+    )
     transformation, learning_rate = optimizer.create(
         **config.optimizer, steps_per_epoch=steps_per_epoch
     )
@@ -76,7 +80,7 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> Experiment:
         memory_warmup_steps=config.memvir.warmup_epochs * steps_per_epoch,
     )
 
-    def initial_state() -> state.TrainState:
+    def initial_state(backbone: PyTree | None = None) -> state.TrainState:
         return state.create(
             jax.random.key(config.seed),
             embedder=embedder,
@@ -85,10 +89,13 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> Experiment:
             num_classes=len(train.class_names),
             proxy_init=config.proxy_init,
             memory=_memory(config, num_classes=len(train.class_names)),
+            backbone=backbone,
         )
 
     everywhere = sharding.replicated(mesh)
-    state_sharding = jax.tree.map(lambda _: everywhere, jax.eval_shape(initial_state))
+    state_shape = jax.eval_shape(initial_state)
+    state_sharding = jax.tree.map(lambda _: everywhere, state_shape)
+    init = jax.jit(initial_state, out_shardings=state_sharding)
     return Experiment(
         config=config,
         sources=sources,
@@ -96,7 +103,8 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> Experiment:
         steps_per_epoch=steps_per_epoch,
         recipe=recipe,
         learning_rate=learning_rate,
-        init=jax.jit(initial_state, out_shardings=state_sharding),
+        init=lambda: init(load_weights(config)),
+        state_shape=state_shape,
         state_sharding=state_sharding,
         embed=jax.jit(
             lambda variables, images: embedder.apply(variables, images, train=False),
@@ -132,11 +140,23 @@ def _memory(config: ConfigDict, *, num_classes: int) -> memvir.Memory | None:
     )
 
 
+def load_weights(config: ConfigDict) -> dict[str, PyTree] | None:
+    """The backbone's pretrained variables; None if the config names none.
+
+    Raises:
+        ValueError: they are not the backbone's.
+        FileNotFoundError: they are not where the config says.
+    """
+    if config.model.pretrained == pretrained.NONE:
+        return None
+    return pretrained.load(config.model.backbone, config.model.pretrained)
+
+
 def abstract_state(experiment: Experiment) -> state.TrainState:
     """The shapes, types and places of the state, for `Checkpoints.restore`."""
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        jax.eval_shape(experiment.init),
+        experiment.state_shape,
         experiment.state_sharding,
     )
 
@@ -144,7 +164,7 @@ def abstract_state(experiment: Experiment) -> state.TrainState:
 def parameter_overview(experiment: Experiment) -> str:
     """A table of all parameters with their shapes and sizes."""
     return clu.parameter_overview.get_parameter_overview(
-        jax.eval_shape(experiment.init).params, include_stats=False
+        experiment.state_shape.params, include_stats=False
     )
 
 

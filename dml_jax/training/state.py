@@ -67,6 +67,7 @@ def create(
     num_classes: int,
     proxy_init: str,
     memory: memvir.Memory | None,
+    backbone: PyTree | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -78,6 +79,7 @@ def create(
         num_classes: classes to train on.
         proxy_init: see `initial_proxies`.
         memory: MemVir's, empty; None without MemVir.
+        backbone: its variables, if they are not to be drawn.
 
     Returns:
         A train state at step 0.
@@ -85,6 +87,8 @@ def create(
     network_key, proxy_key = jax.random.split(key)
     image = jnp.zeros((1, image_size, image_size, 3), jnp.uint8)
     variables = embedder.init(network_key, image, train=False)
+    if backbone is not None:
+        variables = {name: {**tree, "backbone": backbone[name]} for name, tree in variables.items()}
     proxies = initial_proxies(proxy_key, init=proxy_init, num_classes=num_classes, dim=embedder.dim)
     params = {"embedder": variables["params"], "proxies": proxies}
     return TrainState(

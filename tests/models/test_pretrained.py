@@ -1,46 +1,56 @@
-import json
 import re
-import zlib
+import shutil
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
+from huggingface_hub import constants
+from safetensors.numpy import save_file
 
-from dml_jax.models import create_backbone, pretrained
+from dml_jax import sharding
+from dml_jax.models import pretrained
+from dml_jax.training import experiment
+from tests import tiny, weights
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-SHAPES = json.loads((GOLDEN / "backbone_state_dicts.json").read_text())
-NAMES = ("resnet18", "resnet34", "resnet50", "resnet101")
+NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "bninception")
+BACKBONE_DEFAULTS = {"model__width": None, "model__stem": None}
 
 
-def tensor(key, shape):
-    """The weights that the reference features were computed with."""
-    seed = np.random.RandomState(zlib.crc32(key.encode()))
-    x = seed.standard_normal(shape).astype("float32")
-    if key.endswith("running_var"):
-        return 1 + 0.1 * abs(x)
-    if key.endswith(("running_mean", "bias")):
-        return 0.1 * x
-    if len(shape) == 1:
-        return 1 + 0.1 * x
-    return x * np.float32((2 / np.prod(shape[1:])) ** 0.5)
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return tiny.write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture
 def state_dict():
-    return {key: np.zeros(shape, np.float32) for key, shape in SHAPES["resnet18"].items()}
+    return {key: np.zeros(shape, np.float32) for key, shape in weights.SHAPES["resnet18"].items()}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_features_are_torchvisions(name):
-    golden = np.load(GOLDEN / "backbones.npz")
-    weights = {key: tensor(key, shape) for key, shape in SHAPES[name].items()}
-    variables = pretrained.convert(name, weights)
-    images = jnp.asarray(golden["images_nchw"].transpose(0, 2, 3, 1))
-    backbone = create_backbone(name)
-    features = jax.jit(lambda v, x: backbone.apply(v, x, train=False))(variables, images)
+def test_a_run_starts_from_the_file_and_gives_pytorchs_features(name, images, tmp_path):
+    file = tmp_path / f"{name}.safetensors"
+    save_file(weights.state_dict(name), file)
+    config = tiny.config(
+        images,
+        model__backbone=name,
+        model__pretrained=str(file),
+        model__freeze_bn=True,
+        data__image_size=32,
+        data__resize=32,
+        **BACKBONE_DEFAULTS,
+    )
+    built = experiment.build(config, sharding.make_mesh(jax.devices()[:1]))
+    variables = experiment.network(built.init())
+    backbone = built.recipe.embedder.backbone
+    golden = np.load(weights.GOLDEN / "backbones.npz")
+    normalised = jnp.asarray(golden["images_nchw"].transpose(0, 2, 3, 1))
+    features = jax.jit(lambda v, x: backbone.apply(v, x, train=False))(
+        {collection: tree["backbone"] for collection, tree in variables.items()}, normalised
+    )
     for pooled, suffix in ((features.mean((1, 2)), "gap"), (features.max((1, 2)), "gmp")):
         reference = golden[f"{name}_{suffix}"]
         assert np.linalg.norm(pooled - reference) < 1e-4 * np.linalg.norm(reference)
@@ -80,7 +90,78 @@ def test_weights_of_another_backbone_are_refused(state_dict):
         pretrained.convert("resnet50", state_dict)
 
 
+@pytest.mark.parametrize("classifier", ["fc", "last_linear"])
+def test_classifiers_of_bninceptions_ports_are_left_out(classifier):
+    shapes = weights.SHAPES["bninception"]
+    arrays = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+    arrays[f"{classifier}.weight"] = np.zeros((1000, 1024), np.float32)
+    arrays[f"{classifier}.bias"] = np.zeros(1000, np.float32)
+    assert "conv1_7x7_s2" in pretrained.convert("bninception", arrays)["params"]
+
+
 def test_converted_weights_are_copies(state_dict):
     variables = pretrained.convert("resnet18", state_dict)
     state_dict["bn1.weight"][:] = 5
     assert (variables["params"]["bn1"]["scale"] == 0).all()
+
+
+def test_half_precision_is_read_as_float32(state_dict, tmp_path):
+    state_dict["bn1.weight"] = np.linspace(0, 1, 64).astype(ml_dtypes.bfloat16)
+    state_dict["bn1.bias"] = np.linspace(0, 1, 64).astype(np.float16)
+    save_file(state_dict, tmp_path / "half.safetensors")
+    variables = pretrained.load("resnet18", str(tmp_path / "half.safetensors"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    np.testing.assert_array_equal(
+        variables["params"]["bn1"]["scale"], state_dict["bn1.weight"].astype(np.float32)
+    )
+    np.testing.assert_array_equal(
+        variables["params"]["bn1"]["bias"], state_dict["bn1.bias"].astype(np.float32)
+    )
+
+
+def test_whole_numbers_are_no_weights(state_dict):
+    state_dict["conv1.weight"] = state_dict["conv1.weight"].astype(np.int8)
+    with pytest.raises(ValueError, match="conv1.weight is int8, but should be floating-point"):
+        pretrained.convert("resnet18", state_dict)
+
+
+def test_a_bad_file_is_refused_by_its_path(state_dict, tmp_path):
+    file = tmp_path / "mine.safetensors"
+    with pytest.raises(FileNotFoundError, match=f"no weights at {file}"):
+        pretrained.load("resnet18", str(file))
+    del state_dict["bn1.bias"]
+    save_file(state_dict, file)
+    with pytest.raises(ValueError, match=f"{file}: .*resnet18: bn1.bias is missing$"):
+        pretrained.load("resnet18", str(file))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{file} is damaged or no safetensors"):
+        pretrained.load("resnet18", str(file))
+
+
+def test_the_hubs_file_is_found_in_its_cache(state_dict, tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    hub = Path(constants.HF_HUB_CACHE)
+    repository = hub / "models--somebody--resnet18.mine"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    save_file(state_dict, repository / "snapshots" / commit / "model.safetensors")
+    local = tmp_path / "copy.safetensors"
+    shutil.copy(repository / "snapshots" / commit / "model.safetensors", local)
+    expected = pretrained.load("resnet18", str(local))
+    for place in ("hf:somebody/resnet18.mine", f"hf:somebody/resnet18.mine@{commit}"):
+        chex.assert_trees_all_equal(pretrained.load("resnet18", place), expected)
+    for place in ("hf:somebody/resnet18.mine@v2", "hf:somebody/else"):
+        with pytest.raises(FileNotFoundError, match=f"{place} .*hf download.*HF_HUB_OFFLINE"):
+            pretrained.load("resnet18", place)
+
+
+@pytest.mark.parametrize("where", ["none", "a/b.safetensors", "hf:timm/resnet50.tv_in1k@main"])
+def test_places_are_known_by_their_form(where):
+    pretrained.check_place(where)
+
+
+@pytest.mark.parametrize("where", ["", "None", "a.pth", "hf:resnet50", "hf:a/b/c", "timm/resnet18"])
+def test_other_places_are_refused(where):
+    with pytest.raises(ValueError, match="choose none, a file that ends in .safetensors, or hf:"):
+        pretrained.check_place(where)

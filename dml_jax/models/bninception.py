@@ -1,0 +1,129 @@
+"""BN-Inception: the architecture, padding and parameter names of its PyTorch port, in NHWC.
+
+Ioffe and Szegedy, Batch Normalization, ICML 2015, arXiv 1502.03167, figure 5, in the form that was
+trained with Caffe and ported: every convolution has a bias and a batch normalisation of its own.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from dml_jax.models import layers
+from dml_jax.models.normalisation import CAFFE, InputNormalisation
+
+
+class Inception(NamedTuple):
+    """Output channels of a block's convolutions; its branches are concatenated in this order.
+
+    A block that halves the feature map has no 1x1 branch and no projection: both are 0.
+    """
+
+    single: int
+    """1x1."""
+    triple: tuple[int, int]
+    """1x1, then 3x3."""
+    double: tuple[int, int]
+    """1x1, then 3x3 twice."""
+    projection: int
+    """1x1 behind `pool`."""
+    pool: Callable[[Array], Array] = layers.average_pool
+
+    @property
+    def halves(self) -> bool:
+        """Whether the block halves the feature map."""
+        return not self.projection
+
+
+BLOCKS = {
+    "3a": Inception(64, (64, 64), (64, 96), 32),
+    "3b": Inception(64, (64, 96), (64, 96), 64),
+    "3c": Inception(0, (128, 160), (64, 96), 0),
+    "4a": Inception(224, (64, 96), (96, 128), 128),
+    "4b": Inception(192, (96, 128), (96, 128), 128),
+    "4c": Inception(160, (128, 160), (128, 160), 128),
+    "4d": Inception(96, (128, 192), (160, 192), 128),
+    "4e": Inception(0, (128, 192), (192, 256), 0),
+    "5a": Inception(352, (192, 320), (160, 224), 128),
+    "5b": Inception(352, (192, 320), (192, 224), 128, layers.max_pool),
+}
+
+
+class BNInception(nn.Module):
+    """BN-Inception without pooling and classifier.
+
+    Submodules carry the names that the port gives them, which is all that `pretrained.convert`
+    relies on.
+
+    Attributes:
+        freeze_bn: normalise by the running statistics in training too and leave them as they are;
+            scale and bias still train.
+        dtype: what convolutions and activations compute in. Parameters, running statistics and
+            the reductions of batch normalisation are float32 always.
+    """
+
+    freeze_bn: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    input_normalisation: ClassVar[InputNormalisation] = CAFFE
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b y x f"]:
+        """Maps normalised images [B, H, W, 3] to the last map [B, H/32, W/32, 1024] in `dtype`.
+
+        With `train`, batch statistics normalise (unless frozen) and the collection "batch_stats",
+        which must then be mutable, is updated.
+
+        Raises:
+            ValueError: a block cannot halve its feature map; no side that is a multiple of 32
+                comes to that.
+        """
+        height, width = images.shape[1:3]
+        # Of a side, the first three layers that halve leave (side + 1) // 8 pixels.
+        if any(not side // 8 or side // 8 % 4 for side in (height + 1, width + 1)):
+            raise ValueError(
+                f"bninception cannot halve images of {height}x{width} pixels five times; "
+                "choose multiples of 32"
+            )
+        conv = partial(layers.convolution, use_bias=True, dtype=self.dtype)
+        norm = partial(layers.batch_norm, frozen=self.freeze_bn, train=train, dtype=self.dtype)
+
+        def unit(
+            x: Float[Array, "b h w c"], features: int, kernel: int, name: str, stride: int = 1
+        ) -> Float[Array, "b y x f"]:
+            return nn.relu(norm(name=f"{name}_bn")(conv(features, kernel, stride, name=name)(x)))
+
+        x = _halve(unit(images, 64, 7, "conv1_7x7_s2", stride=2))
+        x = unit(x, 64, 1, "conv2_3x3_reduce")
+        x = _halve(unit(x, 192, 3, "conv2_3x3"))
+        for name, block in BLOCKS.items():
+            x = _inception(x, block, f"inception_{name}", unit)
+        return x
+
+
+def _inception(
+    x: Float[Array, "b h w c"], block: Inception, name: str, unit: Callable[..., Array]
+) -> Float[Array, "b y x f"]:
+    stride = 2 if block.halves else 1
+    triple = unit(x, block.triple[0], 1, f"{name}_3x3_reduce")
+    triple = unit(triple, block.triple[1], 3, f"{name}_3x3", stride)
+    double = unit(x, block.double[0], 1, f"{name}_double_3x3_reduce")
+    double = unit(double, block.double[1], 3, f"{name}_double_3x3_1")
+    double = unit(double, block.double[1], 3, f"{name}_double_3x3_2", stride)
+    if block.halves:
+        branches = [triple, double, _halve(x)]
+    else:
+        single = unit(x, block.single, 1, f"{name}_1x1")
+        projection = unit(block.pool(x), block.projection, 1, f"{name}_pool_proj")
+        branches = [single, triple, double, projection]
+    return jnp.concatenate(branches, axis=-1)
+
+
+def _halve(x: Float[Array, "b h w c"]) -> Float[Array, "b y x c"]:
+    """A 3x3 max-pool of stride 2 without padding, but for a last window that begins inside."""
+    down, across = ((0, 1 - side % 2) for side in x.shape[1:3])
+    return layers.max_pool(x, 2, padding=(down, across))

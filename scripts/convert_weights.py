@@ -1,0 +1,69 @@
+"""Turns weights that PyTorch saved into a .safetensors file for `config.model.pretrained`.
+
+python scripts/convert_weights.py --backbone=resnet50 --source=FILE.pth --out=FILE.safetensors
+"""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from absl import flags
+
+from dml_jax import command_line
+from dml_jax.models import BACKBONES, pretrained
+
+_BACKBONE = flags.DEFINE_enum("backbone", None, list(BACKBONES), "Whose weights.", required=True)
+_SOURCE = flags.DEFINE_string("source", None, "The file torch.save wrote.", required=True)
+_OUT = flags.DEFINE_string("out", None, "The .safetensors file to write.", required=True)
+
+
+def main() -> None:
+    """Runs the program."""
+    with command_line.mendable():
+        out = Path(_OUT.value)
+        if out.suffix != ".safetensors" or not out.absolute().parent.is_dir():
+            raise ValueError(f"--out={out} must end in .safetensors and lie in an existing folder")
+        if out.exists():
+            raise FileExistsError(f"{out} exists; remove it, or choose another --out")
+        tensors = _read(_SOURCE.value)
+        try:
+            pretrained.convert(_BACKBONE.value, tensors)
+        except ValueError as error:
+            raise ValueError(f"{_SOURCE.value}: {error}") from None
+        partial = out.with_name(out.name + ".part")
+        safetensors.numpy.save_file(tensors, partial)
+        os.replace(partial, out)
+    print(f"{len(tensors)} tensors of {_BACKBONE.value}: {out}")
+
+
+def _read(source: str) -> dict[str, np.ndarray]:
+    """The backbone's tensors in a file, contiguous, since safetensors writes others wrongly."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("reading --source needs PyTorch: pip install torch") from None
+    try:
+        loaded = torch.load(source, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{source} holds no weights that are safe to read: {reason}") from None
+    tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not tensors or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
+        raise ValueError(f"{source} holds neither a state dict nor one under the key 'state_dict'")
+    arrays = {
+        key.removeprefix("module."): np.ascontiguousarray(
+            (x.detach().float() if x.is_floating_point() else x).numpy()
+        )
+        for key, x in tensors.items()
+    }
+    # PyTorch before 0.2 gave the vectors of a batch normalisation a leading axis of 1.
+    return {
+        key: array[0] if array.ndim == 2 and len(array) == 1 else array
+        for key, array in pretrained.backbone_tensors(arrays).items()
+    }
+
+
+if __name__ == "__main__":
+    command_line.run(main)
