@@ -8,8 +8,13 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs a program."""
+def run(main: Callable[..., None], *arguments: str) -> None:
+    """Parses the flags and runs a program.
+
+    Args:
+        main: the program.
+        arguments: what its arguments are called, in their order; it takes them as strings.
+    """
     logging.set_verbosity(logging.WARNING)
 
     def parse(argv: Sequence[str]) -> list[str]:
@@ -22,9 +27,13 @@ def run(main: Callable[[], None]) -> None:
             _exit(message.splitlines()[-1] if "Traceback" in message else message, 2)
 
     def guarded(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
-            _exit(f"unexpected argument {argv[1]!r}; settings are given as --name=value", 2)
-        main()
+        given = argv[1:]
+        if len(given) > len(arguments):
+            unexpected = given[len(arguments)]
+            _exit(f"unexpected argument {unexpected!r}; settings are given as --name=value", 2)
+        if len(given) < len(arguments):
+            _exit(f"the argument {arguments[len(given)]!r} is missing; --help tells more", 2)
+        main(*given)
 
     app.run(guarded, flags_parser=parse)
 

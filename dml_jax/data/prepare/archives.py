@@ -1,0 +1,149 @@
+"""Archives: downloaded whole or not at all, unpacked nowhere but where they should be."""
+
+import hashlib
+import os
+import shutil
+import stat
+import tarfile
+import urllib.request
+import zipfile
+import zlib
+from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
+
+from rich.progress import Progress
+
+SUFFIXES = (".zip", ".tgz", ".tar.gz", ".tar")
+"""What the names of archives end in, in lower case."""
+
+_BROKEN = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    OSError,
+    RuntimeError,
+)  # OSError: gzip's. RuntimeError: a zip with a password.
+_CHUNK = 1 << 20
+_TIMEOUT = 60  # Seconds without a byte.
+
+
+class Address(NamedTuple):
+    """Where an archive is published.
+
+    Attributes:
+        url: its address (https or ftp).
+        file_name: what to store it as.
+        sha256: checksum, in hexadecimal.
+    """
+
+    url: str
+    file_name: str
+    sha256: str
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a path is a file named like an archive."""
+    return path.is_file() and path.name.lower().endswith(SUFFIXES)
+
+
+def download(address: Address, directory: Path, progress: Progress) -> Path:
+    """Downloads an archive into a directory, unless it is already there.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        OSError: the address cannot be read, or the connection broke.
+        ValueError: what came is not what was published.
+    """
+    path = directory / address.file_name
+    if path.exists():
+        return path
+    directory.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    digest = hashlib.sha256()
+    try:
+        with (
+            urllib.request.urlopen(address.url, timeout=_TIMEOUT) as response,
+            part.open("wb") as f,
+        ):
+            size = int(response.headers.get("Content-Length") or 0)
+            task = progress.add_task(f"download {path.name}", total=size or None)
+            while chunk := response.read(_CHUNK):
+                f.write(chunk)
+                digest.update(chunk)
+                progress.advance(task, len(chunk))
+    except (OSError, EOFError) as error:  # EOFError is ftplib's for a connection that was closed.
+        raise OSError(
+            f"cannot download {address.url} ({error}); run the same command again, or put the file "
+            f"from elsewhere at {path}"
+        ) from error
+    if digest.hexdigest() != address.sha256:
+        raise ValueError(
+            f"what {address.url} sent is not what was published: its SHA-256 is "
+            f"{digest.hexdigest()}, not {address.sha256}; it is in {part}"
+        )
+    os.replace(part, path)
+    return path
+
+
+def unpack(archive: Path, directory: Path, progress: Progress) -> None:
+    """Unpacks an archive's files and directories into a directory.
+
+    Everything is looked at before anything is written.
+
+    Raises:
+        ValueError: the archive is broken; or a member is a link, a device or the like, or would
+            lie outside the directory.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        if archive.name.lower().endswith(".zip"):
+            _unpack_zip(archive, directory, progress)
+        else:
+            _unpack_tar(archive, directory, progress)
+    except _BROKEN as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # The disk's fault, not the archive's.
+        raise ValueError(f"{archive} cannot be unpacked ({error}); get it again") from error
+
+
+def _unpack_zip(archive: Path, directory: Path, progress: Progress) -> None:
+    with zipfile.ZipFile(archive) as file:
+        members = file.infolist()
+        for member in members:
+            # The upper half holds the mode where the archive was made on a Unix, else zero.
+            kind = stat.S_IFMT(member.external_attr >> 16)
+            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise _refusal(archive, member.filename, "is a link or a device")
+            _check_path(archive, member.filename)
+        for member in progress.track(members, description=f"unpack {archive.name}"):
+            path = directory / member.filename
+            if member.is_dir():
+                path.mkdir(parents=True, exist_ok=True)
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with file.open(member) as content, path.open("wb") as copy:
+                shutil.copyfileobj(content, copy)
+
+
+def _unpack_tar(archive: Path, directory: Path, progress: Progress) -> None:
+    with tarfile.open(archive) as file:
+        members = file.getmembers()
+        for member in members:
+            if not (member.isreg() or member.isdir()):
+                raise _refusal(archive, member.name, "is a link or a device")
+            _check_path(archive, member.name)
+        for member in progress.track(members, description=f"unpack {archive.name}"):
+            file.extract(member, directory, filter="data")
+
+
+def _check_path(archive: Path, name: str) -> None:
+    path = PureWindowsPath(name)  # Knows both kinds of slashes, and drives.
+    if path.anchor or ".." in path.parts:
+        raise _refusal(archive, name, "would lie outside the directory it is unpacked into")
+
+
+def _refusal(archive: Path, name: str, why: str) -> ValueError:
+    return ValueError(f"{archive} is not unpacked: {name!r} in it {why}")

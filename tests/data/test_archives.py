@@ -1,0 +1,202 @@
+import dataclasses
+import functools
+import hashlib
+import http.server
+import io
+import stat
+import tarfile
+import threading
+import zipfile
+
+import pytest
+from rich.progress import Progress
+
+from dml_jax.data import prepare
+from dml_jax.data.prepare import archives
+from tests import public_data
+
+
+@pytest.fixture
+def progress():
+    with Progress(disable=True) as progress:
+        yield progress
+
+
+def make_tar(path, *members):
+    """Members are (name, kind, content or target)."""
+    with tarfile.open(path, "w:gz") as file:
+        for name, kind, content in members:
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            if kind == tarfile.REGTYPE:
+                info.size = len(content)
+            else:
+                info.linkname = content
+            file.addfile(info, io.BytesIO(content.encode()))
+    return path
+
+
+def make_zip(path, *members):
+    """Members are (name, kind, content)."""
+    with zipfile.ZipFile(path, "w") as file:
+        for name, kind, content in members:
+            info = zipfile.ZipInfo(name)
+            info.external_attr = kind << 16
+            file.writestr(info, content)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["zip", "tgz"])
+def test_archives_are_unpacked(kind, tmp_path, progress):
+    if kind == "zip":
+        members = [("a/", stat.S_IFDIR, ""), ("a/b/1.txt", stat.S_IFREG, "1"), ("2.txt", 0, "2")]
+        archive = make_zip(tmp_path / "x.ZIP", *members)
+    else:
+        members = [("a", tarfile.DIRTYPE, ""), ("a/b/1.txt", tarfile.REGTYPE, "1")]
+        archive = make_tar(tmp_path / "x.tgz", *members, ("2.txt", tarfile.REGTYPE, "2"))
+    assert archives.is_archive(archive)
+    archives.unpack(archive, tmp_path / "to", progress)
+    assert (tmp_path / "to/a/b/1.txt").read_text() == "1"
+    assert (tmp_path / "to/2.txt").read_text() == "2"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("../out", stat.S_IFREG, "would lie outside"),
+        ("a/../../out", 0, "would lie outside"),
+        ("/tmp/out", 0, "would lie outside"),
+        ("..\\out", 0, "would lie outside"),
+        ("C:out", 0, "would lie outside"),
+        ("a", stat.S_IFLNK, "is a link or a device"),
+        ("a", stat.S_IFCHR, "is a link or a device"),
+    ],
+)
+def test_malicious_zips_write_nothing(name, kind, message, tmp_path, progress):
+    archive = make_zip(tmp_path / "x.zip", ("good.txt", 0, "good"), (name, kind, "/etc/passwd"))
+    with pytest.raises(ValueError, match=message):
+        archives.unpack(archive, tmp_path / "to", progress)
+    assert not list((tmp_path / "to").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("../out", tarfile.REGTYPE, "would lie outside"),
+        ("/tmp/out", tarfile.REGTYPE, "would lie outside"),
+        ("a", tarfile.SYMTYPE, "is a link or a device"),
+        ("a", tarfile.LNKTYPE, "is a link or a device"),
+        ("a", tarfile.CHRTYPE, "is a link or a device"),
+        ("a", tarfile.FIFOTYPE, "is a link or a device"),
+    ],
+)
+def test_malicious_tars_write_nothing(name, kind, message, tmp_path, progress):
+    good = ("good.txt", tarfile.REGTYPE, "good")
+    archive = make_tar(tmp_path / "x.tar.gz", good, (name, kind, "/etc/passwd"))
+    with pytest.raises(ValueError, match=message):
+        archives.unpack(archive, tmp_path / "to", progress)
+    assert not list((tmp_path / "to").iterdir())
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tgz", "x.tar"])
+def test_broken_archives_are_named(name, tmp_path, progress):
+    (tmp_path / name).write_bytes(b"not an archive" * 100)
+    with pytest.raises(ValueError, match=rf"{name} cannot be unpacked (.|\n)*; get it again"):
+        archives.unpack(tmp_path / name, tmp_path / "to", progress)
+    whole = make_tar(tmp_path / "whole.tgz", ("1", tarfile.REGTYPE, "1" * 10_000)).read_bytes()
+    (tmp_path / "half.tgz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="half.tgz cannot be unpacked"):
+        archives.unpack(tmp_path / "half.tgz", tmp_path / "to", progress)
+
+
+def test_a_data_set_is_prepared_from_its_archive(tmp_path):
+    root = public_data.cub200(tmp_path / "cub")
+    with tarfile.open(tmp_path / "any.tgz", "w:gz") as file:
+        file.add(root, ".")
+    published = dataclasses.replace(prepare.DATA_SETS["cub200"], counts=public_data.CUB_COUNTS)
+    index = prepare.prepare(
+        "cub200", source=tmp_path / "any.tgz", out=tmp_path / "out", published=published
+    )
+    assert len(index.splits["train"].labels) == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["any.tgz", "cub", "out"]
+    with pytest.raises(ValueError, match="is no directory, nor is it named"):
+        prepare.prepare("cub200", source=root / "attributes.txt", out=tmp_path / "other")
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serves a directory: (its path, its address)."""
+    root = tmp_path / "served"
+    root.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+        def send_head(self):
+            if self.path != "/short":
+                return super().send_head()
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            return io.BytesIO(b"less than that")
+
+    handler = functools.partial(Quiet, directory=str(root))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
+        thread.start()
+        yield root, f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+        thread.join()
+
+
+def test_downloads_come_whole_or_not_at_all(server, tmp_path, progress):
+    root, url = server
+    content = bytes(range(256)) * 10_000
+    (root / "a.zip").write_bytes(content)
+    address = archives.Address(f"{url}/a.zip", "b.zip", hashlib.sha256(content).hexdigest())
+    into = tmp_path / "downloads"
+
+    altered = address._replace(sha256="0" * 64)
+    with pytest.raises(ValueError, match=r"a.zip sent is not what was published: its SHA-256 is"):
+        archives.download(altered, into, progress)
+    assert [path.name for path in into.iterdir()] == ["b.zip.part"]
+    for name, message in [("none", "HTTP Error 404"), ("short", "ended after 14 of 1000 bytes")]:
+        with pytest.raises(OSError, match=f"cannot download {url}/{name} .*{message}.*run the"):
+            archives.download(address._replace(url=f"{url}/{name}"), into, progress)
+        assert [path.name for path in into.iterdir()] == ["b.zip.part"]
+
+    assert archives.download(address, into, progress) == into / "b.zip"
+    assert (into / "b.zip").read_bytes() == content
+    assert [path.name for path in into.iterdir()] == ["b.zip"]
+    (root / "a.zip").unlink()  # What is there is not downloaded again.
+    archives.download(address, into, progress)
+
+
+def test_omniglot_is_downloaded_unpacked_and_prepared(server, tmp_path):
+    root, url = server
+    images = public_data.omniglot(tmp_path / "images")
+    addresses = []
+    for directory in sorted(images.iterdir()):
+        path = root / f"{directory.name}.zip"
+        with zipfile.ZipFile(path, "w") as file:
+            for image in sorted(directory.rglob("*.png")):
+                file.write(image, image.relative_to(images))
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        addresses.append(archives.Address(f"{url}/{path.name}", path.name, digest))
+    published = dataclasses.replace(
+        prepare.DATA_SETS["omniglot"],
+        counts=public_data.OMNIGLOT_COUNTS,
+        addresses=tuple(addresses),
+    )
+    downloads, out = tmp_path / "downloads", tmp_path / "out"
+    index = prepare.prepare(
+        "omniglot", source=downloads, out=out, download=True, published=published
+    )
+    assert len(index.splits["train"].labels) == 10
+    assert len(list(downloads.iterdir())) == 2
+    again = prepare.prepare("omniglot", source=downloads, out=tmp_path / "o2", published=published)
+    assert again == index
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--download needs a directory to download to"):
+        prepare.prepare("omniglot", source=tmp_path / "file", out=tmp_path / "o3", download=True)

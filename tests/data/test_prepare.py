@@ -1,0 +1,389 @@
+import dataclasses
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from dml_jax import data
+from dml_jax.data import prepare as preparation
+from tests import public_data
+
+LAYOUTS = {
+    "cars196_annos": ("cars196", public_data.cars196_annos, public_data.CARS_COUNTS),
+    "cars196_devkit": ("cars196", public_data.cars196_devkit, public_data.CARS_COUNTS),
+    "cars196_tree": ("cars196", public_data.cars196_tree, public_data.CARS_COUNTS),
+    "cars196_tfrecord": ("cars196", public_data.cars196_tfds, public_data.CARS_COUNTS),
+    "cars196_array_record": (
+        "cars196",
+        lambda root: public_data.cars196_tfds(root, "array_record"),
+        public_data.CARS_COUNTS,
+    ),
+    "cub200": ("cub200", public_data.cub200, public_data.CUB_COUNTS),
+    "sop": ("sop", public_data.sop, public_data.SOP_COUNTS),
+    "inshop": ("inshop", public_data.inshop, public_data.INSHOP_COUNTS),
+    "omniglot": ("omniglot", public_data.omniglot, public_data.OMNIGLOT_COUNTS),
+    "folder": ("folder", public_data.folder, public_data.FOLDER_COUNTS),
+}
+
+
+def prepare(name, source, out, counts, **options):
+    published = dataclasses.replace(preparation.DATA_SETS[name], counts=counts)
+    return preparation.prepare(name, source=source, out=out, published=published, **options)
+
+
+@pytest.fixture
+def cub(tmp_path):
+    return public_data.cub200(tmp_path / "cub")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_becomes_a_data_set_of_disjoint_classes(layout, tmp_path):
+    name, make, counts = LAYOUTS[layout]
+    make(tmp_path / "source")
+    out = tmp_path / "data" / "out"
+    prepare(name, tmp_path / "source", out, counts)
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+    found = data.create(name, root=out)
+    assert list(found) == list(counts)
+    for split, source in found.items():
+        data.check(source)
+        classes, images = counts[split]
+        assert (len(source.class_names), len(source)) == (classes, images)
+        assert sorted(set(source.labels.tolist())) == list(range(classes))
+        assert source.labels.dtype == np.int32
+        assert len(set(source.names)) == images
+    assert not set(found["train"].class_names) & set(found["test"].class_names)
+
+    # Plain TFDS reads the same, in the same order.
+    builder = tfds.builder_from_directory(out)
+    class_names = builder.info.features["label"].names
+    for split, source in found.items():
+        decoders = {"image": tfds.decode.SkipDecoding()}
+        for i, example in enumerate(builder.as_data_source(split, decoders=decoders)):
+            assert example["image"] == source[i]
+            assert example["name"].decode() == source.names[i]
+            assert class_names[example["label"]] == source.class_names[source.labels[i]]
+        pixels = builder.as_data_source(split)[0]["image"]
+        assert pixels.shape == data.decode(source[0], "x").shape
+    assert "tensorflow" not in sys.modules
+
+
+def test_images_are_stored_as_they_are_with_their_own_labels(tmp_path):
+    root = public_data.cars196_annos(tmp_path / "cars")
+    prepare("cars196", root, tmp_path / "out", public_data.CARS_COUNTS)
+    test = data.create("cars196", root=tmp_path / "out")["test"]
+    assert test.names[0] == "car_ims/000001.jpg"
+    assert test[0] == public_data.jpeg(0)
+    assert test.class_names[test.labels[0]] == public_data.CARS[3]  # (0·5 + 3) mod 4
+
+
+def test_the_devkits_two_lists_are_joined_and_their_equal_names_kept_apart(tmp_path):
+    root = public_data.cars196_devkit(tmp_path / "cars")
+    prepare("cars196", root, tmp_path / "out", public_data.CARS_COUNTS)
+    found = data.create("cars196", root=tmp_path / "out")
+    assert found["train"].class_names == public_data.CARS[:2]
+    images = {name: s[i] for s in found.values() for i, name in enumerate(s.names)}
+    assert images["cars_train/00001.jpg"] == public_data.jpeg(1)
+    assert images["cars_test/00001.jpg"] == public_data.jpeg(101)
+
+
+def test_the_devkit_without_labels_of_the_test_images_is_refused(tmp_path):
+    root = public_data.cars196_devkit(tmp_path / "cars", labelled=False)
+    with pytest.raises(FileNotFoundError, match="no cars_test_annos_withlabels.mat.*has them"):
+        prepare("cars196", root, tmp_path / "out", public_data.CARS_COUNTS)
+
+
+def test_halves_of_the_classes_are_the_same_by_number_and_by_name():
+    """So a folder tree, which has no numbers, gives the official split."""
+    names = tfds.builder_cls("cars196")  # Its module has the official list.
+    official = sys.modules[names.__module__]._NAMES
+    assert len(official) == 196 and official != sorted(official)
+    assert set(official[:98]) == set(sorted(official)[:98])
+    # Where a folder's name cannot have a slash.
+    assert set(sorted(name.replace("/", "-") for name in official)[:98]) == set(official[:98])
+
+
+def test_queries_and_gallery_share_a_numbering(tmp_path):
+    root = public_data.inshop(tmp_path / "inshop")
+    prepare("inshop", root, tmp_path / "out", public_data.INSHOP_COUNTS)
+    found = data.create("inshop", root=tmp_path / "out")
+    assert found["test"].class_names == found["gallery"].class_names
+    for split in ("test", "gallery"):
+        for label, name in zip(found[split].labels, found[split].names, strict=True):
+            assert found[split].class_names[label] in name
+    assert "/00_1" in found["test"].names[0] and "/01_1" in found["gallery"].names[0]
+
+
+def test_classes_of_sop_are_in_the_order_of_their_numbers(tmp_path):
+    root = public_data.sop(tmp_path / "sop")
+    prepare("sop", root, tmp_path / "out", public_data.SOP_COUNTS)
+    train = data.create("sop", root=tmp_path / "out")["train"]
+    assert train.class_names == tuple(map(str, range(1, 12)))
+
+
+def test_omniglot_tests_on_alphabets_that_do_not_train(tmp_path):
+    root = public_data.omniglot(tmp_path / "omniglot")
+    prepare("omniglot", root, tmp_path / "out", public_data.OMNIGLOT_COUNTS)
+    test = data.create("omniglot", root=tmp_path / "out")["test"]
+    assert test.class_names == ("Greek_character01", "Greek_character02")
+
+
+def test_omniglot_from_a_copy_by_tfds(tmp_path):
+    classes = ["Korean_0", "Korean_1", "Japanese_(katakana)_0", "Greek_0"]
+    splits = {
+        "train": [(public_data.jpeg(0), 1, "a")],
+        "small1": [(public_data.jpeg(i), i, "b") for i in (0, 2)],
+        "small2": [(public_data.jpeg(10 + i), i, "c") for i in (1, 2, 3)],
+    }
+    copy = tmp_path / "copy" / "omniglot" / "3.0.0"
+    public_data.tfds_copy(copy, "omniglot", classes, splits, "tfrecord")
+    counts = {"train": (2, 2), "test": (1, 1)}
+    prepare("omniglot", tmp_path / "copy", tmp_path / "out", counts)
+    found = data.create("omniglot", root=tmp_path / "out")
+    assert found["train"].class_names == ("Korean_0", "Japanese_(katakana)_0")
+    assert found["test"].class_names == ("Greek_0",)
+    assert found["test"][0] == public_data.jpeg(13)
+    with pytest.raises(ValueError, match=r"no split 'small2', only \['small1', 'train'\]"):
+        del splits["small2"]
+        public_data.tfds_copy(tmp_path / "less", "omniglot", classes, splits, "tfrecord")
+        prepare("omniglot", tmp_path / "less", tmp_path / "other", counts)
+
+
+def test_a_tfrecord_that_was_cut_short_is_refused(tmp_path):
+    root = public_data.cars196_tfds(tmp_path / "cars")
+    path = next(root.rglob("*train.tfrecord-00001*"))
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=f"{path} is cut short"):
+        prepare("cars196", root, tmp_path / "out", public_data.CARS_COUNTS)
+
+
+def test_counts_that_differ_are_refused_by_class_unless_allowed(cub, tmp_path, capsys):
+    counts = {"train": (2, 7), "test": (2, 6)}
+    with pytest.raises(ValueError) as refusal:
+        prepare("cub200", cub, tmp_path / "out", counts)
+    lines = str(refusal.value).splitlines()
+    assert lines[1:4] == [
+        "train: expected 7 images of 2 classes, found 6 of 2",
+        "train, class 001.Bird_1: 3 images",
+        "train, class 002.Bird_2: 3 images",
+    ]
+    assert "--allow_different_counts" in lines[4]
+    assert not (tmp_path / "out").exists()
+    prepare("cub200", cub, tmp_path / "out", counts, allow_different_counts=True)
+    assert "found 6 of 2" in capsys.readouterr().err
+    assert len(data.create("cub200", root=tmp_path / "out")["train"]) == 6
+
+
+def test_missing_images_are_counted_by_class_and_left_out_if_allowed(cub, tmp_path):
+    (cub / "CUB_200_2011/images/003.Bird_3/Bird_0.jpg").unlink()
+    message = "test, class 003.Bird_3: 1 of 3 images are missing\n"
+    with pytest.raises(ValueError, match=message):
+        prepare("cub200", cub, tmp_path / "out", public_data.CUB_COUNTS)
+    options = {"allow_different_counts": True}
+    prepare("cub200", cub, tmp_path / "out", public_data.CUB_COUNTS, **options)
+    test = data.create("cub200", root=tmp_path / "out")["test"]
+    assert test.labels.tolist() == [1, 0, 1, 0, 1]
+
+
+def test_a_split_nobody_expects_is_a_difference(tmp_path):
+    contents = preparation.DATA_SETS["inshop"].layout(public_data.inshop(tmp_path))
+    lines = preparation.differences(contents, public_data.CUB_COUNTS)
+    assert "gallery: expected 0 images of 0 classes, found 4 of 2" in lines
+    assert preparation.differences(contents, {}) == []
+
+
+def test_unreadable_images_are_all_named_and_left_out_if_allowed(tmp_path, capsys):
+    root = public_data.folder(tmp_path / "images")
+    whole = (root / "train/b/2.jpg").read_bytes()
+    (root / "train/b/2.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "test/c/1.jpg").write_text("no image")
+    with pytest.raises(ValueError, match=r"train/b/2.jpg: not a readable(.|\n)*test/c/1.jpg: not"):
+        prepare("folder", root, tmp_path / "out", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
+    prepare("folder", root, tmp_path / "out", {}, allow_different_counts=True)
+    assert "train/b/2.jpg: not a readable image" in capsys.readouterr().err
+    found = data.create("folder", root=tmp_path / "out")
+    assert found["train"].names == ("train/a/1.jpg", "train/b/1.jpg")
+    assert found["test"].names == ("test/c/2.jpg",)
+
+
+def test_a_class_on_both_sides_is_refused(tmp_path):
+    root = public_data.folder(tmp_path / "images")
+    public_data.put(root / "test/b/1.jpg", public_data.jpeg(0))
+    with pytest.raises(ValueError, match="1 classes are both in training and in testing.*: b;"):
+        prepare("folder", root, tmp_path / "out", {})
+
+
+def test_a_killed_preparation_leaves_nothing_that_reads_as_whole(cub, tmp_path):
+    program = f"""
+import os
+from pathlib import Path
+from dml_jax.data import prepare
+from dml_jax.data.prepare import writer
+
+def killed(*arguments):
+    os._exit(9)
+
+writer.records.write_index = killed
+prepare.prepare("cub200", source=Path({str(cub)!r}), out=Path({str(tmp_path / "out")!r}),
+                allow_different_counts=True)
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 9
+    assert list((tmp_path / ".out.incomplete/dataset").glob("*.array_record-*"))
+    with pytest.raises(FileNotFoundError, match="out holds no prepared data set"):
+        data.create("cub200", root=tmp_path / "out")
+    prepare("cub200", cub, tmp_path / "out", public_data.CUB_COUNTS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cub", "out"]
+    assert len(data.create("cub200", root=tmp_path / "out")["train"]) == 6
+
+
+def test_what_is_complete_is_not_done_again(cub, tmp_path):
+    out = tmp_path / "out"
+    index = prepare("cub200", cub, out, public_data.CUB_COUNTS)
+    shutil.rmtree(cub)
+    assert prepare("cub200", cub, out, public_data.CUB_COUNTS) == index
+    with pytest.raises(ValueError, match="holds the data set 'cub200'; name a new directory"):
+        prepare("sop", cub, out, public_data.SOP_COUNTS)
+    with pytest.raises(ValueError, match=f"{tmp_path} is not empty; name a new directory"):
+        prepare("cub200", cub, tmp_path, public_data.CUB_COUNTS)
+
+
+def test_a_damaged_data_set_is_refused(cub, tmp_path):
+    out = tmp_path / "out"
+    prepare("cub200", cub, out, public_data.CUB_COUNTS)
+    path = out / "cub200-test.array_record-00000"
+    path.write_bytes(path.read_bytes()[:70_000])
+    for read in (data.create, lambda name, root: prepare(name, cub, root, {})):
+        with pytest.raises(ValueError, match=f"cannot read the ArrayRecord files in {out}"):
+            read("cub200", root=out)
+    shutil.copy(out / "cub200-train.array_record-00000", path)
+    index = preparation.records.read_index(out)
+    test = dataclasses.replace(index.splits["test"], labels=(2, 3))
+    index.splits["test"] = test
+    preparation.records.write_index(out, index)
+    with pytest.raises(ValueError, match="6 images but 2 labels in split 'test'"):
+        data.create("cub200", root=out)
+
+
+def test_the_name_and_the_root_must_fit(cub, tmp_path):
+    prepare("cub200", cub, tmp_path / "out", public_data.CUB_COUNTS)
+    with pytest.raises(ValueError, match="holds the data set 'cub200', not 'sop'"):
+        data.create("sop", root=tmp_path / "out")
+    with pytest.raises(ValueError, match="'sop' needs root"):
+        data.create("sop")
+    with pytest.raises(FileNotFoundError, match="prepare_data.py makes one"):
+        data.create("sop", root=cub)
+
+
+def test_a_source_is_lazy_and_cheap_to_send(cub, tmp_path):
+    prepare("cub200", cub, tmp_path / "out", public_data.CUB_COUNTS)
+    train = data.create("cub200", root=tmp_path / "out")["train"]
+    assert train[0] == public_data.jpeg(2)
+    sent = pickle.dumps(train)
+    assert train[1] not in sent
+    assert pickle.loads(sent)[1] == train[1] == public_data.jpeg(3)
+    chosen, _ = data.split_classes(train, 0.5, seed=0)
+    assert pickle.loads(pickle.dumps(chosen))[2] == chosen[2]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_are_read_from_a_prepared_data_set(cub, tmp_path, num_workers):
+    prepare("cub200", cub, tmp_path / "out", public_data.CUB_COUNTS)
+    found = data.create("cub200", root=tmp_path / "out")
+    test = data.test_batches(
+        found["test"], batch_size=4, image_size=8, resize=8, num_workers=num_workers
+    )
+    seen = list(test)
+    test.close()
+    assert np.concatenate([batch["index"] for batch in seen]).tolist() == [*range(6), -1, -1]
+    held_out = data.split_classes(found["train"], 0.5, seed=0)[1]
+    train = data.train_batches(
+        held_out,
+        batch_size=3,
+        n_instance=1,
+        image_size=8,
+        augmentation=data.Augmentation(),
+        seed=0,
+        start_step=0,
+        num_steps=2,
+        num_workers=num_workers,
+    )
+    assert [batch["label"].tolist() for batch in train] == [[0, 0, 0]] * 2
+    train.close()
+
+
+def test_reading_imports_neither_tfds_nor_tensorflow(cub, tmp_path):
+    prepare("cub200", cub, tmp_path / "out", public_data.CUB_COUNTS)
+    program = f"""
+import sys
+from dml_jax import data
+data.check(data.create("cub200", root={str(tmp_path / "out")!r})["train"])
+print([name for name in sys.modules if name.startswith("tensorflow")])
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout == "[]\n", run.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cars196", "no cars_annos.mat, cars_train_annos.mat or train/"),
+        ("cub200", r"no dataset_info.json \(of TFDS\) or images.txt"),
+        ("sop", "no Ebay_train.txt"),
+        ("inshop", "no list_eval_partition.txt"),
+        ("omniglot", "no dataset_info.json .* or images_background_small1"),
+        ("folder", "no train/"),
+    ],
+)
+def test_a_source_of_another_layout_is_refused(name, message, tmp_path):
+    (tmp_path / "source").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"found {message}.* in {tmp_path / 'source'}"):
+        preparation.prepare(name, source=tmp_path / "source", out=tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=f"nowhere does not exist. {name}: "):
+        preparation.prepare(name, source=tmp_path / "nowhere", out=tmp_path / "out")
+
+
+def test_broken_lists_are_refused_by_line(cub, tmp_path):
+    path = cub / "CUB_200_2011/images.txt"
+    path.write_text(path.read_text() + "13\n")
+    with pytest.raises(ValueError, match=f"{path}, line 13: expected 2 columns, got '13'"):
+        prepare("cub200", cub, tmp_path / "out", public_data.CUB_COUNTS)
+    public_data.inshop(tmp_path / "inshop")
+    path = tmp_path / "inshop/Eval/list_eval_partition.txt"
+    path.write_text(path.read_text().replace("gallery", "galery"))
+    with pytest.raises(ValueError, match="is in a split 'galery', not in"):
+        prepare("inshop", tmp_path / "inshop", tmp_path / "out", public_data.INSHOP_COUNTS)
+    (tmp_path / "cars_annos.mat").write_text("not MATLAB's")
+    with pytest.raises(ValueError, match="cars_annos.mat: cannot read 'class_names' in it"):
+        prepare("cars196", tmp_path, tmp_path / "out", public_data.CARS_COUNTS)
+
+
+def test_the_program(cub, tmp_path):
+    program = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
+
+    def run(*arguments):
+        command = [sys.executable, str(program), *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    flags = [f"--source={cub}", f"--out={tmp_path / 'out'}"]
+    refused = run("cub200", *flags)
+    assert refused.returncode == 2
+    assert "train: expected 5864 images of 100 classes, found 6 of 2" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    done = run("cub200", *flags, "--allow_different_counts")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("train: 6 images of 2 classes\ntest: 6 images of 2 classes\n")
+    for arguments, message in [
+        (flags, "the argument 'data_set' is missing"),
+        (["cub200", "sop", *flags], "unexpected argument 'sop'"),
+        (["birds", *flags], "unknown data set 'birds'; there are cars196, cub200"),
+        (["inshop", "--download", flags[0], "--out=x"], "inshop cannot be downloaded: the authors"),
+    ]:
+        wrong = run(*arguments)
+        assert wrong.returncode == 2 and message in wrong.stderr

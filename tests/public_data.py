@@ -1,0 +1,223 @@
+"""Small copies of the public data sets, laid out as the real ones are on people's disks."""
+
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+import tensorflow_datasets as tfds
+from PIL import Image
+from tensorflow_datasets.core.dataset_info import DatasetIdentity
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+CARS = ("Acura TL Sedan 2012", "Acura Integra 2001", "smart fortwo 2012", "Volvo 240 1993")
+"""The official order is not quite that of the names; the halves are the same."""
+CARS_COUNTS = {"train": (2, 6), "test": (2, 6)}
+
+
+def jpeg(number, mode="RGB"):
+    """An encoded image unlike those of other numbers."""
+    pixels = np.random.default_rng(number).integers(0, 256, (9, 12, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, "JPEG" if mode == "RGB" else "PNG")
+    return file.getvalue()
+
+
+def put(path, data):
+    """Writes a file, with the directories above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
+def _cells(names):
+    return np.array(names, object)
+
+
+def _structs(rows):
+    fields = [(field, object) for field in rows[0]]
+    return np.array([tuple(row.values()) for row in rows], fields)
+
+
+def cars196_annos(root: Path) -> Path:
+    """`cars_annos.mat` and `car_ims/`, three images a class, in an order of its own."""
+    rows = []
+    for number in range(12):
+        name, label = f"car_ims/{number + 1:06}.jpg", (number * 5 + 3) % 4 + 1
+        put(root / name, jpeg(number))
+        row = {"relative_im_path": name, "bbox_x1": 1, "class": np.uint8(label), "test": number % 2}
+        rows.append(row)
+    contents = {"annotations": _structs(rows), "class_names": _cells(CARS)}
+    scipy.io.savemat(root / "cars_annos.mat", contents)
+    return root
+
+
+def cars196_devkit(root: Path, labelled=True) -> Path:
+    """`cars_train/cars_train/`, `cars_test/cars_test/` and the devkit, as on Kaggle."""
+    for split, first, more in (("train", 0, ""), ("test", 100, "_withlabels")):
+        rows = []
+        for number in range(1, 7):
+            name = f"{number:05}.jpg"
+            put(root / f"cars_{split}/cars_{split}/{name}", jpeg(first + number))
+            rows.append({"bbox_x1": 1, "class": np.uint8(number % 4 + 1), "fname": name})
+        if split == "test":  # 2 3 4 1 2 3 in training, so 4 1 2 3 4 1 make three of each.
+            for number, row in enumerate(rows, 3):
+                row["class"] = np.uint8(number % 4 + 1)
+        if labelled or split == "train":
+            path = root / f"car_devkit/devkit/cars_{split}_annos{more}.mat"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scipy.io.savemat(path, {"annotations": _structs(rows)})
+    scipy.io.savemat(root / "car_devkit/devkit/cars_meta.mat", {"class_names": _cells(CARS)})
+    return root
+
+
+def cars196_tree(root: Path) -> Path:
+    """`car_data/train/CLASS/*` and `car_data/test/CLASS/*`: a classification split."""
+    for label, name in enumerate(CARS):
+        for number in range(3):
+            split = "test" if number == 2 else "train"
+            put(root / f"car_data/{split}/{name}/{number}.jpg", jpeg(10 * label + number))
+    return root
+
+
+def cars196_tfds(root: Path, file_format="tfrecord") -> Path:
+    """A copy by TensorFlow Datasets, in `cars196/2.1.0`."""
+    directory = root / "cars196/2.1.0"
+    splits = {
+        "train": [(jpeg(i), i % 4, f"{i:05}") for i in range(8)],
+        "test": [(jpeg(10 + i), i % 4, f"{i:05}") for i in range(4)],
+    }
+    tfds_copy(directory, "cars196", CARS, splits, file_format)
+    return root
+
+
+def tfds_copy(directory: Path, name: str, classes, splits, file_format: str) -> None:
+    """What TFDS writes: splits of (image, label, id), in shards of 5."""
+    directory.mkdir(parents=True)
+    info = tfds.core.DatasetInfo(
+        builder=DatasetIdentity(name, tfds.core.Version("2.1.0"), str(directory), "somewhere"),
+        features=tfds.features.FeaturesDict(
+            {
+                "bbox": tfds.features.BBoxFeature(),
+                "id": tfds.features.Text(),
+                "image": tfds.features.Image(),
+                "label": tfds.features.ClassLabel(names=classes),
+            }
+        ),
+    )
+    box = tfds.features.BBox(0.0, 0.0, 1.0, 1.0)
+    examples = {
+        split: [{"image": i, "label": k, "id": n, "bbox": box} for i, k, n in rows]
+        for split, rows in splits.items()
+    }
+    if file_format == "array_record":
+        writer = tfds.core.SequentialWriter(info, 5, file_format=file_format)
+        writer.initialize_splits(list(splits))
+        writer.add_examples(examples)
+        writer.close_all()
+        return
+    # TFDS cannot write TFRecords without TensorFlow.
+    serializer = ExampleSerializer(info.features.get_serialized_info())
+    infos = []
+    for split, rows in examples.items():
+        template = tfds.core.ShardedFileTemplate(
+            dataset_name=name, data_dir=directory, split=split, filetype_suffix="tfrecord"
+        )
+        shards = [rows[start : start + 5] for start in range(0, len(rows), 5)]
+        for number, shard in enumerate(shards):
+            path = template.sharded_filepath(shard_index=number, num_shards=len(shards))
+            with open(path, "wb") as file:
+                for row in shard:
+                    data = serializer.serialize_example(info.features.encode_example(row))
+                    file.write(struct.pack("<QI", len(data), 0) + data + struct.pack("<I", 0))
+        infos.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[len(shard) for shard in shards],
+                num_bytes=0,
+                filename_template=template,
+            )
+        )
+    info.set_file_format("tfrecord")
+    info.set_splits(tfds.core.splits.SplitDict(infos))
+    info.write_to_directory(directory)
+
+
+def cub200(root: Path) -> Path:
+    """`CUB_200_2011/`, whose classes are not in the order of its images; three images a class."""
+    top = root / "CUB_200_2011"
+    classes = [f"{k:03}.Bird_{k}" for k in range(1, 5)]
+    images, labels = [], []
+    for number in range(12):
+        label = (number + 2) % 4
+        name = f"{classes[label]}/Bird_{number}.jpg"
+        put(top / "images" / name, jpeg(number))
+        images.append(f"{number + 1} {name}\n")
+        labels.append(f"{number + 1} {label + 1}\n")
+    put(top / "images.txt", "".join(images))
+    put(top / "image_class_labels.txt", "".join(labels))
+    put(top / "classes.txt", "".join(f"{k} {name}\n" for k, name in enumerate(classes, 1)))
+    put(top / "train_test_split.txt", "".join(f"{i} {i % 2}\n" for i in range(1, 13)))
+    put(root / "attributes.txt", "1 has_bill_shape::curved\n")
+    return root
+
+
+CUB_COUNTS = {"train": (2, 6), "test": (2, 6)}
+
+
+def sop(root: Path) -> Path:
+    """`Stanford_Online_Products/`, 12 classes of two images, of which 11 train."""
+    top = root / "Stanford_Online_Products"
+    tables = {"train": [], "test": []}
+    for number in range(24):
+        class_id = number // 2 + 1
+        name = f"chair_final/{1110 + class_id}_{number % 2}.JPG"
+        put(top / name, jpeg(number))
+        tables["train" if class_id <= 11 else "test"].append(f"{number + 1} {class_id} 3 {name}\n")
+    for split, lines in tables.items():
+        put(top / f"Ebay_{split}.txt", "image_id class_id super_class_id path\n" + "".join(lines))
+    return root
+
+
+SOP_COUNTS = {"train": (11, 22), "test": (1, 2)}
+
+
+def inshop(root: Path) -> Path:
+    """`Eval/list_eval_partition.txt` and `Img/img/`; items 3 and 4 are queries and gallery."""
+    rows = []
+    for item in (4, 2, 3, 1):
+        for view in range(3):
+            split = "train" if item < 3 else "query" if view == 0 else "gallery"
+            name = f"img/WOMEN/Dresses/id_{item:08}/0{view}_1_front.jpg"
+            put(root / "Img" / name, jpeg(10 * item + view))
+            rows.append(f"{name}    id_{item:08} {split}\n")
+    header = f"{len(rows)}\nimage_name item_id evaluation_status\n"
+    put(root / "Eval/list_eval_partition.txt", header + "".join(rows))
+    return root
+
+
+INSHOP_COUNTS = {"train": (2, 6), "test": (2, 2), "gallery": (2, 4)}
+
+
+def omniglot(root: Path) -> Path:
+    """`images_background_small1/` and `..2/`, which share the alphabet Korean."""
+    for small, alphabets in (("1", {"Korean": 2, "Latin": 3}), ("2", {"Greek": 2, "Korean": 2})):
+        for alphabet, characters in alphabets.items():
+            for character in range(1, characters + 1):
+                for number in range(1, 3):
+                    directory = f"images_background_small{small}/{alphabet}/character{character:02}"
+                    put(root / directory / f"0{character}_{number:02}.png", jpeg(number, "1"))
+    return root
+
+
+OMNIGLOT_COUNTS = {"train": (5, 10), "test": (2, 4)}
+
+
+def folder(root: Path) -> Path:
+    """`train/CLASS/*` and `test/CLASS/*`."""
+    for number, name in enumerate(("train/b/1", "train/b/2", "train/a/1", "test/c/1", "test/c/2")):
+        put(root / f"{name}.jpg", jpeg(number))
+    return root
+
+
+FOLDER_COUNTS = {"train": (2, 3), "test": (1, 2)}
