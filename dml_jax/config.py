@@ -17,11 +17,15 @@ def default() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
+            # The same bits at every run on GPUs too, which costs speed. CPUs need no setting.
+            "deterministic": False,
             "epochs": 130,
             "batch_size": 128,
             "data": {
                 "name": "folder",
                 "root": "",
+                # Share of the training classes that is held out to choose the best epoch by.
+                "validation_classes": 0.0,
                 # Images of each class in a batch; 1 draws images without regard to class.
                 "n_instance": 1,
                 "image_size": 224,
@@ -66,8 +70,16 @@ def default() -> ConfigDict:
                 "decay_epochs": (50,),
                 # Bound on the size of each element of a gradient; none by default.
                 "clip_value": config_dict.placeholder(float),
+                # Epochs at the beginning in which the backbone stays as it is.
+                "frozen_epochs": 0,
             },
-            "evaluation": {"every_epochs": 5, "recall_at": (1, 2, 4, 8), "nmi": False},
+            "evaluation": {
+                "every_epochs": 5,
+                "recall_at": (1, 2, 4, 8),
+                "nmi": False,
+                # Evaluations without a better R@1, RP or MAP@R that end a run early; 0 for none.
+                "patience": 0,
+            },
             "checkpoint": {"every_epochs": 1, "keep_last": 2},
         }
     )
@@ -98,7 +110,7 @@ def with_variant(
     Raises:
         ValueError: unknown variant.
     """
-    method, loss = _parse_variant(variant)
+    method, loss = parse_variant(variant)
     config.loss = ConfigDict({"name": loss, **dataclasses.asdict(losses.create(loss))})
     if method in ("ps", "ps_memvir"):
         config.proxy_synthesis.update(proxy_synthesis)
@@ -107,7 +119,12 @@ def with_variant(
     return config.lock()
 
 
-def _parse_variant(variant: str) -> tuple[str, str]:
+def parse_variant(variant: str) -> tuple[str, str]:
+    """The method and the loss of a variant; see `with_variant`.
+
+    Raises:
+        ValueError: unknown variant.
+    """
     methods = ("baseline", "ps", "memvir", "ps_memvir")
     names = {f"{method}_{loss}": (method, loss) for method in methods for loss in losses.NAMES}
     names |= {method: (method, "norm_softmax") for method in methods}
@@ -157,6 +174,7 @@ def validate(config: ConfigDict) -> None:
     at_least(1, "model.dim", "evaluation.every_epochs", "checkpoint.every_epochs")
     at_least(1, "checkpoint.keep_last")
     at_least(0, "seed", "data.num_workers", "proxy_synthesis.ratio", "memvir.num_steps")
+    at_least(0, "optimizer.frozen_epochs", "evaluation.patience", "data.validation_classes")
     at_least(0, "memvir.step_gap", "memvir.warmup_epochs", "optimizer.weight_decay")
     at_least(config.data.image_size, "data.resize")
     positive("proxy_synthesis.alpha", "optimizer.learning_rate", "optimizer.eps")
@@ -165,6 +183,11 @@ def validate(config: ConfigDict) -> None:
     if 1 not in recall_at or not all(isinstance(k, int) and k >= 1 for k in recall_at):
         wrong.append(
             f"config.evaluation.recall_at is {recall_at}; it must be whole numbers, with 1"
+        )
+    if config.data.validation_classes >= 1:
+        wrong.append(
+            f"config.data.validation_classes is {config.data.validation_classes}; it is a share of "
+            "the training classes, below 1"
         )
     if config.memvir.num_steps and config.memvir.warmup_epochs >= config.epochs:
         wrong.append(

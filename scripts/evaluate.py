@@ -1,6 +1,6 @@
 """Scores a run's checkpoint, or exported embeddings, by retrieval.
 
-python scripts/evaluate.py --workdir=runs/memvir --checkpoint=best
+python scripts/evaluate.py --workdir=runs/memvir --checkpoint=best_map
 python scripts/evaluate.py --embeddings=runs/memvir/embeddings.npz --nmi --recall_at=1,10,100
 """
 
@@ -15,37 +15,57 @@ from dml_jax.training import checkpoint, experiment, workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
 _CHECKPOINT = flags.DEFINE_enum(
-    "checkpoint", "last", ["last", *checkpoint.BEST], "Which of the run's checkpoints."
+    "checkpoint", None, ["last", *checkpoint.BEST], "Which of the run's checkpoints; the last."
 )
 _EMBEDDINGS = flags.DEFINE_string("embeddings", None, "Exported embeddings, in place of a run.")
+_GALLERY = flags.DEFINE_string(
+    "gallery", None, "Exported embeddings to look for --embeddings in, if not among themselves."
+)
 _RECALL_AT = flags.DEFINE_list("recall_at", None, "Each k of Recall@k; the run's, or 1,2,4,8.")
-_NMI = flags.DEFINE_bool("nmi", False, "Whether to cluster and measure NMI too.")
+_NMI = flags.DEFINE_bool("nmi", None, "Whether to cluster and measure NMI too; as the run does.")
 
 
 def main() -> None:
     """Runs the program."""
     with command_line.mendable():
-        if _EMBEDDINGS.value and not _WORKDIR.value:
-            exported = embed.load_embeddings(_EMBEDDINGS.value)
-            embeddings, labels = exported.embeddings, exported.labels
-            recall_at = (1, 2, 4, 8)
-        elif _WORKDIR.value and not _EMBEDDINGS.value:
-            folder = Path(_WORKDIR.value)
-            config = workdir.read_config(folder)
-            built = experiment.build(config, sharding.make_mesh())
-            variables = experiment.load_network(built, folder, _CHECKPOINT.value)
-            embeddings = experiment.embed_images(built, variables, built.sources["test"])
-            labels = built.sources["test"].labels
-            recall_at = config.evaluation.recall_at
+        recall_at = [int(k) for k in _RECALL_AT.value] if _RECALL_AT.value else None
+        if _EMBEDDINGS.value and not (_WORKDIR.value or _CHECKPOINT.value):
+            scores = _score_exported(recall_at or [1, 2, 4, 8])
+        elif _WORKDIR.value and not (_EMBEDDINGS.value or _GALLERY.value):
+            scores = _score_run(recall_at)
         else:
-            raise ValueError("give either --workdir or --embeddings")
-        scores = retrieval.evaluate(
-            embeddings,
-            labels,
-            recall_at=[int(k) for k in _RECALL_AT.value or recall_at],
-            nmi=_NMI.value,
-        )
+            raise ValueError(
+                "give either --workdir, perhaps with --checkpoint, "
+                "or --embeddings, perhaps with --gallery"
+            )
     print(json.dumps(scores, indent=2))
+
+
+def _score_exported(recall_at: list[int]) -> dict[str, float]:
+    queries = embed.load_embeddings(_EMBEDDINGS.value)
+    gallery = None
+    if _GALLERY.value:
+        found_in = embed.load_embeddings(_GALLERY.value)
+        if found_in.class_names != queries.class_names:
+            raise ValueError(f"{_GALLERY.value} numbers other classes than {_EMBEDDINGS.value}")
+        gallery = found_in.embeddings, found_in.labels
+    return retrieval.evaluate(
+        queries.embeddings,
+        queries.labels,
+        recall_at=recall_at,
+        gallery=gallery,
+        nmi=bool(_NMI.value),
+    )
+
+
+def _score_run(recall_at: list[int] | None) -> dict[str, float]:
+    folder = Path(_WORKDIR.value)
+    config = workdir.read_config(folder)
+    config.evaluation.recall_at = tuple(recall_at or config.evaluation.recall_at)
+    config.evaluation.nmi = config.evaluation.nmi if _NMI.value is None else _NMI.value
+    built = experiment.build(config, sharding.make_mesh())
+    variables = experiment.load_network(built, folder, _CHECKPOINT.value or "last")
+    return experiment.score(built, experiment.embed_split(built, variables, "test"))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from configs import glyphs
 from dml_jax import command_line, data, retrieval, sharding
-from dml_jax.training import experiment, loop, workdir
+from dml_jax.training import experiment, run, workdir
 
 _ROOT = flags.DEFINE_string("root", "runs/quickstart", "Folder of the runs.")
 _EPOCHS = flags.DEFINE_integer(
@@ -35,19 +35,15 @@ def main() -> None:
             config = glyphs.get_config(variant)
             config.epochs = _EPOCHS.value or config.epochs
             config.memvir.warmup_epochs = min(config.memvir.warmup_epochs, config.epochs - 1)
-            folder = Path(_ROOT.value) / variant
-            workdir.check(folder, config)
-            built = experiment.build(config, sharding.make_mesh())
-            test = built.sources["test"]
             if variant == "baseline":
-                add("raw pixels", experiment.evaluate(built, _pixels(test)))
-                untrained = experiment.embed_images(built, experiment.network(built.init()), test)
-                add("untrained network", experiment.evaluate(built, untrained))
-            result = workdir.read_result(folder)
-            if result is None:
-                print(f"\n{variant}: {folder}")
-                workdir.claim(folder, config)
-                result = loop.train(built, folder)
+                built = experiment.build(config, sharding.make_mesh())
+                add("raw pixels", experiment.score(built, {"test": _pixels(built.sources["test"])}))
+                untrained = experiment.network(built.init())
+                embeddings = experiment.embed_split(built, untrained, "test")
+                add("untrained network", experiment.score(built, embeddings))
+            folder = Path(_ROOT.value) / variant
+            print(f"\n{variant}: {folder}")
+            result = run.run(config, folder)
             add(variant, result["last"], workdir.seconds(folder))
     Console().print(table)
     print(f"Runs with checkpoints, metrics and embeddings: {_ROOT.value}")

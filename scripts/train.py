@@ -9,9 +9,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from dml_jax import command_line, retrieval, sharding
-from dml_jax.models import pretrained
-from dml_jax.training import experiment, loop, workdir
+from dml_jax import command_line, retrieval
+from dml_jax.training import run, workdir
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE[:variant]")
 _WORKDIR = flags.DEFINE_string(
@@ -23,24 +22,12 @@ flags.mark_flag_as_required("config")
 
 def main() -> None:
     """Runs the program."""
-    folder, config = Path(_WORKDIR.value), _CONFIG.value
-    # So that the run can be resumed and evaluated from any directory.
-    config.model.pretrained = pretrained.absolute(config.model.pretrained)
-    if config.data.root:
-        config.data.root = str(Path(config.data.root).absolute())
     with command_line.mendable():
-        workdir.check(folder, config)
-        result = workdir.read_result(folder)
-        if result is None:
-            built = experiment.build(config, sharding.make_mesh())
-            print(experiment.parameter_overview(built))
-            if not (folder / workdir.CONFIG).exists():
-                experiment.load_weights(config)  # So that bad ones are told before.
-            workdir.claim(folder, config)
-            result = loop.train(built, folder)
+        result = run.run(_CONFIG.value, Path(_WORKDIR.value), overview=True)
     print(f"last: {retrieval.summary(result['last'])}")
-    print(f"best: {retrieval.summary(result['best'])} (epoch {result['best']['epoch']})")
-    print(f"results: {folder / workdir.RESULT}")
+    best = f"epoch {result['best']['epoch']}, chosen on the {result['best_chosen_on']} classes"
+    print(f"best: {retrieval.summary(result['best'])} ({best})")
+    print(f"results: {Path(_WORKDIR.value) / workdir.RESULT}")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def test_a_finished_run_is_not_trained_again(images, finished):
 
 def test_evaluate_scores_checkpoints_and_exported_embeddings(finished):
     result = workdir.read_result(finished)
-    best = json.loads(succeed("evaluate.py", f"--workdir={finished}", "--checkpoint=best"))
+    best = json.loads(succeed("evaluate.py", f"--workdir={finished}", "--checkpoint=best_map"))
     assert best["map@r"] == result["best"]["map@r"]
     exported = json.loads(
         succeed(

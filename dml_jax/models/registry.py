@@ -6,12 +6,13 @@ from typing import Any
 
 import flax.linen as nn
 
-from dml_jax.models import bninception, resnet
+from dml_jax.models import bninception, convnet, resnet
 from dml_jax.models.embedder import Embedder
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **resnet.VARIANTS,
     "bninception": bninception.BNInception,
+    "conv4": convnet.ConvNet,
 }
 
 

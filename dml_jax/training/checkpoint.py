@@ -12,7 +12,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from dml_jax.training import workdir as workdirs
 
-BEST = {"best": "map@r", "best_r1": "recall@1", "best_rp": "r_precision"}
+BEST = {"best_map": "map@r", "best_r1": "recall@1", "best_rp": "r_precision"}
 """Names of the best checkpoints, and the metric by which each is the best."""
 
 SKIPPED = ocp.PLACEHOLDER

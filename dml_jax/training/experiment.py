@@ -23,6 +23,8 @@ class Experiment(NamedTuple):
 
     config: ConfigDict
     sources: Mapping[str, data.Source]
+    chosen_on: str
+    """The split on which epochs are scored while training, and the best is chosen."""
     mesh: jax.sharding.Mesh
     steps_per_epoch: int
     recipe: step.Recipe
@@ -69,15 +71,18 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> Experiment:
     transformation, learning_rate = optimizer.create(
         **config.optimizer, steps_per_epoch=steps_per_epoch
     )
+    loss = losses.create(**config.loss)
+    num_classes = len(train.class_names)
     recipe = step.Recipe(
         embedder=embedder,
-        loss=losses.create(**config.loss),
+        loss=loss,
         optimizer=transformation,
         seed=config.seed,
         steps_per_epoch=steps_per_epoch,
         mixing_alpha=config.proxy_synthesis.alpha,
         mixing_ratio=config.proxy_synthesis.ratio,
         memory_warmup_steps=config.memvir.warmup_epochs * steps_per_epoch,
+        frozen_steps=config.optimizer.frozen_epochs * steps_per_epoch,
     )
 
     def initial_state(backbone: PyTree | None = None) -> state.TrainState:
@@ -86,9 +91,9 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> Experiment:
             embedder=embedder,
             optimizer=transformation,
             image_size=config.data.image_size,
-            num_classes=len(train.class_names),
+            proxy_shape=loss.proxy_shape(num_classes, config.model.dim),
             proxy_init=config.proxy_init,
-            memory=_memory(config, num_classes=len(train.class_names)),
+            memory=_memory(config, loss, num_classes),
             backbone=backbone,
         )
 
@@ -99,6 +104,7 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> Experiment:
     return Experiment(
         config=config,
         sources=sources,
+        chosen_on="validation" if "validation" in sources else "test",
         mesh=mesh,
         steps_per_epoch=steps_per_epoch,
         recipe=recipe,
@@ -117,17 +123,35 @@ def _sources(config: ConfigDict) -> dict[str, data.Source]:
     sources = data.create(config.data.name, root=config.data.root or None)
     for source in sources.values():
         data.check(source)
-    test, furthest = sources["test"], max(config.evaluation.recall_at)
-    if furthest >= len(test) or np.bincount(test.labels).max() < 2:
-        raise ValueError(
-            f"the {len(test)} test images in {len(test.class_names)} classes are too few to search "
-            f"in: config.evaluation.recall_at asks for {furthest} neighbours, and some class needs "
-            "two images"
+    if config.data.validation_classes:
+        # Of all seeds the same classes, so that their runs can be compared.
+        sources["train"], sources["validation"] = data.split_classes(
+            sources["train"], config.data.validation_classes, seed=0
         )
+    for split in sources.keys() - {"train", "gallery"}:
+        _check_enough(sources, split, max(config.evaluation.recall_at))
     return sources
 
 
-def _memory(config: ConfigDict, *, num_classes: int) -> memvir.Memory | None:
+def _check_enough(sources: Mapping[str, data.Source], split: str, furthest: int) -> None:
+    queries = sources[split]
+    found_in, alone = _gallery(sources, split), _gallery(sources, split) is None
+    searched = queries if found_in is None else found_in
+    relevant = np.bincount(searched.labels)[queries.labels] - alone
+    if furthest > len(searched) - alone or relevant.max() < 1:
+        raise ValueError(
+            f"the {len(searched)} images that {split} images are looked for in are too few: "
+            f"config.evaluation.recall_at asks for {furthest} neighbours, and some image needs "
+            "another of its class"
+        )
+
+
+def _gallery(sources: Mapping[str, data.Source], split: str) -> data.Source | None:
+    """Where the images of a split are looked for, if not among themselves."""
+    return sources.get("gallery") if split == "test" else None
+
+
+def _memory(config: ConfigDict, loss: losses.ProxyLoss, num_classes: int) -> memvir.Memory | None:
     if not config.memvir.num_steps:
         return None
     return memvir.init(
@@ -137,6 +161,7 @@ def _memory(config: ConfigDict, *, num_classes: int) -> memvir.Memory | None:
         num_classes=num_classes,
         dim=config.model.dim,
         dtype=jnp.dtype(config.memvir.dtype),
+        loss=loss,
     )
 
 
@@ -223,21 +248,43 @@ def embed_images(
         batches.close()
 
 
-def evaluate(
-    experiment: Experiment, embeddings: Float32[np.ndarray, "images dim"]
+def embed_split(
+    experiment: Experiment, variables: dict[str, PyTree], split: str
+) -> dict[str, Float32[np.ndarray, "images dim"]]:
+    """Embeds the images of a split, and those that they are looked for in, if they are others.
+
+    Args:
+        experiment: gives network and images.
+        variables: the network's.
+        split: `test` or `validation`.
+
+    Returns:
+        Raw embeddings by split: `split` and perhaps `gallery`.
+    """
+    names = [split] if _gallery(experiment.sources, split) is None else [split, "gallery"]
+    return {name: embed_images(experiment, variables, experiment.sources[name]) for name in names}
+
+
+def score(
+    experiment: Experiment, embeddings: Mapping[str, Float32[np.ndarray, "images dim"]]
 ) -> dict[str, float]:
-    """Scores embeddings of the test images by retrieval, as the config says.
+    """Scores embeddings by retrieval, as the config says.
 
     Args:
         experiment: whose images.
-        embeddings: `[images, dim]`.
+        embeddings: as `embed_split` gives them.
 
     Returns:
         Metrics by name; see `dml_jax.retrieval.evaluate`.
     """
+    (split,) = embeddings.keys() - {"gallery"}
+    gallery = None
+    if "gallery" in embeddings:
+        gallery = embeddings["gallery"], experiment.sources["gallery"].labels
     return retrieval.evaluate(
-        embeddings,
-        experiment.sources["test"].labels,
+        embeddings[split],
+        experiment.sources[split].labels,
         recall_at=tuple(experiment.config.evaluation.recall_at),
+        gallery=gallery,
         nmi=experiment.config.evaluation.nmi,
     )

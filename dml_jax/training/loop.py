@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from dml_jax import data, sharding
 from dml_jax.retrieval import embed
@@ -17,9 +16,10 @@ from dml_jax.training import checkpoint, workdir
 from dml_jax.training.experiment import (
     Experiment,
     abstract_state,
-    embed_images,
-    evaluate,
+    embed_split,
+    load_network,
     network,
+    score,
 )
 from dml_jax.training.state import TrainState
 from dml_jax.training.step import compile_step
@@ -43,7 +43,6 @@ def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
     """
     config, steps_per_epoch = experiment.config, experiment.steps_per_epoch
     total_steps = config.epochs * steps_per_epoch
-    embeddings = None
     with checkpoint.Checkpoints(folder, keep_last=config.checkpoint.keep_last) as checkpoints:
         state, start = _start(experiment, checkpoints)
         compiled = compile_step(
@@ -56,8 +55,9 @@ def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
             jax.transfer_guard("disallow"),
         ):
             watch = _Watch(experiment, writer, checkpoints)
+            end = start if _has_stopped(experiment, folder) else total_steps
             epoch_began = time.perf_counter()
-            for step, batch in batches(experiment, start, total_steps):
+            for step, batch in batches(experiment, start, end):
                 state, observed = compiled(state, batch)
                 watch.put(step, observed)
                 if step % steps_per_epoch:
@@ -67,10 +67,7 @@ def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
                 trained = time.perf_counter()
                 scores = None
                 if metrics["epoch"] % config.evaluation.every_epochs == 0 or step == total_steps:
-                    embeddings = embed_images(
-                        experiment, network(state), experiment.sources["test"]
-                    )
-                    scores = evaluate(experiment, embeddings)
+                    scores = _scores(experiment, network(state), experiment.chosen_on)
                 timings = {
                     "step": step,
                     "epoch": metrics["epoch"],
@@ -83,10 +80,34 @@ def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
                 writer.epoch(metrics | (scores or {}), timings)
                 if scores or metrics["epoch"] % config.checkpoint.every_epochs == 0:
                     checkpoints.save(step, state, scores)
+                if scores and _has_stopped(experiment, folder):
+                    break
                 epoch_began = time.perf_counter()
-    if embeddings is None:
-        embeddings = embed_images(experiment, network(state), experiment.sources["test"])
-    return _finish(experiment, folder, embeddings)
+    return _finish(experiment, folder, network(state))
+
+
+def _scores(experiment: Experiment, variables: dict[str, PyTree], split: str) -> dict[str, float]:
+    return score(experiment, embed_split(experiment, variables, split))
+
+
+def _evaluated(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of the epochs that ended with an evaluation."""
+    return [line for line in workdir.read_lines(folder / workdir.METRICS) if "map@r" in line]
+
+
+def _has_stopped(experiment: Experiment, folder: Path) -> bool:
+    """Whether no score has become better for as many evaluations as the config has patience."""
+    best: dict[str, float] = {}
+    waited = 0
+    for line in _evaluated(folder):
+        better = {
+            metric: line[metric]
+            for metric in checkpoint.BEST.values()
+            if line[metric] > best.get(metric, -math.inf)
+        }
+        best |= better
+        waited = 0 if better else waited + 1
+    return 0 < experiment.config.evaluation.patience <= waited
 
 
 def _start(experiment: Experiment, checkpoints: checkpoint.Checkpoints) -> tuple[TrainState, int]:
@@ -184,22 +205,39 @@ def _epoch_metrics(experiment: Experiment, state: TrainState, step: int) -> dict
     }
 
 
-def _finish(experiment: Experiment, folder: Path, embeddings: np.ndarray) -> dict[str, Any]:
-    test = experiment.sources["test"]
-    embed.save_embeddings(
-        folder / workdir.EMBEDDINGS, embeddings, test.labels, test.names, test.class_names
-    )
-    evaluated = [line for line in workdir.read_lines(folder / workdir.METRICS) if "map@r" in line]
+def _finish(experiment: Experiment, folder: Path, variables: dict[str, PyTree]) -> dict[str, Any]:
+    """Exports the last state's embeddings, and writes the scores of the last and best epochs."""
+    embeddings = embed_split(experiment, variables, "test")
+    for split, file in (("test", workdir.EMBEDDINGS), ("gallery", workdir.GALLERY)):
+        if split in embeddings:
+            source = experiment.sources[split]
+            embed.save_embeddings(
+                folder / file, embeddings[split], source.labels, source.names, source.class_names
+            )
+    evaluated = _evaluated(folder)
     best = {
         metric: max(evaluated, key=lambda line: (line[metric], line["step"]))
         for metric in checkpoint.BEST.values()
     }
+    last = evaluated[-1]
+    if experiment.chosen_on != "test":
+        last = _place(last) | score(experiment, embeddings)
+        best = {
+            metric: _place(best[metric])
+            | _scores(experiment, load_network(experiment, folder, name), "test")
+            for name, metric in checkpoint.BEST.items()
+        }
     result = {
-        "last": evaluated[-1],
+        "last": last,
         "best": best["map@r"],
         "best_of": best,
+        "best_chosen_on": experiment.chosen_on,
         "images": {split: len(source) for split, source in experiment.sources.items()},
         "classes": {split: len(source.class_names) for split, source in experiment.sources.items()},
     }
     workdir.write_json(folder / workdir.RESULT, result)
     return result
+
+
+def _place(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: line[name] for name in ("step", "epoch")}

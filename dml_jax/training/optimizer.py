@@ -1,6 +1,7 @@
 """Optimizers over embedder and proxies, to the letter of torch's, with the official step decay."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import optax
@@ -19,6 +20,7 @@ def create(
     decay_rate: float,
     decay_epochs: Sequence[int],
     clip_value: float | None = None,
+    frozen_epochs: int = 0,
 ) -> tuple[optax.GradientTransformation, Callable[[int], tuple[float, float]]]:
     """Makes the optimizer of a tree `{"embedder": ..., "proxies": ...}`.
 
@@ -36,6 +38,8 @@ def create(
         decay_rate: factor of the learning rates at each decay.
         decay_epochs: epochs that begin with a decay; none for a constant rate.
         clip_value: bound on the size of each element of the raw gradient, None for no bound.
+        frozen_epochs: epochs at the beginning in which `["embedder"]["backbone"]` and all that is
+            known of its gradients stay as they are.
 
     Returns:
         The transformation, whose updates are to be added to the parameters, and a function from a
@@ -70,13 +74,23 @@ def create(
         "rmsprop": (decay, rms, optax.trace(decay=0.9)),
         "sgd": (decay, optax.trace(decay=0.9, nesterov=True)),
     }
+    direction = optax.chain(*directions[name])
+    frozen_steps = frozen_epochs * steps_per_epoch
+    if frozen_steps:
+        thawing = optax.conditionally_mask(direction, lambda step: step >= frozen_steps)
+        direction = optax.partition({"backbone": thawing, "other": direction}, _backbone_or_other)
     groups = {
         "embedder": optax.scale_by_learning_rate(schedule(learning_rate)),
         "proxies": optax.scale_by_learning_rate(schedule(proxy_learning_rate)),
     }
     transformation = optax.chain(
         optax.identity() if clip_value is None else optax.clip(clip_value),
-        *directions[name],
+        direction,
         optax.partition(groups, {group: group for group in groups}),
     )
     return transformation, rates
+
+
+def _backbone_or_other(params: Mapping[str, Any]) -> dict[str, Any]:
+    embedder = {part: "backbone" if part == "backbone" else "other" for part in params["embedder"]}
+    return {"embedder": embedder, "proxies": "other"}

@@ -36,25 +36,24 @@ class TrainState(NamedTuple):
 
 
 def initial_proxies(
-    key: PRNGKeyArray, *, init: str, num_classes: int, dim: int
-) -> Float[Array, "classes dim"]:
+    key: PRNGKeyArray, *, init: str, shape: tuple[int, int]
+) -> Float[Array, "proxies dim"]:
     """Proxies before training.
 
     Args:
         key: a random key.
         init: `uniform_dim` for U(-1/sqrt(dim), 1/sqrt(dim)), as Proxy Synthesis's authors start;
-            `uniform_classes` for U(-1/sqrt(num_classes), 1/sqrt(num_classes)) or `normal_dim` for
+            `uniform_classes` for U(-1/sqrt(proxies), 1/sqrt(proxies)) or `normal_dim` for
             N(0, 2/dim), as MemVir's authors start Norm-SoftMax and Proxy-NCA.
-        num_classes: classes.
-        dim: embedding size.
+        shape: how many proxies, and of what size.
 
     Returns:
-        `[classes, dim]`, float32.
+        `[proxies, dim]`, float32.
     """
-    shape = (num_classes, dim)
+    num_proxies, dim = shape
     if init == "normal_dim":
         return jax.random.normal(key, shape) * (2 / dim) ** 0.5
-    bound = {"uniform_dim": dim, "uniform_classes": num_classes}[init] ** -0.5
+    bound = {"uniform_dim": dim, "uniform_classes": num_proxies}[init] ** -0.5
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
@@ -64,7 +63,7 @@ def create(
     embedder: Embedder,
     optimizer: optax.GradientTransformation,
     image_size: int,
-    num_classes: int,
+    proxy_shape: tuple[int, int],
     proxy_init: str,
     memory: memvir.Memory | None,
     backbone: PyTree | None = None,
@@ -76,7 +75,7 @@ def create(
         embedder: the network.
         optimizer: its optimizer.
         image_size: height and width of an image in pixels.
-        num_classes: classes to train on.
+        proxy_shape: the loss's, for the classes to train on.
         proxy_init: see `initial_proxies`.
         memory: MemVir's, empty; None without MemVir.
         backbone: its variables, if they are not to be drawn.
@@ -89,7 +88,7 @@ def create(
     variables = embedder.init(network_key, image, train=False)
     if backbone is not None:
         variables = {name: {**tree, "backbone": backbone[name]} for name, tree in variables.items()}
-    proxies = initial_proxies(proxy_key, init=proxy_init, num_classes=num_classes, dim=embedder.dim)
+    proxies = initial_proxies(proxy_key, init=proxy_init, shape=proxy_shape)
     params = {"embedder": variables["params"], "proxies": proxies}
     return TrainState(
         step=jnp.zeros((), jnp.int32),

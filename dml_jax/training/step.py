@@ -27,6 +27,8 @@ class Recipe(NamedTuple):
     """Proxy Synthesis: synthetic classes per sample; 0 for none."""
     memory_warmup_steps: int
     """MemVir: steps before the memory is used; of no effect where the state has no memory."""
+    frozen_steps: int
+    """Steps at the beginning in which the backbone stays as it is, its batch statistics too."""
 
 
 def objective(
@@ -89,6 +91,11 @@ def train_step(
     (loss, (batch_stats, memory)), gradients = jax.value_and_grad(
         lambda params: objective(recipe, params, state, batch, key), has_aux=True
     )(state.params)
+    if recipe.frozen_steps:
+        frozen = state.step < recipe.frozen_steps
+        batch_stats = jax.tree.map(
+            lambda old, new: jnp.where(frozen, old, new), state.batch_stats, batch_stats
+        )
     updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
     epoch_starts = state.step % recipe.steps_per_epoch == 0
     so_far = jax.tree.map(

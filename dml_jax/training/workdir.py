@@ -13,6 +13,7 @@ METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
 CHECKPOINTS = "checkpoints"
 EMBEDDINGS = "embeddings.npz"
+GALLERY = "gallery.npz"
 RESULT = "result.json"
 
 FREE = ("config.data.num_workers",)

@@ -47,8 +47,8 @@ def test_a_run_leaves_everything_that_a_user_looks_for(images, tmp_path, monkeyp
 
     for name, metric in checkpoint.BEST.items():
         variables = experiment.load_network(built, folder, name)
-        embeddings = experiment.embed_images(built, variables, built.sources["test"])
-        assert experiment.evaluate(built, embeddings)[metric] == max(line[metric] for line in lines)
+        embeddings = experiment.embed_split(built, variables, "test")
+        assert experiment.score(built, embeddings)[metric] == max(line[metric] for line in lines)
 
 
 def test_the_loop_forbids_implicit_transfers(images, tmp_path, monkeypatch):
@@ -96,12 +96,12 @@ def test_the_latest_and_the_best_checkpoints_are_kept(tmp_path):
         assert checkpoints.find("last") == 6
         assert checkpoints.find("best_r1") == 1
         assert checkpoints.find("best_rp") == 0
-        assert checkpoints.find("best") == 2
+        assert checkpoints.find("best_map") == 2
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
     with (
         checkpoint.Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(FileNotFoundError, match="no best checkpoint"),
+        pytest.raises(FileNotFoundError, match="no best_map checkpoint"),
     ):
-        checkpoints.find("best")
+        checkpoints.find("best_map")

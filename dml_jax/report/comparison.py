@@ -1,0 +1,65 @@
+"""Runs of several seeds side by side, with the tests that say what a difference is worth."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+import scipy.stats
+
+
+def table(
+    metric: str,
+    scores: Mapping[str, Sequence[float]],
+    *,
+    baselines: Mapping[str, str],
+    published: Mapping[str, tuple[float, float]],
+) -> str:
+    """A metric of every run, its mean and standard deviation, as a Markdown table in percent.
+
+    Welch's t-test compares each variant with its baseline, two-sided: the p-value is how often
+    seeds alone would set the two means at least so far apart.
+
+    >>> print(table("R@1", {"plain": [0.5, 0.52], "mixed": [0.6, 0.62]},
+    ...             baselines={"mixed": "plain"}, published={"plain": (51.5, 0.3)}))
+    | R@1 | 1 | 2 | mean ± std | against | p (Welch) | published |
+    |---|---|---|---|---|---|---|
+    | plain | 50.0 | 52.0 | 51.00 ± 1.41 |  |  | 51.5 ± 0.3 |
+    | mixed | 60.0 | 62.0 | 61.00 ± 1.41 | plain +10.00 | 0.019 |  |
+
+    Args:
+        metric: its name.
+        scores: of each variant, one fraction a seed; as many seeds each.
+        baselines: which variant each is compared with, of those that are.
+        published: mean and standard deviation in percent, of the variants that have any.
+
+    Returns:
+        The lines of the table.
+    """
+    seeds = range(1, 1 + max(map(len, scores.values())))
+    rows = [
+        [metric, *map(str, seeds), "mean ± std", "against", "p (Welch)", "published"],
+        ["---"] * (5 + len(seeds)),
+    ]
+    for variant, fractions in scores.items():
+        percents = [100 * fraction for fraction in fractions]
+        against, p = "", ""
+        if variant in baselines:
+            baseline = [100 * fraction for fraction in scores[baselines[variant]]]
+            gain = statistics.mean(percents) - statistics.mean(baseline)
+            against = f"{baselines[variant]} {gain:+.2f}"
+            p = _p_value(percents, baseline)
+        told = "{:g} ± {:g}".format(*published[variant]) if variant in published else ""
+        rows.append(
+            [variant, *(f"{x:.1f}" for x in percents), _mean_and_std(percents), against, p, told]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows).replace("| --- ", "|---")
+
+
+def _mean_and_std(percents: Sequence[float]) -> str:
+    mean = f"{statistics.mean(percents):.2f}"
+    return mean if len(percents) < 2 else f"{mean} ± {statistics.stdev(percents):.2f}"
+
+
+def _p_value(percents: Sequence[float], baseline: Sequence[float]) -> str:
+    if min(len(percents), len(baseline)) < 2:
+        return ""
+    return f"{scipy.stats.ttest_ind(percents, baseline, equal_var=False).pvalue:.2g}"
