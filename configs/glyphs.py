@@ -21,7 +21,15 @@ def get_config(variant: str = "baseline") -> ConfigDict:
         # Letters are decoded faster than worker processes are started.
         num_workers=0,
     )
-    config.model.update(backbone="resnet18", width=16, stem="small", pooling="gap+gmp", dim=128)
+    config.model.update(
+        backbone="resnet18",
+        width=16,
+        stem="small",
+        pretrained="none",
+        pooling="gap+gmp",
+        dim=128,
+        freeze_bn=False,
+    )
     config.optimizer.update(
         learning_rate=3e-3, proxy_learning_rate=3e-2, eps=1e-6, decay_epochs=(5,)
     )

@@ -24,7 +24,15 @@ def get_config(variant: str = "baseline") -> ConfigDict:
         augmentation={"crop_scale": (0.3, 1.0)},
         num_workers=0,
     )
-    config.model.update(backbone="resnet18", width=16, stem="small", pooling="gap+gmp", dim=128)
+    config.model.update(
+        backbone="resnet18",
+        width=16,
+        stem="small",
+        pretrained="none",
+        pooling="gap+gmp",
+        dim=128,
+        freeze_bn=False,
+    )
     config.optimizer.update(learning_rate=1e-3, eps=1e-3, weight_decay=2e-3, decay_epochs=(60,))
     config.evaluation.every_epochs = 20
     config.checkpoint.every_epochs = 10

@@ -37,15 +37,16 @@ def default() -> ConfigDict:
                 "num_workers": 4,
             },
             "model": {
-                "backbone": "resnet50",
+                "backbone": "bninception",
                 # Of the ResNets; by default what they were pretrained with, 64 and "imagenet".
                 "width": config_dict.placeholder(int),
                 "stem": config_dict.placeholder(str),
                 # "none", a .safetensors file, or "hf:OWNER/NAME" such as hf:timm/resnet50.tv_in1k.
-                "pretrained": pretrained.NONE,
+                "pretrained": "weights/bninception.safetensors",
                 "pooling": "gap",
                 "dim": 512,
-                "freeze_bn": False,
+                # Whether running statistics normalise in training too, and stay as they are.
+                "freeze_bn": True,
                 "dtype": "float32",
             },
             "loss": {"name": "norm_softmax", "scale": 23.0},

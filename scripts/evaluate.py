@@ -30,9 +30,9 @@ def main() -> None:
     with command_line.mendable():
         recall_at = [int(k) for k in _RECALL_AT.value] if _RECALL_AT.value else None
         if _EMBEDDINGS.value and not (_WORKDIR.value or _CHECKPOINT.value):
-            scores = _score_exported(recall_at or [1, 2, 4, 8])
+            scores = _score_exported(_EMBEDDINGS.value, recall_at or [1, 2, 4, 8])
         elif _WORKDIR.value and not (_EMBEDDINGS.value or _GALLERY.value):
-            scores = _score_run(recall_at)
+            scores = _score_run(Path(_WORKDIR.value), recall_at)
         else:
             raise ValueError(
                 "give either --workdir, perhaps with --checkpoint, "
@@ -41,13 +41,13 @@ def main() -> None:
     print(json.dumps(scores, indent=2))
 
 
-def _score_exported(recall_at: list[int]) -> dict[str, float]:
-    queries = embed.load_embeddings(_EMBEDDINGS.value)
+def _score_exported(file: str, recall_at: list[int]) -> dict[str, float]:
+    queries = embed.load_embeddings(file)
     gallery = None
     if _GALLERY.value:
         found_in = embed.load_embeddings(_GALLERY.value)
         if found_in.class_names != queries.class_names:
-            raise ValueError(f"{_GALLERY.value} numbers other classes than {_EMBEDDINGS.value}")
+            raise ValueError(f"{_GALLERY.value} numbers other classes than {file}")
         gallery = found_in.embeddings, found_in.labels
     return retrieval.evaluate(
         queries.embeddings,
@@ -58,8 +58,7 @@ def _score_exported(recall_at: list[int]) -> dict[str, float]:
     )
 
 
-def _score_run(recall_at: list[int] | None) -> dict[str, float]:
-    folder = Path(_WORKDIR.value)
+def _score_run(folder: Path, recall_at: list[int] | None) -> dict[str, float]:
     config = workdir.read_config(folder)
     config.evaluation.recall_at = tuple(recall_at or config.evaluation.recall_at)
     config.evaluation.nmi = config.evaluation.nmi if _NMI.value is None else _NMI.value

@@ -10,10 +10,6 @@ def normalized(vectors):
     return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def cosines(embeddings, proxies):
-    return normalized(embeddings) @ normalized(proxies).T
-
-
 def cross_entropy(logits, labels, rows, classes):
     logits = jnp.where(classes[None, :], logits, -1e9)
     return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels], where=rows)
@@ -30,16 +26,16 @@ def softmax(e, p, labels, rows, classes):
 
 
 def norm_softmax(e, p, labels, rows, classes, *, scale=23.0):
-    return cross_entropy(scale * cosines(e, p), labels, rows, classes)
+    return cross_entropy(scale * e @ p.T, labels, rows, classes)
 
 
 def proxy_nca(e, p, labels, rows, classes, *, scale=12.0):
-    gaps = normalized(e)[:, None] - normalized(p)[None]
+    gaps = e[:, None] - p[None]
     return cross_entropy(-scale * (gaps**2).sum(-1), labels, rows, classes)
 
 
 def cosface(e, p, labels, rows, classes, *, scale=64.0, margin=0.35):
-    logits = scale * at_labels(cosines(e, p), labels, lambda cosine: cosine - margin)
+    logits = scale * at_labels(e @ p.T, labels, lambda cosine: cosine - margin)
     return cross_entropy(logits, labels, rows, classes)
 
 
@@ -49,7 +45,7 @@ def arcface(e, p, labels, rows, classes, *, scale=64.0, margin=0.5):
         lowered = cosine - margin * math.sin(margin)
         return jnp.where(angle + margin <= math.pi, jnp.cos(angle + margin), lowered)
 
-    logits = scale * at_labels(cosines(e, p), labels, raised)
+    logits = scale * at_labels(e @ p.T, labels, raised)
     return cross_entropy(logits, labels, rows, classes)
 
 
@@ -60,14 +56,14 @@ def sphereface(e, p, labels, rows, classes, *, scale=1.0, margin=4):
         return (-1) ** k * jnp.cos(margin * angle) - 2 * k
 
     length = jnp.linalg.norm(e, axis=1, keepdims=True)
-    logits = scale * length * at_labels(cosines(e, p), labels, multiplied)
+    logits = scale * length * at_labels(e @ p.T / length, labels, multiplied)
     return cross_entropy(logits, labels, rows, classes)
 
 
 def soft_triple(
     e, p, labels, rows, classes, *, la=20.0, gamma=0.1, margin=0.01, centers_per_class=10
 ):
-    similar = cosines(e, p).reshape(len(e), -1, centers_per_class)
+    similar = (e @ p.T).reshape(len(e), -1, centers_per_class)
     weights = jnp.exp(similar / gamma) / jnp.exp(similar / gamma).sum(-1, keepdims=True)
     similarity = (weights * similar).sum(-1)
     logits = la * at_labels(similarity, labels, lambda own: own - margin)
@@ -75,7 +71,7 @@ def soft_triple(
 
 
 def proxy_anchor(e, p, labels, rows, classes, *, alpha=32.0, margin=0.1):
-    similarity = cosines(e, p)
+    similarity = e @ p.T
     positive = (labels[:, None] == jnp.arange(len(p))[None]) & rows[:, None]
     negative = (labels[:, None] != jnp.arange(len(p))[None]) & rows[:, None]
     pull = jnp.where(positive, jnp.exp(-alpha * (similarity - margin)), 0.0).sum(0)
@@ -86,6 +82,7 @@ def proxy_anchor(e, p, labels, rows, classes, *, alpha=32.0, margin=0.1):
     )
 
 
+# Each of vectors as `prepared` gives them.
 LOSSES = {
     function.__name__: function
     for function in (

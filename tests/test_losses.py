@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dml_jax import losses
-from tests.oracles import LOSSES
+from tests.oracles import LOSSES, prepared
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "peer_losses.npz")
 BATCH, CLASSES, DIM = 6, 5, 8
@@ -58,7 +58,9 @@ def problem(name):
 class TestEveryLoss:
     def test_is_its_definition(self, name, problem):
         masks = jnp.ones(BATCH, bool), jnp.ones(CLASSES, bool)
-        expected = LOSSES[name](*problem, *masks, **HYPERPARAMETERS.get(name, {}))
+        embeddings, proxies, labels = problem
+        vectors = prepared(name, embeddings, proxies)
+        expected = LOSSES[name](*vectors, labels, *masks, **HYPERPARAMETERS.get(name, {}))
         chex.assert_trees_all_close(create(name)(*problem), expected, rtol=1e-5)
 
     def test_ignores_the_lengths_of_vectors(self, name, problem):

@@ -65,6 +65,7 @@ def test_every_loss_equals_its_definition_on_the_mixtures(name):
             e = jnp.concatenate([e, (lam * e[i] + (1 - lam) * e[j])[None]])
             own = lam * of_class[int(labels[i])] + (1 - lam) * of_class[int(labels[j])]
             p = jnp.concatenate([p, own])
+        e, p = prepared(name, e, p)
         all_labels = jnp.concatenate([labels, jnp.arange(4, 7)])
         return LOSSES[name](
             e, p, all_labels, jnp.ones(7, bool), jnp.ones(7, bool), **hyperparameters

@@ -31,6 +31,8 @@ SETTINGS = {
     "data.resize": SIZE,
     "data.num_workers": 0,
     "model.backbone": "resnet18",
+    "model.pretrained": "none",
+    "model.freeze_bn": False,
     "model.width": 4,
     "model.stem": "small",
     "model.dim": 16,

@@ -1,0 +1,44 @@
+"""Handwritten characters of alphabets never seen: Omniglot's small1, and what small2 adds to it.
+
+python scripts/prepare_data.py omniglot --download --source=downloads --out=data/omniglot
+python scripts/train.py --config=configs/omniglot.py:ps --workdir=runs/omniglot_ps
+
+For scores see docs/benchmarks.md. Any folder of characters does too: `--config.data.name=folder
+--config.data.root=DIR`.
+"""
+
+from ml_collections import ConfigDict
+
+from dml_jax import config as configs
+
+
+def get_config(variant: str = "baseline") -> ConfigDict:
+    """The settings of a variant, such as `baseline`, `ps`, `memvir` or `ps_memvir_proxy_nca`."""
+    config = configs.default()
+    config.epochs = 200
+    config.data.update(
+        name="omniglot",
+        root="data/omniglot",
+        image_size=32,
+        resize=32,
+        # A drawing is seldom upright or centred, and mirrored it is another character.
+        augmentation={
+            "crop_scale": (1.0, 1.0),
+            "flip": False,
+            "rotation": 15.0,
+            "zoom": 0.15,
+            "shift": 0.06,
+        },
+        # The images are so small that worker processes cost more than they gain.
+        num_workers=0,
+    )
+    config.model.update(backbone="conv4", width=48, pretrained="none", dim=128, freeze_bn=False)
+    config.optimizer.update(learning_rate=1e-3, eps=1e-3, decay_epochs=(120, 170))
+    config.evaluation.every_epochs = 10
+    config.checkpoint.every_epochs = 10
+    return configs.with_variant(
+        config,
+        variant,
+        proxy_synthesis={"ratio": 1.0, "alpha": 0.4},
+        memvir={"num_steps": 5, "step_gap": 20, "warmup_epochs": 40},
+    )
