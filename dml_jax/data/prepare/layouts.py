@@ -229,10 +229,13 @@ def _find(source: Path, pattern: str) -> Path | None:
 
     Archives and download tools wrap what they hold into a directory, some of them into two.
     """
-    for level in ("", "*/", "*/*/"):
-        for directory in sorted(source.glob(level) if level else [source]):
+    level = [source]
+    for _ in range(3):
+        for directory in level:
             if any(True for _ in directory.glob(pattern)):
                 return directory
+        level = [path for directory in level for path in sources.visible(directory)]
+        level = [path for path in level if path.is_dir() and path.name != "__MACOSX"]
     return None
 
 
