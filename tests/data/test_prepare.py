@@ -76,6 +76,7 @@ def test_every_layout_becomes_a_data_set_of_disjoint_classes(layout, tmp_path):
 
 def test_images_are_stored_as_they_are_with_their_own_labels(tmp_path):
     root = public_data.cars196_annos(tmp_path / "cars")
+    (tmp_path / "out").mkdir()  # An empty directory may be there.
     prepare("cars196", root, tmp_path / "out", public_data.CARS_COUNTS)
     test = data.create("cars196", root=tmp_path / "out")["test"]
     assert test.names[0] == "car_ims/000001.jpg"
@@ -97,6 +98,26 @@ def test_the_devkit_without_labels_of_the_test_images_is_refused(tmp_path):
     root = public_data.cars196_devkit(tmp_path / "cars", labelled=False)
     with pytest.raises(FileNotFoundError, match="no cars_test_annos_withlabels.mat.*has them"):
         prepare("cars196", root, tmp_path / "out", public_data.CARS_COUNTS)
+
+
+def test_annotations_of_images_that_are_elsewhere_do_not_hide_the_devkit(tmp_path):
+    root = public_data.cars196_devkit(tmp_path / "cars")
+    (root / "cars_annos.mat").write_text("beside cars_train/ and cars_test/, as on Kaggle")
+    labels = root / "car_devkit/devkit/cars_test_annos_withlabels.mat"
+    labels.rename(root / "cars_test_annos_withlabels (1).mat")
+    prepare("cars196", root, tmp_path / "out", public_data.CARS_COUNTS)
+
+
+def test_cub_from_a_copy_by_tfds_whose_classes_have_no_names(tmp_path):
+    splits = {
+        split: [(public_data.jpeg(i), i, "x") for i in range(4)] for split in ("train", "test")
+    }
+    copy = tmp_path / "copy" / "caltech_birds2011" / "0.1.1"
+    public_data.tfds_copy(copy, "caltech_birds2011", 4, splits, "tfrecord")
+    counts = {"train": (2, 4), "test": (2, 4)}
+    prepare("cub200", tmp_path / "copy", tmp_path / "out", counts)
+    test = data.create("cub200", root=tmp_path / "out")["test"]
+    assert [test[i] for i in range(4)] == [public_data.jpeg(i) for i in (2, 3, 2, 3)]
 
 
 def test_halves_of_the_classes_are_the_same_by_number_and_by_name():
@@ -334,7 +355,7 @@ print([name for name in sys.modules if name.startswith("tensorflow")])
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cars196", "no cars_annos.mat, cars_train_annos.mat or train/"),
+        ("cars196", "no cars_annos.mat with car_ims/, cars_train_annos.mat, .* or train/"),
         ("cub200", r"no dataset_info.json \(of TFDS\) or images.txt"),
         ("sop", "no Ebay_train.txt"),
         ("inshop", "no list_eval_partition.txt"),
@@ -368,9 +389,10 @@ def test_broken_lists_are_refused_by_line(cub, tmp_path):
     path.write_text(path.read_text().replace("gallery", "galery"))
     with pytest.raises(ValueError, match="is in a split 'galery', not in"):
         prepare("inshop", tmp_path / "inshop", tmp_path / "out", public_data.INSHOP_COUNTS)
-    (tmp_path / "cars_annos.mat").write_text("not MATLAB's")
+    public_data.cars196_annos(tmp_path / "cars")
+    (tmp_path / "cars/cars_annos.mat").write_text("not MATLAB's")
     with pytest.raises(ValueError, match="cars_annos.mat: cannot read 'class_names' in it"):
-        prepare("cars196", tmp_path, tmp_path / "out", public_data.CARS_COUNTS)
+        prepare("cars196", tmp_path / "cars", tmp_path / "out", public_data.CARS_COUNTS)
 
 
 def test_what_cannot_be_prepared_or_downloaded_is_refused(tmp_path):

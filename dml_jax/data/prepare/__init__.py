@@ -152,12 +152,12 @@ def prepare(
             contents = published.layout(root)
             _check_classes(contents)
             wrong = differences(contents, published.counts)
-            _report(wrong, allow_different_counts, progress)
+            _report(data_set, wrong, allow_different_counts, progress)
             contents = contents._replace(
                 pictures=[picture for picture in contents.pictures if picture.file.is_file()]
             )
             unreadable = writer.write(data_set, contents, work / "dataset", progress)
-            _report(unreadable, allow_different_counts, progress)
+            _report(data_set, unreadable, allow_different_counts, progress)
         create(data_set, root=work / "dataset")
         (work / "dataset").rename(out)
     finally:
@@ -254,14 +254,14 @@ def _check_classes(contents: Contents) -> None:
         raise ValueError("there are no images for training, or none for testing")
 
 
-def _report(problems: list[str], is_allowed: bool, progress: Progress) -> None:
+def _report(data_set: str, problems: list[str], is_allowed: bool, progress: Progress) -> None:
     """Raises what is wrong, or prints it if that is allowed."""
     if not problems:
         return
     text = _shortened(problems, "\n")
     if not is_allowed:
         raise ValueError(
-            f"this is not the published data set:\n{text}\n"
+            f"{data_set} is not as it should be:\n{text}\n"
             "Mend it, or give --allow_different_counts to go on with what can be read"
         )
     progress.console.print(text, markup=False, highlight=False)
