@@ -3,9 +3,9 @@
 python scripts/prepare_data.py cub200 --download --source=downloads --out=data/cub200
 python scripts/train.py --config=configs/cub200.py:ps_norm_softmax --workdir=runs/cub200_ps
 
-No source gives settings for this data set. These are our choice: those of CARS196, which has
-as many classes and images, with MemVir's N and M of Norm-SoftMax for all losses. No scores are known to us
-for this recipe, and none were measured here.
+No source gives settings for this data set. These are our choice: those of CARS196, which has as
+many classes and images, with MemVir's N and M of Norm-SoftMax for all losses. No scores are known
+to us for this recipe, and none were measured here.
 """
 
 from ml_collections import ConfigDict

@@ -92,8 +92,10 @@ def cars196_tfds(root: Path, file_format="tfrecord") -> Path:
 
 
 def tfds_copy(directory: Path, name: str, classes, splits, file_format: str) -> None:
-    """What TFDS writes: splits of (image, label, id), in shards of 5."""
+    """What TFDS writes: splits of (image, label, id); `classes` are names or a number."""
     directory.mkdir(parents=True)
+    options = {"num_classes": classes} if isinstance(classes, int) else {"names": classes}
+    label = tfds.features.ClassLabel(**options)
     info = tfds.core.DatasetInfo(
         builder=DatasetIdentity(name, tfds.core.Version("2.1.0"), str(directory), "somewhere"),
         features=tfds.features.FeaturesDict(
@@ -101,7 +103,7 @@ def tfds_copy(directory: Path, name: str, classes, splits, file_format: str) -> 
                 "bbox": tfds.features.BBoxFeature(),
                 "id": tfds.features.Text(),
                 "image": tfds.features.Image(),
-                "label": tfds.features.ClassLabel(names=classes),
+                "label": label,
             }
         ),
     )

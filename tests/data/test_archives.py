@@ -119,7 +119,7 @@ def test_a_data_set_is_prepared_from_its_archive(tmp_path):
     )
     assert len(index.splits["train"].labels) == 6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["any.tgz", "cub", "out"]
-    with pytest.raises(ValueError, match="is no directory, nor is it named"):
+    with pytest.raises(ValueError, match="is neither a directory nor named"):
         prepare.prepare("cub200", source=root / "attributes.txt", out=tmp_path / "other")
 
 

@@ -76,6 +76,7 @@ def test_every_layout_becomes_a_data_set_of_disjoint_classes(layout, tmp_path):
 
 def test_images_are_stored_as_they_are_with_their_own_labels(tmp_path):
     root = public_data.cars196_annos(tmp_path / "cars")
+    (tmp_path / "out").mkdir()  # An empty directory may be there.
     prepare("cars196", root, tmp_path / "out", public_data.CARS_COUNTS)
     test = data.create("cars196", root=tmp_path / "out")["test"]
     assert test.names[0] == "car_ims/000001.jpg"
@@ -97,6 +98,26 @@ def test_the_devkit_without_labels_of_the_test_images_is_refused(tmp_path):
     root = public_data.cars196_devkit(tmp_path / "cars", labelled=False)
     with pytest.raises(FileNotFoundError, match="no cars_test_annos_withlabels.mat.*has them"):
         prepare("cars196", root, tmp_path / "out", public_data.CARS_COUNTS)
+
+
+def test_annotations_of_images_that_are_elsewhere_do_not_hide_the_devkit(tmp_path):
+    root = public_data.cars196_devkit(tmp_path / "cars")
+    (root / "cars_annos.mat").write_text("beside cars_train/ and cars_test/, as on Kaggle")
+    labels = root / "car_devkit/devkit/cars_test_annos_withlabels.mat"
+    labels.rename(root / "cars_test_annos_withlabels (1).mat")
+    prepare("cars196", root, tmp_path / "out", public_data.CARS_COUNTS)
+
+
+def test_cub_from_a_copy_by_tfds_whose_classes_have_no_names(tmp_path):
+    splits = {
+        split: [(public_data.jpeg(i), i, "x") for i in range(4)] for split in ("train", "test")
+    }
+    copy = tmp_path / "copy" / "caltech_birds2011" / "0.1.1"
+    public_data.tfds_copy(copy, "caltech_birds2011", 4, splits, "tfrecord")
+    counts = {"train": (2, 4), "test": (2, 4)}
+    prepare("cub200", tmp_path / "copy", tmp_path / "out", counts)
+    test = data.create("cub200", root=tmp_path / "out")["test"]
+    assert [test[i] for i in range(4)] == [public_data.jpeg(i) for i in (2, 3, 2, 3)]
 
 
 def test_halves_of_the_classes_are_the_same_by_number_and_by_name():
@@ -164,16 +185,17 @@ def test_a_tfrecord_that_was_cut_short_is_refused(tmp_path):
 
 
 def test_counts_that_differ_are_refused_by_class_unless_allowed(cub, tmp_path, capsys):
-    counts = {"train": (2, 7), "test": (2, 6)}
+    counts = {"train": (2, 7), "test": (2, 5)}
     with pytest.raises(ValueError) as refusal:
         prepare("cub200", cub, tmp_path / "out", counts)
     lines = str(refusal.value).splitlines()
-    assert lines[1:4] == [
+    assert lines[1:5] == [
         "train: expected 7 images of 2 classes, found 6 of 2",
+        "test: expected 5 images of 2 classes, found 6 of 2",
         "train, class 001.Bird_1: 3 images",
         "train, class 002.Bird_2: 3 images",
     ]
-    assert "--allow_different_counts" in lines[4]
+    assert "--allow_different_counts" in lines[-1]
     assert not (tmp_path / "out").exists()
     prepare("cub200", cub, tmp_path / "out", counts, allow_different_counts=True)
     assert "found 6 of 2" in capsys.readouterr().err
@@ -292,19 +314,20 @@ def test_a_source_is_lazy_and_cheap_to_send(cub, tmp_path):
     assert pickle.loads(pickle.dumps(chosen))[2] == chosen[2]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_batches_are_read_from_a_prepared_data_set(cub, tmp_path, num_workers):
+def test_test_batches_are_read_from_a_prepared_data_set(cub, tmp_path):
     prepare("cub200", cub, tmp_path / "out", public_data.CUB_COUNTS)
-    found = data.create("cub200", root=tmp_path / "out")
-    test = data.test_batches(
-        found["test"], batch_size=4, image_size=8, resize=8, num_workers=num_workers
-    )
-    seen = list(test)
-    test.close()
-    assert np.concatenate([batch["index"] for batch in seen]).tolist() == [*range(6), -1, -1]
-    held_out = data.split_classes(found["train"], 0.5, seed=0)[1]
-    train = data.train_batches(
-        held_out,
+    test = data.create("cub200", root=tmp_path / "out")["test"]
+    batches = data.test_batches(test, batch_size=4, image_size=8, resize=8, num_workers=0)
+    assert np.concatenate([b["index"] for b in batches]).tolist() == [*range(6), -1, -1]
+    batches.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_training_batches_are_read_from_a_part_of_a_prepared_data_set(cub, tmp_path, num_workers):
+    prepare("cub200", cub, tmp_path / "out", public_data.CUB_COUNTS)
+    train = data.create("cub200", root=tmp_path / "out")["train"]
+    batches = data.train_batches(
+        data.split_classes(train, 0.5, seed=0)[1],
         batch_size=3,
         n_instance=1,
         image_size=8,
@@ -314,8 +337,8 @@ def test_batches_are_read_from_a_prepared_data_set(cub, tmp_path, num_workers):
         num_steps=2,
         num_workers=num_workers,
     )
-    assert [batch["label"].tolist() for batch in train] == [[0, 0, 0]] * 2
-    train.close()
+    assert [batch["label"].tolist() for batch in batches] == [[0, 0, 0]] * 2
+    batches.close()
 
 
 def test_reading_imports_neither_tfds_nor_tensorflow(cub, tmp_path):
@@ -333,7 +356,7 @@ print([name for name in sys.modules if name.startswith("tensorflow")])
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cars196", "no cars_annos.mat, cars_train_annos.mat or train/"),
+        ("cars196", "no cars_annos.mat with car_ims/, cars_train_annos.mat, .* or train/"),
         ("cub200", r"no dataset_info.json \(of TFDS\) or images.txt"),
         ("sop", "no Ebay_train.txt"),
         ("inshop", "no list_eval_partition.txt"),
@@ -349,6 +372,14 @@ def test_a_source_of_another_layout_is_refused(name, message, tmp_path):
         preparation.prepare(name, source=tmp_path / "nowhere", out=tmp_path / "out")
 
 
+def test_what_a_mac_puts_into_archives_is_passed_over(tmp_path):
+    root = public_data.folder(tmp_path / "source" / "photos")
+    for image in root.rglob("*.jpg"):
+        shadow = image.relative_to(root).with_name(f"._{image.name}")
+        public_data.put(tmp_path / "source" / "__MACOSX" / shadow, b"Mac OS X")
+    prepare("folder", tmp_path / "source", tmp_path / "out", public_data.FOLDER_COUNTS)
+
+
 def test_broken_lists_are_refused_by_line(cub, tmp_path):
     path = cub / "CUB_200_2011/images.txt"
     path.write_text(path.read_text() + "13\n")
@@ -359,31 +390,30 @@ def test_broken_lists_are_refused_by_line(cub, tmp_path):
     path.write_text(path.read_text().replace("gallery", "galery"))
     with pytest.raises(ValueError, match="is in a split 'galery', not in"):
         prepare("inshop", tmp_path / "inshop", tmp_path / "out", public_data.INSHOP_COUNTS)
-    (tmp_path / "cars_annos.mat").write_text("not MATLAB's")
+    public_data.cars196_annos(tmp_path / "cars")
+    (tmp_path / "cars/cars_annos.mat").write_text("not MATLAB's")
     with pytest.raises(ValueError, match="cars_annos.mat: cannot read 'class_names' in it"):
-        prepare("cars196", tmp_path, tmp_path / "out", public_data.CARS_COUNTS)
+        prepare("cars196", tmp_path / "cars", tmp_path / "out", public_data.CARS_COUNTS)
+
+
+def test_what_cannot_be_prepared_or_downloaded_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="unknown data set 'birds'; there are cars196, cub200"):
+        preparation.prepare("birds", source=tmp_path, out=tmp_path / "out")
+    with pytest.raises(ValueError, match="inshop cannot be downloaded: the authors of DeepFashion"):
+        preparation.prepare("inshop", source=tmp_path, out=tmp_path / "out", download=True)
 
 
 def test_the_program(cub, tmp_path):
     program = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
+    flags = [f"--source={cub}", f"--out={tmp_path / 'out'}", "--allow_different_counts"]
 
     def run(*arguments):
         command = [sys.executable, str(program), *arguments]
         return subprocess.run(command, capture_output=True, text=True)
 
-    flags = [f"--source={cub}", f"--out={tmp_path / 'out'}"]
-    refused = run("cub200", *flags)
-    assert refused.returncode == 2
-    assert "train: expected 5864 images of 100 classes, found 6 of 2" in refused.stderr
-    assert "Traceback" not in refused.stderr
-    done = run("cub200", *flags, "--allow_different_counts")
+    done = run("cub200", *flags)
     assert done.returncode == 0, done.stderr
+    assert "train: expected 5864 images of 100 classes, found 6 of 2" in done.stderr
     assert done.stdout.startswith("train: 6 images of 2 classes\ntest: 6 images of 2 classes\n")
-    for arguments, message in [
-        (flags, "the argument 'data_set' is missing"),
-        (["cub200", "sop", *flags], "unexpected argument 'sop'"),
-        (["birds", *flags], "unknown data set 'birds'; there are cars196, cub200"),
-        (["inshop", "--download", flags[0], "--out=x"], "inshop cannot be downloaded: the authors"),
-    ]:
-        wrong = run(*arguments)
-        assert wrong.returncode == 2 and message in wrong.stderr
+    wrong = run(*flags)
+    assert wrong.returncode == 2 and "the argument 'data_set' is missing" in wrong.stderr

@@ -152,12 +152,12 @@ def prepare(
             contents = published.layout(root)
             _check_classes(contents)
             wrong = differences(contents, published.counts)
-            _report(wrong, allow_different_counts, progress)
+            _report(data_set, wrong, allow_different_counts, progress)
             contents = contents._replace(
                 pictures=[picture for picture in contents.pictures if picture.file.is_file()]
             )
             unreadable = writer.write(data_set, contents, work / "dataset", progress)
-            _report(unreadable, allow_different_counts, progress)
+            _report(data_set, unreadable, allow_different_counts, progress)
         create(data_set, root=work / "dataset")
         (work / "dataset").rename(out)
     finally:
@@ -166,34 +166,34 @@ def prepare(
 
 
 def differences(contents: Contents, counts: Counts) -> list[str]:
-    """What is missing or too much in a data set, a line each: by split, then by class.
+    """What is missing or too much in a data set, a line each: splits first, then classes.
 
     Args:
         contents: what there is.
         counts: how many classes and images there should be; empty if nobody knows.
     """
     present = [picture for picture in contents.pictures if picture.file.is_file()]
-    lines = []
+    of_splits, of_classes = [], []
     for split in dict.fromkeys([*counts, *(picture.split for picture in contents.pictures)]):
-        expected = _images_by_class(contents.pictures, split)
+        listed = _images_by_class(contents.pictures, split)
         found = _images_by_class(present, split)
-        missing = expected - found
-        of_split = []
-        if counts and counts.get(split) != (len(found), found.total()):
-            classes, images = counts.get(split, (0, 0))
-            of_split = [
+        classes, images = counts.get(split, (0, 0))
+        differs = bool(counts) and (classes, images) != (len(found), found.total())
+        if differs:
+            of_splits.append(
                 f"{split}: expected {images} images of {classes} classes, "
                 f"found {found.total()} of {len(found)}"
-            ]
-        if missing:
-            of_split += [
-                f"{split}, class {name}: {count} of {expected[name]} images are missing"
+            )
+        if missing := listed - found:
+            of_classes += [
+                f"{split}, class {name}: {count} of {listed[name]} images are missing"
                 for name, count in missing.items()
             ]
-        elif of_split:
-            of_split += [f"{split}, class {name}: {count} images" for name, count in found.items()]
-        lines += of_split
-    return lines
+        elif differs:
+            of_classes += [
+                f"{split}, class {name}: {count} images" for name, count in found.items()
+            ]
+    return of_splits + of_classes
 
 
 def _images_by_class(pictures: Iterable[Picture], split: str) -> Counter[str]:
@@ -254,14 +254,14 @@ def _check_classes(contents: Contents) -> None:
         raise ValueError("there are no images for training, or none for testing")
 
 
-def _report(problems: list[str], is_allowed: bool, progress: Progress) -> None:
+def _report(data_set: str, problems: list[str], is_allowed: bool, progress: Progress) -> None:
     """Raises what is wrong, or prints it if that is allowed."""
     if not problems:
         return
     text = _shortened(problems, "\n")
     if not is_allowed:
         raise ValueError(
-            f"this is not the published data set:\n{text}\n"
+            f"{data_set} is not as it should be:\n{text}\n"
             "Mend it, or give --allow_different_counts to go on with what can be read"
         )
     progress.console.print(text, markup=False, highlight=False)

@@ -1,6 +1,7 @@
 """Archives: downloaded whole or not at all, unpacked nowhere but where they should be."""
 
 import hashlib
+import http.client
 import os
 import shutil
 import stat
@@ -16,14 +17,8 @@ from rich.progress import Progress
 SUFFIXES = (".zip", ".tgz", ".tar.gz", ".tar")
 """What the names of archives end in, in lower case."""
 
-_BROKEN = (
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    OSError,
-    RuntimeError,
-)  # OSError: gzip's. RuntimeError: a zip with a password.
+# An OSError is gzip's, a RuntimeError a zip's that needs a password.
+_BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 _CHUNK = 1 << 20
 _TIMEOUT = 60  # Seconds without a byte.
 
@@ -66,15 +61,17 @@ def download(address: Address, directory: Path, progress: Progress) -> Path:
     try:
         with (
             urllib.request.urlopen(address.url, timeout=_TIMEOUT) as response,
-            part.open("wb") as f,
+            part.open("wb") as file,
         ):
             size = int(response.headers.get("Content-Length") or 0)
             task = progress.add_task(f"download {path.name}", total=size or None)
             while chunk := response.read(_CHUNK):
-                f.write(chunk)
+                file.write(chunk)
                 digest.update(chunk)
                 progress.advance(task, len(chunk))
-    except (OSError, EOFError) as error:  # EOFError is ftplib's for a connection that was closed.
+        if size and part.stat().st_size != size:
+            raise OSError(f"the connection ended after {part.stat().st_size} of {size} bytes")
+    except (OSError, EOFError, http.client.HTTPException) as error:  # EOFError is ftplib's.
         raise OSError(
             f"cannot download {address.url} ({error}); run the same command again, or put the file "
             f"from elsewhere at {path}"

@@ -61,8 +61,9 @@ def cars196(source: Path) -> Contents:
     Raises:
         FileNotFoundError: there is none of them, or the test images' labels are missing.
     """
-    if root := _find(source, "cars_annos.mat"):
-        path = root / "cars_annos.mat"
+    annotated, root = _find(source, "cars_annos.mat"), _find(source, "car_ims/*.jpg")
+    if annotated and root:
+        path = annotated / "cars_annos.mat"
         class_names = tuple(map(str, _matlab(path, "class_names")))
         files = [(str(a["relative_im_path"]), a["class"]) for a in _matlab(path, "annotations")]
         pictures = [Picture("", class_names[k - 1], name, root / name) for name, k in files]
@@ -71,12 +72,14 @@ def cars196(source: Path) -> Contents:
         return _halves(_cars196_devkit(source, devkit))
     if root := _find(source, "dataset_info.json"):
         return _halves(_copied(root))
-    return _halves(_tree(_need(source, "train/*/*", "cars_annos.mat, cars_train_annos.mat")))
+    others = "cars_annos.mat with car_ims/, cars_train_annos.mat, dataset_info.json (of TFDS)"
+    return _halves(_tree(_need(source, "train/*/*", others)))
 
 
 def _cars196_devkit(source: Path, devkit: Path) -> Contents:
-    labelled = _find(source, "cars_test_annos_withlabels.mat")
-    if labelled is None:
+    labelled = "cars_test_annos_withlabels*.mat"  # On Kaggle it has " (1)" in its name.
+    directory = _find(source, labelled)
+    if directory is None:
         raise FileNotFoundError(
             f"{source} has no cars_test_annos_withlabels.mat. The list of test images that comes "
             "in the devkit has no labels; that file, which was published beside it, has them"
@@ -85,7 +88,7 @@ def _cars196_devkit(source: Path, devkit: Path) -> Contents:
     pictures = []
     for folder, annotations in (
         ("cars_train", devkit / "cars_train_annos.mat"),
-        ("cars_test", labelled / "cars_test_annos_withlabels.mat"),
+        ("cars_test", next(directory.glob(labelled))),
     ):
         root = _need(source, f"{folder}/*.jpg")
         for annotation in _matlab(annotations, "annotations"):
@@ -229,10 +232,13 @@ def _find(source: Path, pattern: str) -> Path | None:
 
     Archives and download tools wrap what they hold into a directory, some of them into two.
     """
-    for level in ("", "*/", "*/*/"):
-        for directory in sorted(source.glob(level) if level else [source]):
+    level = [source]
+    for _ in range(3):
+        for directory in level:
             if any(True for _ in directory.glob(pattern)):
                 return directory
+        level = [path for directory in level for path in sources.visible(directory)]
+        level = [path for path in level if path.is_dir() and path.name != "__MACOSX"]
     return None
 
 
