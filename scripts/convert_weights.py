@@ -43,7 +43,7 @@ def _read(source: str) -> dict[str, np.ndarray]:
     try:
         import torch
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("reading --source needs PyTorch: pip install torch") from None
+        raise ModuleNotFoundError("--source needs PyTorch: pip install '.[convert]'") from None
     try:
         loaded = torch.load(source, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
