@@ -43,12 +43,11 @@ def _read(source: str) -> dict[str, np.ndarray]:
     try:
         import torch
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("reading --source needs PyTorch: pip install torch") from None
+        raise ModuleNotFoundError("--source needs PyTorch: pip install '.[convert]'") from None
     try:
         loaded = torch.load(source, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{source} holds no weights that are safe to read: {reason}") from None
+        raise ValueError(f"{source} holds no weights that are safe to read") from error
     tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not tensors or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
         raise ValueError(f"{source} holds neither a state dict nor one under the key 'state_dict'")

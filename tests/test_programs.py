@@ -8,13 +8,16 @@ import time
 from pathlib import Path
 
 import chex
+import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dml_jax import sharding
+from dml_jax.models import pretrained
 from dml_jax.retrieval import embed
 from dml_jax.training import checkpoint, experiment, workdir
-from tests import tiny
+from tests import tiny, weights
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,6 +106,30 @@ def test_embed_gives_the_embeddings_of_a_folder(images, finished, tmp_path):
     assert ours.names[0] == "class0/0.png"
 
 
+PRETRAINED = {"model__width": 64, "model__stem": "imagenet"}
+
+
+def test_a_run_starts_from_pretrained_weights_and_goes_on_without_their_file(images, tmp_path):
+    file, folder = tmp_path / "resnet18.safetensors", tmp_path / "run"
+    expected = weights.state_dict("resnet18")
+    save_file(expected, file)
+    # Nothing is learnt, so that the checkpoint holds what the run started from.
+    still = {"optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0}
+    settings = PRETRAINED | still | {"model__pretrained": file, "model__freeze_bn": True}
+    training = ["train.py", f"--workdir={folder}", *tiny.arguments(images, epochs=1, **settings)]
+    succeed(*training)
+    like = tiny.config(images, model__backbone="resnet18", **PRETRAINED)
+    built = experiment.build(like, sharding.make_mesh(jax.devices()[:1]))
+    variables = experiment.load_network(built, folder, "last")
+    backbone = {collection: tree["backbone"] for collection, tree in variables.items()}
+    chex.assert_trees_all_equal(
+        jax.device_get(backbone), jax.device_get(pretrained.convert("resnet18", expected))
+    )
+    file.unlink()
+    (folder / workdir.RESULT).unlink()
+    assert "last: R@1" in succeed(*training)
+
+
 BAD = {
     "unknown key": (["--config.optimizer.leraning_rate=1"], "leraning_rate"),
     "wrong type": (["--config.epochs=many"], "epochs"),
@@ -112,6 +139,11 @@ BAD = {
         "config.model.stem is 'large'; choose one of imagenet, small\nconfig.optimizer.eps is 0",
     ),
     "missing folder": (["--config.data.root=nowhere"], "nowhere is not a directory"),
+    "missing weights": (
+        ["--config.model.pretrained=no.safetensors"]
+        + [f"--config.{name.replace('__', '.')}={value}" for name, value in PRETRAINED.items()],
+        f"there are no weights at {ROOT / 'no.safetensors'}",
+    ),
     "large batch": (["--config.batch_size=64"], "64"),
 }
 

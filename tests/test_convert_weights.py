@@ -1,0 +1,60 @@
+"""scripts/convert_weights.py on files as torch.save writes them."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests import weights
+from tests.test_programs import run, succeed
+
+NAME = "resnet18"
+
+
+@pytest.fixture(scope="module")
+def torch():
+    return pytest.importorskip("torch", reason="the convert extra is not installed")
+
+
+@pytest.fixture(scope="module")
+def tensors(torch):
+    return {key: torch.from_numpy(np.array(x)) for key, x in weights.state_dict(NAME).items()}
+
+
+def arguments(source, out):
+    return ["convert_weights.py", f"--backbone={NAME}", f"--source={source}", f"--out={out}"]
+
+
+def test_an_old_checkpoint_of_a_parallel_model_becomes_a_state_dict(torch, tensors, tmp_path):
+    source, out = tmp_path / "old.pth", tmp_path / "new.safetensors"
+    old = {
+        f"module.{key}": x[None] if x.ndim == 1 and "bn" in key else x for key, x in tensors.items()
+    }
+    old["module.bn1.num_batches_tracked"] = torch.tensor(3)
+    # Laid out otherwise than contiguously.
+    old["module.conv1.weight"] = old["module.conv1.weight"].to(memory_format=torch.channels_last)
+    torch.save({"state_dict": old, "epoch": 3}, source, _use_new_zipfile_serialization=False)
+    succeed(*arguments(source, out))
+    written, expected = load_file(out), weights.state_dict(NAME)
+    assert written.keys() == {key for key in expected if not key.startswith("fc.")}
+    for key, array in written.items():
+        np.testing.assert_array_equal(array, expected[key], strict=True)
+
+    before = out.read_bytes()
+    done = run(*arguments(source, out))
+    assert done.returncode == 2 and f"{out} exists" in done.stderr
+    assert out.read_bytes() == before
+
+
+def test_what_does_not_fit_or_is_not_safe_is_refused(torch, tensors, tmp_path):
+    source, out = tmp_path / "bad.pth", tmp_path / "new.safetensors"
+    bad = {
+        "bn1.weight is missing": {k: x for k, x in tensors.items() if k != "bn1.weight"},
+        "neither a state dict": {"epoch": 3},
+        "holds no weights that are safe to read": {"state_dict": tensors, "code": pytest.raises},
+    }
+    for message, saved in bad.items():
+        torch.save(saved, source)
+        done = run(*arguments(source, out))
+        assert done.returncode == 2 and str(source) in done.stderr
+        assert message in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == [source]
