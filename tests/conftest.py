@@ -3,7 +3,9 @@
 import functools
 import os
 import tempfile
+from typing import ClassVar
 
+import flax.linen as nn
 import hypothesis
 import jax
 import jaxtyping
@@ -14,11 +16,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Runs of one configuration compile one program; so they do it once, in whatever process.
-_compiled = tempfile.TemporaryDirectory(prefix="dml_jax_tests_", ignore_cleanup_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
-jax.config.update("jax_compilation_cache_dir", _compiled.name)
+# Runs of one configuration compile one program; so they do it once, in whatever process. pytest's
+# worker processes find this in their environment.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="dml_jax_tests_", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 # Nothing is downloaded, and nobody's cache is read.
@@ -33,13 +37,32 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The shapes in dml_jax's signatures are checked at every call. Must precede its first import.
 jaxtyping.install_import_hook("dml_jax", "beartype.beartype")
 
-from dml_jax.models import registry, resnet  # noqa: E402
+from dml_jax.models import layers, registry, resnet  # noqa: E402
+from dml_jax.models.normalisation import IMAGENET  # noqa: E402
 
 # A first example compiles, which takes as long as it takes; the same examples at every run.
 hypothesis.settings.register_profile("dml_jax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("dml_jax")
 
-# A network that compiles in a moment, for tests in this process.
+# Networks that compile in a moment, for tests in this process.
 registry.BACKBONES["resnet6"] = functools.partial(
     resnet.ResNet, stage_sizes=(1, 1), bottleneck=False
 )
+
+
+class Colours(nn.Module):
+    """Next to no network: the colours, normalised."""
+
+    freeze_bn: bool = False
+    dtype: str = "float32"
+
+    input_normalisation: ClassVar = IMAGENET
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        return layers.batch_norm(frozen=self.freeze_bn, train=train, dtype=self.dtype, name="bn")(
+            images
+        )
+
+
+registry.BACKBONES["colours"] = Colours

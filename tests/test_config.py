@@ -1,28 +1,138 @@
+import dataclasses
+import functools
 import importlib.util
 from pathlib import Path
 
+import chex
+import jax
 import pytest
 
 from configs import glyphs
-from dml_jax import config, losses
+from dml_jax import config, data, losses, sharding
+from dml_jax.data.prepare import DATA_SETS, prepare
+from dml_jax.training import experiment, loop, step
+from tests import public_data
 
-FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "configs").glob("*.py"))
 
 
-@pytest.mark.parametrize("loss", ["", *losses.NAMES])
-@pytest.mark.parametrize("method", ["baseline", "ps", "memvir", "ps_memvir"])
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_variant_of_every_file_is_valid(file, method, loss):
+# What is prepared of each public data set, in small; the others come with their images.
+LAYOUTS = {
+    "cars196": (public_data.cars196_annos, public_data.CARS_COUNTS),
+    "cub200": (public_data.cub200, public_data.CUB_COUNTS),
+    "sop": (public_data.sop, public_data.SOP_COUNTS),
+    "inshop": (public_data.inshop, public_data.INSHOP_COUNTS),
+    "omniglot": (public_data.omniglot, public_data.OMNIGLOT_COUNTS),
+    "folder": (public_data.folder, public_data.FOLDER_COUNTS),
+}
+
+
+def load(file):
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    made = module.get_config(f"{method}_{loss}" if loss else method)
+    return module
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    """Where the images of each data set are; they are read once for all of its variants."""
+    folders = {"glyphs": "", "orl_faces": ""}
+    for name, (write, counts) in LAYOUTS.items():
+        folder = tmp_path_factory.mktemp(name)
+        published = dataclasses.replace(DATA_SETS[name], counts=counts)
+        prepare(name, source=write(folder / "source"), out=folder / "out", published=published)
+        folders[name] = str(folder / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        for function in ("create", "check"):
+            patch.setattr(data, function, functools.cache(getattr(data, function)))
+        # Each program runs twice: compiling it well takes longer than it could gain.
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield folders
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+SMALL = {
+    "batch_size": 2,
+    "data.image_size": 8,
+    "data.resize": 8,
+    "data.num_workers": 0,
+    "data.n_instance": 1,
+    "model.backbone": "colours",
+    "model.width": None,
+    "model.stem": None,
+    "model.pretrained": "none",
+    "model.dim": 4,
+    "evaluation.recall_at": (1,),
+}
+SMALL_MEMORY = {"memvir.num_steps": 2, "memvir.step_gap": 0, "memvir.warmup_epochs": 0}
+
+
+@pytest.mark.parametrize("loss", losses.NAMES)
+@pytest.mark.parametrize("method", ["baseline", "ps", "memvir", "ps_memvir"])
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_variant_of_every_file_takes_two_steps(file, method, loss, roots):
+    made = load(file).get_config(f"{method}_{loss}")
     config.validate(made)
-    assert made.loss.name == (loss or "norm_softmax")
+    assert made.loss.name == loss
     assert bool(made.proxy_synthesis.ratio) == ("ps" in method)
     assert bool(made.memvir.num_steps) == ("memvir" in method)
     with pytest.raises(AttributeError, match="epoch"):
         made.epoch = 3
+
+    made.update_from_flattened_dict(SMALL | {"data.root": roots[file.stem]})
+    if "memvir" in method:
+        made.update_from_flattened_dict(SMALL_MEMORY)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    built = experiment.build(made, mesh)
+    compiled = step.compile_step(built.recipe, built.state_sharding, sharding.by_row(mesh))
+    state = built.init()
+    before = jax.device_get(state.params)
+    for _, batch in loop.batches(built, 0, 2):
+        state, (value, gradient_norm) = compiled(state, batch)
+        chex.assert_tree_all_finite((value, gradient_norm))
+    chex.assert_tree_all_finite(state.params)
+    assert (before["proxies"] != state.params["proxies"]).any()
+    assert (state.memory is not None) == ("memvir" in method)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_variant_may_leave_out_its_loss_or_its_method(file):
+    get_config = load(file).get_config
+    assert get_config("ps").to_dict() == get_config("ps_norm_softmax").to_dict()
+    assert get_config("cosface").to_dict() == get_config("baseline_cosface").to_dict()
+    assert get_config().to_dict() == get_config("baseline_norm_softmax").to_dict()
+
+
+def test_cars196_is_set_as_its_authors_set_it():
+    get_config = load(ROOT / "configs" / "cars196.py").get_config
+    for loss, scale in (("norm_softmax", 23.0), ("proxy_nca", 12.0)):
+        plain = get_config(loss)
+        assert plain.loss.scale == scale
+        assert (plain.epochs, plain.batch_size, plain.data.n_instance) == (130, 128, 1)
+        assert (plain.model.backbone, plain.model.dim, plain.model.freeze_bn) == (
+            "bninception",
+            512,
+            True,
+        )
+        assert tuple(plain.optimizer.decay_epochs) == (50,)
+        assert (plain.optimizer.learning_rate, plain.optimizer.proxy_learning_rate) == (1e-4, 1e-2)
+        assert (plain.optimizer.eps, plain.optimizer.weight_decay) == (0.01, 1e-4)
+        assert plain.evaluation.every_epochs == 5
+        mixed = get_config(f"ps_{loss}")
+        assert mixed.proxy_synthesis.to_dict() == {"ratio": 1.0, "alpha": 0.4}
+        assert mixed.epochs == 130
+    for loss, num_steps, step_gap in (("norm_softmax", 45, 10), ("proxy_nca", 20, 25)):
+        remembering = get_config(f"memvir_{loss}")
+        assert remembering.memvir.to_dict() == {
+            "num_steps": num_steps,
+            "step_gap": step_gap,
+            "warmup_epochs": 40,
+            "dtype": "float32",
+        }
+        assert (remembering.epochs, remembering.evaluation.every_epochs) == (2000, 10)
+        assert tuple(remembering.optimizer.decay_epochs) == (2000,)
 
 
 def test_an_unknown_variant_is_refused_with_the_known_ones():

@@ -181,6 +181,49 @@ def test_a_run_of_another_configuration_is_left_as_it_is(images, finished):
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
+def test_reproduce_goes_on_after_a_kill_and_compares(images, tmp_path):
+    settings = [x for x in tiny.arguments(images, epochs=2) if not x.startswith("--config=")]
+    reproduce = command(
+        "reproduce.py",
+        "--config=configs/folder.py",
+        "--variants=ps,proxy_nca,memvir_proxy_nca",
+        "--seeds=2",
+        f"--root={tmp_path}",
+        *settings,
+        "--config.memvir.num_steps=2",
+        "--config.memvir.step_gap=0",
+        "--config.memvir.warmup_epochs=1",
+    )
+    process = subprocess.Popen(reproduce, cwd=ROOT, stdout=subprocess.DEVNULL)
+    first, second = (tmp_path / name / "seed0" for name in ("baseline", "ps"))
+    while not (second / workdir.METRICS).exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    finished = (first / workdir.RESULT).stat().st_mtime_ns
+
+    done = subprocess.run(reproduce, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (first / workdir.RESULT).stat().st_mtime_ns == finished
+    tables = done.stdout[done.stdout.index("| R@1") :].split("\n\n")
+    assert [table.splitlines()[0].split(" | ")[0] for table in tables] == [
+        "| R@1",
+        "| RP",
+        "| MAP@R",
+    ]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in tables[2].strip().splitlines()[2:]
+    ]
+    assert [row[0] for row in rows] == ["baseline", "ps", "proxy_nca", "memvir_proxy_nca"]
+    for row in rows:
+        for seed in range(2):
+            result = workdir.read_result(tmp_path / row[0] / f"seed{seed}")
+            assert row[1 + seed] == f"{100 * result['last']['map@r']:.1f}"
+    assert rows[1][4].startswith("baseline ") and rows[3][4].startswith("proxy_nca ")
+    assert rows[0][4] == rows[2][4] == ""
+
+
 def quickstart(arguments):
     # As quickstart.sh starts it, once the environment is made.
     started = [sys.executable, "-m", "scripts.quickstart", *arguments]

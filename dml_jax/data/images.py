@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -30,7 +31,7 @@ class Augmentation:
         ValueError: a range that makes no sense.
     """
 
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: Sequence[float] = (0.08, 1.0)
     flip: bool = True
     rotation: float = 0.0
     zoom: float = 0.0
@@ -106,7 +107,7 @@ def resize(
 
 
 def random_crop_box(
-    height: int, width: int, rng: np.random.Generator, *, scale: tuple[float, float]
+    height: int, width: int, rng: np.random.Generator, *, scale: Sequence[float]
 ) -> tuple[int, int, int, int]:
     """Draws a crop whose area and aspect ratio are random ("Inception" crop, arXiv 1409.4842).
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import chex
@@ -6,9 +7,10 @@ import numpy as np
 import pytest
 
 from dml_jax import sharding
+from dml_jax.data.prepare import DATA_SETS, prepare
 from dml_jax.retrieval import embed, evaluate
 from dml_jax.training import checkpoint, experiment, loop, step, workdir
-from tests import tiny
+from tests import public_data, tiny
 
 
 @pytest.fixture
@@ -80,6 +82,58 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     with checkpoint.Checkpoints(folder) as checkpoints:
         assert checkpoints.latest == 4
     assert [line["step"] for line in workdir.read_lines(folder / workdir.METRICS)] == [4]
+
+
+def test_validation_classes_choose_the_epoch_and_test_classes_only_score_it(images, tmp_path):
+    folder = tmp_path / "run"
+    config = tiny.config(images, data__validation_classes=0.34, batch_size=4)
+    built = start(config, folder)
+    assert len(built.sources["train"].class_names) == 4
+    assert len(built.sources["validation"].class_names) == 2
+    result = loop.train(built, folder)
+    lines = workdir.read_lines(folder / workdir.METRICS)
+    chosen = max(lines, key=lambda line: (line["map@r"], line["step"]))
+    assert result["best_chosen_on"] == "validation"
+    assert result["best"]["epoch"] == chosen["epoch"]
+    variables = experiment.load_network(built, folder, "best_map")
+    on_test = experiment.score(built, experiment.embed_split(built, variables, "test"))
+    assert on_test.items() <= result["best"].items()
+    exported = embed.load_embeddings(folder / workdir.EMBEDDINGS)
+    assert evaluate(exported.embeddings, exported.labels).items() <= result["last"].items()
+    assert exported.names[0] == "test/class0/0.png"
+
+
+def test_patience_ends_a_run_and_a_restart_does_not_go_on(images, tmp_path):
+    folder = tmp_path / "run"
+    # Nothing is learned at this rate, so that no score becomes better.
+    frozen = {"optimizer__learning_rate": 1e-30, "model__freeze_bn": True}
+    config = tiny.config(images, epochs=9, evaluation__patience=2, **frozen)
+    result = loop.train(start(config, folder), folder)
+    assert result["last"]["epoch"] == 3
+    (folder / workdir.RESULT).unlink()
+    assert loop.train(start(config, folder), folder) == result
+
+
+def test_queries_are_looked_for_in_the_gallery(tmp_path):
+    made = public_data.inshop(tmp_path / "source")
+    published = dataclasses.replace(DATA_SETS["inshop"], counts=public_data.INSHOP_COUNTS)
+    prepare("inshop", source=made, out=tmp_path / "inshop", published=published)
+    settings = {"data__name": "inshop", "batch_size": 2, "evaluation__recall_at": (1, 4)}
+    config = tiny.config(tmp_path / "inshop", epochs=1, **settings)
+    folder = tmp_path / "run"
+    result = loop.train(start(config, folder), folder)
+    queries, gallery = (
+        embed.load_embeddings(folder / file) for file in (workdir.EMBEDDINGS, workdir.GALLERY)
+    )
+    assert (len(queries.labels), len(gallery.labels)) == (2, 4)
+    scores = evaluate(
+        queries.embeddings,
+        queries.labels,
+        recall_at=(1, 4),
+        gallery=(gallery.embeddings, gallery.labels),
+    )
+    assert scores.items() <= result["last"].items()
+    assert result["last"]["recall@4"] == 1
 
 
 def test_the_latest_and_the_best_checkpoints_are_kept(tmp_path):

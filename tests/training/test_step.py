@@ -1,6 +1,7 @@
 import chex
 import jax
 import numpy as np
+import optax
 import pytest
 
 from configs import glyphs
@@ -100,3 +101,42 @@ def test_bfloat16_computes_losses_near_those_of_float32(images):
         state.params,
         experiment.build(tiny.config(images), sharding.make_mesh(jax.devices()[:1])).init().params,
     )
+
+
+def masked_state(state):
+    """What the optimizer knows of the backbone's gradients."""
+
+    def is_masked(x):
+        return isinstance(x, optax.ConditionallyMaskState)
+
+    states = filter(is_masked, jax.tree.leaves(state.opt_state, is_leaf=is_masked))
+    return next(states).inner_state
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "rmsprop", "sgd"])
+def test_a_frozen_backbone_and_its_optimizer_state_stay_until_they_thaw(images, name):
+    settings = {"optimizer__frozen_epochs": 1, "optimizer__name": name}
+    config = tiny.config(images, **settings, evaluation__every_epochs=1)
+    built = experiment.build(config, sharding.make_mesh(jax.devices()[:1]))
+    start = jax.device_get(built.init())
+    # An epoch has 4 steps.
+    _, frozen = losses_of_run(config, devices=1, steps=4)
+    chex.assert_trees_all_equal(
+        frozen.params["embedder"]["backbone"], start.params["embedder"]["backbone"]
+    )
+    chex.assert_trees_all_equal(frozen.batch_stats, start.batch_stats)
+    assert (
+        frozen.params["embedder"]["head"]["kernel"] != start.params["embedder"]["head"]["kernel"]
+    ).any()
+    assert (frozen.params["proxies"] != start.params["proxies"]).any()
+    chex.assert_trees_all_equal(*(masked_state(state) for state in (frozen, start)))
+
+    _, thawed = losses_of_run(config, devices=1, steps=5)
+    before, after = (
+        state.params["embedder"]["backbone"]["conv1"]["kernel"] for state in (frozen, thawed)
+    )
+    assert (before != after).any()
+    if name == "adam":
+        # Torch counts a parameter's own steps: the first of the backbone is as large as a first.
+        rate = config.optimizer.learning_rate
+        assert 0.5 * rate < abs(after - before).max() < 1.5 * rate
