@@ -124,9 +124,9 @@ def random_crop_box(
     Returns:
         top, left, height and width of the crop in pixels.
     """
-    low, high = CROP_RATIO
+    (low, high), (least, most) = CROP_RATIO, scale
     for _ in range(10):
-        area = height * width * rng.uniform(*scale)
+        area = height * width * rng.uniform(least, most)
         ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
         crop_h, crop_w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < crop_h <= height and 0 < crop_w <= width:
