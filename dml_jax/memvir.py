@@ -19,14 +19,14 @@ is one contiguous slice. A step's own entry waits in `pending` until the next st
 program that read the ring and wrote it afterwards would have to copy it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from dml_jax import losses, numerics
+from dml_jax import losses, numerics, sharding
 
 
 class Entry(NamedTuple):
@@ -74,6 +74,7 @@ def init(
     dim: int,
     dtype: DTypeLike = jnp.float32,
     loss: losses.ProxyLoss | None = None,
+    shards: int = 1,
 ) -> Memory:
     """An empty memory.
 
@@ -86,6 +87,8 @@ def init(
         dtype: of the remembered embeddings and proxies.
         loss: whose memory it is. By default it fits any loss that has `[num_classes, dim]` proxies,
             and is larger by what losses of the other kind would keep.
+        shards: over how many devices it will be split, each with its share of a step's rows and
+            classes. Classes are padded where they cannot be shared out evenly.
 
     Returns:
         A memory of N(M+1) steps.
@@ -99,9 +102,11 @@ def init(
         ("batch_size", batch_size, 1),
         ("num_classes", num_classes, 1),
         ("dim", dim, 1),
+        ("shards", shards, 1),
     ):
         if value < least:
             raise ValueError(f"memvir needs {name} of at least {least}, got {value}")
+    num_classes = -(-num_classes // shards) * shards
     proxies, dim = (num_classes, dim) if loss is None else loss.proxy_shape(num_classes, dim)
     units = {"rows": batch_size, "classes": num_classes}
     if loss is not None:
@@ -144,8 +149,9 @@ def loss_and_update(
 ) -> tuple[Float[Array, ""], Memory]:
     """The loss of a step with the virtual classes in memory, and the memory with that step in it.
 
-    The first B rows and C classes are remembered, B and C as the memory has them. Any that follow
-    (synthetic classes) take part in this step only; remembered ones meet them too.
+    The first B rows are remembered, B as the memory has it, and all classes but as many of the last
+    as there are rows beyond B: those are synthetic classes of one row each. They take part in this
+    step only; what is in memory meets them too.
 
     Args:
         loss: the loss.
@@ -158,40 +164,52 @@ def loss_and_update(
 
     Returns:
         A float32 scalar, differentiable in embeddings and proxies, and the new memory.
+
+    Raises:
+        ValueError: the memory was made for other sizes.
     """
     memory = _store_pending(memory)
-    blocks, slots, batch = memory.ring.labels.shape
-    block, slot = memory.steps % blocks, memory.steps // blocks % slots
-    known = memory.known[_units(loss)]
-    entries, own, sums = jax.tree.map(
-        lambda stored: jax.lax.dynamic_index_in_dim(stored, block, keepdims=False),
-        (memory.ring, known.own, known.sums),
-    )
-    past = _Past(entries, own, sums, jnp.arange(slots) < memory.steps // blocks)
     rows, columns = loss.prepare(embeddings, proxies)
-    masks = loss.masks(rows, columns, row_mask, class_mask)
-    value = _loss(loss, past, rows, columns, labels, *masks)
+    row_mask, class_mask = loss.masks(rows, columns, row_mask, class_mask)
+    actual, synthetic = _parts(loss, memory, _Part(rows, columns, row_mask, class_mask))
+    past = _recall(loss, memory, actual.class_mask)
+    within = loss.within(rows, columns, labels, row_mask, class_mask)
+    value = _loss(loss, past, within, actual, synthetic) + loss.penalty(columns, class_mask)
 
     entry = Entry(
-        embeddings=rows[:batch].astype(memory.ring.embeddings.dtype),
-        proxies=columns[: len(memory.pending.proxies)].astype(memory.ring.proxies.dtype),
-        labels=labels[:batch].astype(jnp.int32),
+        embeddings=actual.rows.astype(memory.ring.embeddings.dtype),
+        proxies=actual.columns.astype(memory.ring.proxies.dtype),
+        labels=labels[: len(actual.rows)].astype(jnp.int32),
     )
     # What is kept is computed from the vectors as they are stored, which may be rounded. Where they
     # are not, the compiler finds that it has these numbers already.
-    rows, columns = entry.embeddings.astype(jnp.float32), entry.proxies.astype(jnp.float32)
-    within, own = loss.within(rows, columns, entry.labels, *loss.masks(rows, columns, None, None))
-    over, of = _across(loss, past.entries, rows, columns)
-    known = known._replace(
+    actual = actual._replace(
+        rows=entry.embeddings.astype(jnp.float32), columns=entry.proxies.astype(jnp.float32)
+    )
+    own_sums, own = loss.within(
+        actual.rows, actual.columns, entry.labels, actual.row_mask, actual.class_mask
+    )
+    over, of = _across(loss, past, actual)
+    slot = memory.steps // len(memory.ring.labels) % len(over)
+    known = memory.known[_units(loss)]._replace(
         pending_own=own,
         # Slot `slot` is where this entry will go: its units meet their own others there.
-        pending_over=over.at[slot].set(within),
+        pending_over=over.at[slot].set(own_sums),
         pending_of=of,
     )
     update = memory._replace(
         steps=memory.steps + 1, pending=entry, known=memory.known | {_units(loss): known}
     )
     return value, jax.lax.stop_gradient(update)
+
+
+class _Part(NamedTuple):
+    """Prepared vectors of the step under way, and which of them count."""
+
+    rows: Float[Array, "rows dim"]
+    columns: Float[Array, "proxies dim"]
+    row_mask: Bool[Array, " rows"]
+    class_mask: Bool[Array, " classes"]
 
 
 class _Past(NamedTuple):
@@ -201,42 +219,99 @@ class _Past(NamedTuple):
     own: Float[Array, "slots units"]
     sums: Float[Array, "slots slots units"]
     in_use: Bool[Array, " slots"]
+    class_mask: Bool[Array, " classes"]
+
+
+def _parts(loss: losses.ProxyLoss, memory: Memory, step: _Part) -> tuple[_Part, _Part]:
+    """What is remembered of a step, its classes padded as the memory's are, and the rest of it."""
+    per_class = loss.proxies_per_class
+    batch, held = len(memory.pending.labels), len(memory.pending.proxies)
+    classes = len(step.class_mask) - (len(step.rows) - batch)
+    proxies = classes * per_class
+    if len(step.rows) < batch or not 0 < proxies <= held:
+        raise ValueError(
+            f"a memory of {batch} rows and {held} proxies cannot take a step of {len(step.rows)} "
+            f"rows and {len(step.columns)} proxies; make it by memvir.init(loss=..., ...)"
+        )
+    actual = _Part(
+        step.rows[:batch],
+        jnp.pad(step.columns[:proxies], ((0, held - proxies), (0, 0))),
+        jnp.ones(batch, bool),
+        jnp.arange(held // per_class) < classes,
+    )
+    synthetic = _Part(
+        step.rows[batch:],
+        step.columns[proxies:],
+        step.row_mask[batch:],
+        step.class_mask[classes:],
+    )
+    return actual, synthetic
+
+
+def _recall(loss: losses.ProxyLoss, memory: Memory, class_mask: Bool[Array, " classes"]) -> _Past:
+    blocks, slots, _ = memory.ring.labels.shape
+    known = memory.known[_units(loss)]
+    entries, own, sums = jax.tree.map(
+        lambda stored: jax.lax.dynamic_index_in_dim(stored, memory.steps % blocks, keepdims=False),
+        (memory.ring, known.own, known.sums),
+    )
+    return _Past(entries, own, sums, jnp.arange(slots) < memory.steps // blocks, class_mask)
 
 
 def _loss(
     loss: losses.ProxyLoss,
     past: _Past,
-    rows: Float[Array, "rows dim"],
-    columns: Float[Array, "proxies dim"],
-    labels: Int[Array, " rows"],
-    row_mask: Bool[Array, " rows"],
-    class_mask: Bool[Array, " classes"],
+    within: tuple[Float[Array, " units"], Float[Array, " units"]],
+    actual: _Part,
+    synthetic: _Part,
 ) -> Float[Array, ""]:
-    """The loss of a step's prepared vectors and of those in memory.
+    """The loss of a step's units and of those in memory.
 
     Only the units of this step over all others, and those in memory over this step's others, are
     computed: the rest is known.
     """
-    batch, remembered = past.entries.labels.shape[1], past.entries.proxies.shape[1]
     in_use = past.in_use[:, None]
-    within, own = loss.within(rows, columns, labels, row_mask, class_mask)
-    over, of = _across(loss, past.entries, rows[:batch], columns[:remembered])
+    own_sums, own = within
+    over, of = _across(loss, past, actual)
     of_terms = [of[:, None], jnp.where(in_use[None], past.sums, -jnp.inf)]
-    if len(rows) > batch:
-        mask = row_mask if loss.per_class else class_mask
-        mask = mask[batch if loss.per_class else remembered // loss.proxies_per_class :]
-        more, of_more = _across(loss, past.entries, rows[batch:], columns[remembered:], mask)
+    counts = actual.class_mask if loss.per_class else actual.row_mask
+    past_counts = jnp.broadcast_to(in_use, past.own.shape) & counts[None]
+    # Padded classes are in memory alone.
+    over = over[:, : len(own) - len(synthetic.rows)]
+    counts = counts[: over.shape[1]]
+    if len(synthetic.rows):
+        more, of_more = _across(loss, past, synthetic)
         over = jnp.concatenate([over, more], axis=1)
         of_terms.append(of_more[:, None])
-    over_terms = jnp.vstack([within, jnp.where(in_use, over, -jnp.inf)])
+        counts = jnp.append(counts, synthetic.class_mask if loss.per_class else synthetic.row_mask)
+    over_terms = jnp.vstack([own_sums, jnp.where(in_use, over, -jnp.inf)])
     sums = numerics.log_sum_exp(over_terms, axis=0)
     past_sums = numerics.log_sum_exp(jnp.concatenate(of_terms, axis=1), axis=1)
-    counts = class_mask if loss.per_class else row_mask
-    past_counts = jnp.broadcast_to(in_use, past.own.shape)
-    value = loss.mean(
-        jnp.append(sums, past_sums), jnp.append(own, past.own), jnp.append(counts, past_counts)
+    return loss.mean(
+        jnp.append(sums, past_sums),
+        jnp.append(own, past.own),
+        jnp.append(counts, past_counts),
     )
-    return value + loss.penalty(columns, class_mask)
+
+
+def shardings(memory: Memory, mesh: jax.sharding.Mesh) -> PyTree:
+    """How a memory is split over devices: by a step's rows, and by its classes.
+
+    Args:
+        memory: made for as many shards as the mesh has devices; shapes will do.
+        mesh: the devices.
+
+    Returns:
+        A sharding for each of the memory's arrays.
+    """
+
+    def place(path: tuple[Any, ...], x: Array | jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding:
+        if x.ndim == 0:
+            return sharding.replicated(mesh)
+        of_vectors = path[-1].name in ("embeddings", "proxies")
+        return sharding.split_axis(mesh, -2 if of_vectors else -1, x.ndim)
+
+    return jax.tree_util.tree_map_with_path(place, memory)
 
 
 def _units(loss: losses.ProxyLoss) -> str:
@@ -265,22 +340,19 @@ def _store_pending(memory: Memory) -> Memory:
 
 
 def _across(
-    loss: losses.ProxyLoss,
-    past: Entry,
-    embeddings: Float[Array, "rows dim"],
-    proxies: Float[Array, "proxies dim"],
-    mask: Bool[Array, " others"] | None = None,
+    loss: losses.ProxyLoss, past: _Past, part: _Part
 ) -> tuple[Float[Array, "slots new_units"], Float[Array, "slots units"]]:
-    """Log-sum-exps of a step's units over each slot's others, and of each slot's over the step's.
-
-    Args:
-        loss: forms the logits.
-        past: the slots' entries.
-        embeddings: the step's, prepared.
-        proxies: the step's, prepared.
-        mask: which of the step's others count; None counts all.
-    """
-    row_mask, class_mask = (mask, None) if loss.per_class else (None, mask)
-    past_rows = jax.vmap(lambda old: loss.partial_sums(old, proxies, class_mask))(past.embeddings)
-    past_columns = jax.vmap(lambda old: loss.partial_sums(embeddings, old, row_mask))(past.proxies)
+    """Log-sum-exps of a step's units over each slot's others, and of each slot's over theirs."""
+    # On many devices each has its share of the slots, and the step's few vectors come to it.
+    rows, columns = sharding.gathered(part.rows), sharding.gathered(part.columns)
+    # Units that do not exist are computed too, and left out of the mean; others are left out here.
+    of_mask, over_mask = (
+        (None, part.row_mask) if loss.per_class else (part.class_mask, past.class_mask)
+    )
+    past_rows = jax.vmap(lambda old: loss.partial_sums(old, columns, of_mask))(
+        past.entries.embeddings
+    )
+    past_columns = jax.vmap(lambda old: loss.partial_sums(rows, old, over_mask))(
+        past.entries.proxies
+    )
     return (past_rows, past_columns) if loss.per_class else (past_columns, past_rows)

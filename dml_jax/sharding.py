@@ -1,4 +1,4 @@
-"""Where arrays live: one mesh axis, `data`, over which batches are split.
+"""Where arrays live: one mesh axis, `data`, over which batches and MemVir's memory are split.
 
 Everything else in the state is on every device. The compiled step sees the global batch, so that
 losses, synthetic pairs and batch statistics are the same on any number of devices.
@@ -27,6 +27,27 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def by_row(mesh: Mesh) -> NamedSharding:
     """The sharding of an array whose first axis is split over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def split_axis(mesh: Mesh, axis: int, ndim: int) -> NamedSharding:
+    """The sharding of an array of which one axis is split over the devices.
+
+    Args:
+        mesh: of the devices.
+        axis: which, counted from the last, -1.
+        ndim: how many axes the array has.
+    """
+    return NamedSharding(mesh, PartitionSpec(*[None] * (ndim + axis), "data"))
+
+
+def gathered(x: jax.Array) -> jax.Array:
+    """The same array, whole on every device of the mesh that is in use; of no effect without one.
+
+    It tells the compiler what to send when it multiplies two arrays that are both split.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -1,6 +1,7 @@
 """From pixels to embeddings: input normalisation, backbone, pooling, linear head."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
@@ -39,7 +40,18 @@ class Embedder(nn.Module):
         """
         x = self.backbone.input_normalisation.normalise(images)
         x = self.backbone(x, train=train).astype(jnp.float32)
-        average, maximum = x.mean((1, 2)), x.max((1, 2))
+        average, maximum = x.mean((1, 2)), _maximum(x)
         x = {"gap": average, "gmp": maximum, "gap+gmp": average + maximum}[self.pooling]
         # Accelerators would round the operands of a float32 product to bfloat16 or TF32.
         return nn.Dense(self.dim, precision="highest", name="head")(x)
+
+
+def _maximum(x: Float[Array, "b h w f"]) -> Float[Array, "b f"]:
+    """The maximum over space, whose gradient goes to one place.
+
+    `x.max()` looks on the way back for the places that equal the maximum, and divides by their
+    number; a compiler that computes `x` once more, rounded differently, finds none.
+    """
+    flat = x.reshape(x.shape[0], -1, x.shape[-1])
+    where = jax.lax.stop_gradient(jnp.argmax(flat, axis=1, keepdims=True))
+    return jnp.take_along_axis(flat, where, axis=1)[:, 0]

@@ -72,36 +72,38 @@ def max_pool(
     x: Float[Array, "b h w c"],
     stride: int = 1,
     *,
+    size: int = 3,
     padding: Sequence[tuple[int, int]] = ((1, 1), (1, 1)),
 ) -> Float[Array, "b y x c"]:
-    """The maximum of each 3x3 window.
+    """The maximum of each square window.
 
     Args:
         x: feature map.
         stride: of the windows in pixels.
+        size: side of a window in pixels.
         padding: pixels above and below, left and right, which are never the maximum.
     """
     outside = jnp.array(-jnp.inf, x.dtype)
     x = jax.lax.pad(x, outside, [(low, high, 0) for low, high in ((0, 0), *padding, (0, 0))])
-    return _reduce_windows(x, jnp.maximum, stride)
+    return _reduce_windows(x, jnp.maximum, size, stride)
 
 
 def average_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """The mean of the 3x3 window around each pixel; pixels outside count as zeros."""
-    return _reduce_windows(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), jnp.add, 1) / 9
+    return _reduce_windows(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), jnp.add, 3, 1) / 9
 
 
 def _reduce_windows(
-    x: Float[Array, "b h w c"], reduce: Callable[[Array, Array], Array], stride: int
+    x: Float[Array, "b h w c"], reduce: Callable[[Array, Array], Array], size: int, stride: int
 ) -> Float[Array, "b y x c"]:
-    """Reduces 3x3 windows, first down and then across.
+    """Reduces square windows, first down and then across.
 
     XLA has an operation for it, but on the CPU it is several times slower, and so is the gradient
     of its maximum.
     """
     for axis in (1, 2):
-        reach = (x.shape[axis] - 3) // stride * stride + 1
-        rows = [jax.lax.slice_in_dim(x, i, i + reach, stride, axis) for i in range(3)]
+        reach = (x.shape[axis] - size) // stride * stride + 1
+        rows = [jax.lax.slice_in_dim(x, i, i + reach, stride, axis) for i in range(size)]
         x = functools.reduce(reduce, rows)
     return x
 

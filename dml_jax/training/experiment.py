@@ -93,13 +93,15 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> Experiment:
             image_size=config.data.image_size,
             proxy_shape=loss.proxy_shape(num_classes, config.model.dim),
             proxy_init=config.proxy_init,
-            memory=_memory(config, loss, num_classes),
+            memory=_memory(config, loss, num_classes, mesh.size),
             backbone=backbone,
         )
 
     everywhere = sharding.replicated(mesh)
     state_shape = jax.eval_shape(initial_state)
     state_sharding = jax.tree.map(lambda _: everywhere, state_shape)
+    if state_shape.memory is not None:
+        state_sharding = state_sharding._replace(memory=memvir.shardings(state_shape.memory, mesh))
     init = jax.jit(initial_state, out_shardings=state_sharding)
     return Experiment(
         config=config,
@@ -151,7 +153,9 @@ def _gallery(sources: Mapping[str, data.Source], split: str) -> data.Source | No
     return sources.get("gallery") if split == "test" else None
 
 
-def _memory(config: ConfigDict, loss: losses.ProxyLoss, num_classes: int) -> memvir.Memory | None:
+def _memory(
+    config: ConfigDict, loss: losses.ProxyLoss, num_classes: int, shards: int
+) -> memvir.Memory | None:
     if not config.memvir.num_steps:
         return None
     return memvir.init(
@@ -162,6 +166,7 @@ def _memory(config: ConfigDict, loss: losses.ProxyLoss, num_classes: int) -> mem
         dim=config.model.dim,
         dtype=jnp.dtype(config.memvir.dtype),
         loss=loss,
+        shards=shards,
     )
 
 

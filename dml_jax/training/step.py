@@ -132,9 +132,18 @@ def compile_step(
     ) -> tuple[TrainState, tuple[Array, Array]]:
         return train_step(recipe, state, batch)
 
-    return jax.jit(
+    compiled = jax.jit(
         step,
         donate_argnums=0,
         in_shardings=(state_sharding, batch_sharding),
         out_shardings=(state_sharding, None),
     )
+
+    def on_mesh(
+        state: TrainState, batch: Mapping[str, Array]
+    ) -> tuple[TrainState, tuple[Array, Array]]:
+        # For `sharding.gathered`, which looks for the mesh when the step is traced.
+        with jax.set_mesh(batch_sharding.mesh):
+            return compiled(state, batch)
+
+    return on_mesh

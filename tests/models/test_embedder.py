@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dml_jax.models import Embedder, create_embedder, resnet
+from dml_jax.models import embedder as embedder_module
 from dml_jax.models.normalisation import InputNormalisation
 
 
@@ -50,6 +51,13 @@ def test_sum_of_poolings(images, variables):
     gap, gmp, both = (embed(variables, images, pooling=p) for p in ("gap", "gmp", "gap+gmp"))
     bias = variables["params"]["head"]["bias"][None]
     np.testing.assert_allclose(both, gap + gmp - bias, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_maximum_pooling_goes_to_the_maximum():
+    features = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
+    gradient = jax.grad(lambda x: embedder_module._maximum(x).sum())(features)
+    expected = features == features.max((1, 2), keepdims=True)
+    np.testing.assert_array_equal(gradient, expected)
 
 
 def test_normalisation_reorders_channels_for_bgr_backbones():
