@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
@@ -48,6 +50,65 @@ def gathered(x: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
+def join_processes(
+    *,
+    detect: bool = False,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Makes this process one of several that run the same program on their own devices.
+
+    Must come before JAX is used. Without arguments it does nothing.
+
+    Args:
+        detect: whether to ask SLURM, the TPU pod or MPI, whichever started the processes.
+        coordinator: else, "HOST:PORT" of the first process.
+        num_processes: how many there are.
+        process_id: which of them this is, from 0.
+
+    Raises:
+        ValueError: only some of the last three are given, or both ways are.
+    """
+    explicit = (coordinator, num_processes, process_id)
+    if explicit != (None, None, None) and (None in explicit or detect):
+        raise ValueError(
+            "give --coordinator, --num_processes and --process_id together, or --distributed alone"
+        )
+    if detect or coordinator is not None:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes what is written once: logs, results, exports."""
+    return jax.process_index() == 0
+
+
+def from_first_process(values: Mapping[str, float]) -> dict[str, float]:
+    """The numbers that the first process has, in every process.
+
+    Args:
+        values: by name; the names must be the same everywhere.
+    """
+    if jax.process_count() == 1:
+        return dict(values)
+    # As pairs of integers: JAX would round 64-bit numbers to 32 bits.
+    bits = np.array(list(values.values()), np.float64).view(np.uint32)
+    with jax.transfer_guard("allow"):
+        bits = multihost_utils.broadcast_one_to_all(bits)
+    return dict(zip(values, np.asarray(bits).view(np.float64).tolist(), strict=True))
+
+
+def wait_for_all(what: str) -> None:
+    """Waits until every process has come to the same point.
+
+    Args:
+        what: a name of that point.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:

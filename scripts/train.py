@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from dml_jax import command_line, retrieval
+from dml_jax import command_line, retrieval, sharding
 from dml_jax.training import run, workdir
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE[:variant]")
@@ -20,10 +20,28 @@ _WORKDIR = flags.DEFINE_string(
 flags.mark_flag_as_required("config")
 
 
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Whether to join the processes that SLURM, a TPU pod or MPI has started."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of the first of --num_processes processes, to join them."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+
+
 def main() -> None:
     """Runs the program."""
     with command_line.mendable():
+        sharding.join_processes(
+            detect=_DISTRIBUTED.value,
+            coordinator=_COORDINATOR.value,
+            num_processes=_NUM_PROCESSES.value,
+            process_id=_PROCESS_ID.value,
+        )
         result = run.run(_CONFIG.value, Path(_WORKDIR.value), overview=True)
+    if not sharding.is_first_process():
+        return
     print(f"last: {retrieval.summary(result['last'])}")
     best = f"epoch {result['best']['epoch']}, chosen on the {result['best_chosen_on']} classes"
     print(f"best: {retrieval.summary(result['best'])} ({best})")

@@ -1,7 +1,10 @@
 """The programs, started as a user starts them."""
 
 import json
+import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -249,3 +252,57 @@ def test_quickstart_compares_and_reuses(tmp_path):
     runs = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert table_rows(quickstart(arguments)) == first
     assert runs == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_two_processes_train_like_one_and_one_goes_on_with_their_checkpoint(images, tmp_path):
+    arguments = tiny.arguments(images, "ps_memvir", model__width=4, epochs=3)
+    slow = ["--config.optimizer.learning_rate=1e-4", "--config.evaluation.recall_at=(1,2)"]
+
+    def start(folder, devices, *flags):
+        flag = f"--xla_force_host_platform_device_count={devices}"
+        return subprocess.Popen(
+            command("train.py", f"--workdir={folder}", *arguments, *slow, *flags),
+            cwd=ROOT,
+            env=os.environ | {"XLA_FLAGS": flag},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    together = tmp_path / "together"
+    processes = [
+        start(
+            together,
+            2,
+            f"--coordinator={address}",
+            "--num_processes=2",
+            f"--process_id={number}",
+        )
+        for number in range(2)
+    ]
+    printed = [process.communicate(timeout=600) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert "last: R@1" in printed[0][0] and "R@1" not in printed[1][0]
+    alone = tmp_path / "alone"
+    process = start(alone, 4)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    lines = [workdir.read_lines(folder / workdir.METRICS) for folder in (together, alone)]
+    for ours, expected in zip(*lines, strict=True):
+        assert ours.keys() == expected.keys()
+        np.testing.assert_allclose(ours["loss"], expected["loss"], rtol=1e-5)
+    ours, expected = (embed.load_embeddings(x / workdir.EMBEDDINGS) for x in (together, alone))
+    np.testing.assert_allclose(ours.embeddings, expected.embeddings, rtol=1e-4, atol=1e-4)
+
+    # The last checkpoint is of epoch 3; without it a single process does that epoch again.
+    (together / workdir.RESULT).unlink()
+    shutil.rmtree(together / workdir.CHECKPOINTS / "12")
+    process = start(together, 1)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    resumed = workdir.read_lines(together / workdir.METRICS)
+    assert resumed[:2] == lines[0][:2]
+    np.testing.assert_allclose(resumed[2]["loss"], lines[0][2]["loss"], rtol=1e-5)

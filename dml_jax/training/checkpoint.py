@@ -101,4 +101,8 @@ class Checkpoints:
         Returns:
             The state, sharded as `like` is, which may be over other devices than it was saved from.
         """
-        return self._checkpointer.load(step, like)
+        # MemVir pads its classes to a multiple of the devices, which may be others than they were.
+        context = ocp.Context()
+        context.array.loading.enable_padding_and_truncation = True
+        with context:
+            return self._checkpointer.load(step, like)

@@ -280,16 +280,19 @@ def score(
         embeddings: as `embed_split` gives them.
 
     Returns:
-        Metrics by name; see `dml_jax.retrieval.evaluate`.
+        Metrics by name; see `dml_jax.retrieval.evaluate`. Of several processes all get what the
+        first has computed.
     """
     (split,) = embeddings.keys() - {"gallery"}
     gallery = None
     if "gallery" in embeddings:
         gallery = embeddings["gallery"], experiment.sources["gallery"].labels
-    return retrieval.evaluate(
-        embeddings[split],
-        experiment.sources[split].labels,
-        recall_at=tuple(experiment.config.evaluation.recall_at),
-        gallery=gallery,
-        nmi=experiment.config.evaluation.nmi,
+    return sharding.from_first_process(
+        retrieval.evaluate(
+            embeddings[split],
+            experiment.sources[split].labels,
+            recall_at=tuple(experiment.config.evaluation.recall_at),
+            gallery=gallery,
+            nmi=experiment.config.evaluation.nmi,
+        )
     )

@@ -3,12 +3,13 @@
 import collections
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from jaxtyping import Array, PyTree
+import numpy as np
+from jaxtyping import Array
 
 from dml_jax import data, sharding
 from dml_jax.retrieval import embed
@@ -23,7 +24,7 @@ from dml_jax.training.experiment import (
 )
 from dml_jax.training.state import TrainState
 from dml_jax.training.step import compile_step
-from dml_jax.training.writer import Writer
+from dml_jax.training.writer import Silence, Writer
 
 _STEPS_IN_FLIGHT = 4
 
@@ -48,14 +49,22 @@ def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
         compiled = compile_step(
             experiment.recipe, experiment.state_sharding, sharding.by_row(experiment.mesh)
         )
+        # Epochs that ended with an evaluation. The file may already be longer, by what another
+        # process has written since.
+        evaluated = [
+            line
+            for line in workdir.read_lines(folder / workdir.METRICS)
+            if "map@r" in line and line["step"] <= start
+        ]
+        embeddings = None
         with (
-            Writer(
+            Writer.of_this_process(
                 folder, step=start, total_steps=total_steps, batch_size=config.batch_size
             ) as writer,
             jax.transfer_guard("disallow"),
         ):
             watch = _Watch(experiment, writer, checkpoints)
-            end = start if _has_stopped(experiment, folder) else total_steps
+            end = start if _has_stopped(experiment, evaluated) else total_steps
             epoch_began = time.perf_counter()
             for step, batch in batches(experiment, start, end):
                 state, observed = compiled(state, batch)
@@ -65,9 +74,11 @@ def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
                 watch.drain()
                 metrics = _epoch_metrics(experiment, state, step)
                 trained = time.perf_counter()
-                scores = None
+                scores: dict[str, float] = {}
                 if metrics["epoch"] % config.evaluation.every_epochs == 0 or step == total_steps:
-                    scores = _scores(experiment, network(state), experiment.chosen_on)
+                    embeddings = embed_split(experiment, network(state), experiment.chosen_on)
+                    scores = score(experiment, embeddings)
+                    evaluated.append(metrics | scores)
                 timings = {
                     "step": step,
                     "epoch": metrics["epoch"],
@@ -77,29 +88,22 @@ def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
                     "train_seconds": trained - epoch_began,
                     "evaluation_seconds": time.perf_counter() - trained,
                 }
-                writer.epoch(metrics | (scores or {}), timings)
+                writer.epoch(metrics | scores, timings)
                 if scores or metrics["epoch"] % config.checkpoint.every_epochs == 0:
-                    checkpoints.save(step, state, scores)
-                if scores and _has_stopped(experiment, folder):
+                    checkpoints.save(step, state, scores or None)
+                if _has_stopped(experiment, evaluated):
                     break
                 epoch_began = time.perf_counter()
-    return _finish(experiment, folder, network(state))
+    if embeddings is None or experiment.chosen_on != "test":
+        embeddings = embed_split(experiment, network(state), "test")
+    return _finish(experiment, folder, evaluated, embeddings)
 
 
-def _scores(experiment: Experiment, variables: dict[str, PyTree], split: str) -> dict[str, float]:
-    return score(experiment, embed_split(experiment, variables, split))
-
-
-def _evaluated(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of the epochs that ended with an evaluation."""
-    return [line for line in workdir.read_lines(folder / workdir.METRICS) if "map@r" in line]
-
-
-def _has_stopped(experiment: Experiment, folder: Path) -> bool:
+def _has_stopped(experiment: Experiment, evaluated: Sequence[Mapping[str, Any]]) -> bool:
     """Whether no score has become better for as many evaluations as the config has patience."""
     best: dict[str, float] = {}
     waited = 0
-    for line in _evaluated(folder):
+    for line in evaluated:
         better = {
             metric: line[metric]
             for metric in checkpoint.BEST.values()
@@ -161,7 +165,7 @@ class _Watch:
     """Looks at each step's loss and gradient a few steps late: devices never wait for the host."""
 
     def __init__(
-        self, experiment: Experiment, writer: Writer, checkpoints: checkpoint.Checkpoints
+        self, experiment: Experiment, writer: Writer | Silence, checkpoints: checkpoint.Checkpoints
     ) -> None:
         self._experiment, self._writer, self._checkpoints = experiment, writer, checkpoints
         self._observed: collections.deque[tuple[int, tuple[Array, Array]]] = collections.deque()
@@ -205,28 +209,23 @@ def _epoch_metrics(experiment: Experiment, state: TrainState, step: int) -> dict
     }
 
 
-def _finish(experiment: Experiment, folder: Path, variables: dict[str, PyTree]) -> dict[str, Any]:
-    """Exports the last state's embeddings, and writes the scores of the last and best epochs."""
-    embeddings = embed_split(experiment, variables, "test")
-    for split, file in (("test", workdir.EMBEDDINGS), ("gallery", workdir.GALLERY)):
-        if split in embeddings:
-            source = experiment.sources[split]
-            embed.save_embeddings(
-                folder / file, embeddings[split], source.labels, source.names, source.class_names
-            )
-    evaluated = _evaluated(folder)
+def _finish(
+    experiment: Experiment,
+    folder: Path,
+    evaluated: Sequence[Mapping[str, Any]],
+    embeddings: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+    """Exports the test images' last embeddings, and the scores of the last and best epochs."""
+    last = evaluated[-1]
     best = {
         metric: max(evaluated, key=lambda line: (line[metric], line["step"]))
         for metric in checkpoint.BEST.values()
     }
-    last = evaluated[-1]
     if experiment.chosen_on != "test":
         last = _place(last) | score(experiment, embeddings)
-        best = {
-            metric: _place(best[metric])
-            | _scores(experiment, load_network(experiment, folder, name), "test")
-            for name, metric in checkpoint.BEST.items()
-        }
+        for name, metric in checkpoint.BEST.items():
+            chosen = embed_split(experiment, load_network(experiment, folder, name), "test")
+            best[metric] = _place(best[metric]) | score(experiment, chosen)
     result = {
         "last": last,
         "best": best["map@r"],
@@ -235,9 +234,18 @@ def _finish(experiment: Experiment, folder: Path, variables: dict[str, PyTree]) 
         "images": {split: len(source) for split, source in experiment.sources.items()},
         "classes": {split: len(source.class_names) for split, source in experiment.sources.items()},
     }
-    workdir.write_json(folder / workdir.RESULT, result)
+    if sharding.is_first_process():
+        for split, file in (("test", workdir.EMBEDDINGS), ("gallery", workdir.GALLERY)):
+            if split in embeddings:
+                source = experiment.sources[split]
+                rows = embeddings[split]
+                embed.save_embeddings(
+                    folder / file, rows, source.labels, source.names, source.class_names
+                )
+        workdir.write_json(folder / workdir.RESULT, result)
+    sharding.wait_for_all("result written")
     return result
 
 
-def _place(line: dict[str, Any]) -> dict[str, Any]:
+def _place(line: Mapping[str, Any]) -> dict[str, Any]:
     return {name: line[name] for name in ("step", "epoch")}

@@ -42,9 +42,12 @@ def run(config: ConfigDict, folder: Path, *, overview: bool = False) -> dict[str
         flags = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true"
         os.environ["XLA_FLAGS"] = " ".join(flags)
     built = experiment.build(config, sharding.make_mesh())
-    if overview:
+    if overview and sharding.is_first_process():
         print(experiment.parameter_overview(built))
     if not (folder / workdir.CONFIG).exists():
         experiment.load_weights(config)  # So that bad ones are told before anything is written.
-    workdir.claim(folder, config)
+    sharding.wait_for_all("checked")
+    if sharding.is_first_process():
+        workdir.claim(folder, config)
+    sharding.wait_for_all("claimed")
     return loop.train(built, folder)

@@ -8,7 +8,7 @@ import tensorboardX
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dml_jax import retrieval
+from dml_jax import retrieval, sharding
 from dml_jax.training import workdir as workdirs
 
 
@@ -50,6 +50,15 @@ class Writer:
             status="compiling",
         )
 
+    @staticmethod
+    def of_this_process(
+        workdir: Path, *, step: int, total_steps: int, batch_size: int
+    ) -> "Writer | Silence":
+        """A writer in the first process, and silence in the others."""
+        if not sharding.is_first_process():
+            return Silence()
+        return Writer(workdir, step=step, total_steps=total_steps, batch_size=batch_size)
+
     def __enter__(self) -> "Writer":
         """Shows the progress bar."""
         self._progress.start()
@@ -87,6 +96,23 @@ class Writer:
             shown.append(retrieval.summary(metrics))
         shown.append(f"{timings['images_per_second']:.0f} images/s")
         self._console.print("  ".join(shown), highlight=False)
+
+
+class Silence:
+    """What is written by a process that is not the first."""
+
+    def __enter__(self) -> "Silence":
+        """Opens nothing."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes nothing."""
+
+    def step(self, step: int, *, loss: float, learning_rate: float) -> None:
+        """Shows nothing."""
+
+    def epoch(self, metrics: dict[str, Any], timings: dict[str, Any]) -> None:
+        """Writes nothing."""
 
 
 def _open_up_to(path: Path, step: int) -> Any:
