@@ -140,7 +140,7 @@ def compile_step(
     )
 
     def on_mesh(
-        state: TrainState, batch: Mapping[str, Array]
+        state: TrainState, batch: Mapping[str, Any]
     ) -> tuple[TrainState, tuple[Array, Array]]:
         # For `sharding.gathered`, which looks for the mesh when the step is traced.
         with jax.set_mesh(batch_sharding.mesh):
