@@ -16,6 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dml_jax import numerics
 
+_LEAST_SQUARED_SINE = 1e-7
+"""Below it an angle's slope by its cosine, which is infinite at 0 and pi, is taken for zero."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ProxyLoss(abc.ABC):
@@ -293,7 +296,7 @@ class ArcFace(NormSoftmax):
 
 
 @dataclasses.dataclass(frozen=True)
-class SphereFace(SoftmaxLoss):
+class SphereFace(NormSoftmax):
     """Cross-entropy on `scale * |x| * cos`, the target's angle multiplied by `margin`.
 
     `(-1)^k cos(margin * angle) - 2k` with `k = floor(margin * angle / pi)` makes the multiplied
@@ -312,12 +315,6 @@ class SphereFace(SoftmaxLoss):
     ) -> tuple[Float[Array, "rows pdim"], Float[Array, "proxies pdim"]]:
         """Raw embeddings, unit proxies."""
         return embeddings.astype(jnp.float32), numerics.normalize(proxies)
-
-    def logits(
-        self, embeddings: Float[Array, "rows dim"], proxies: Float[Array, "proxies dim"]
-    ) -> Float[Array, "rows classes"]:
-        """`scale` times the embedding's length times the cosine."""
-        return self.scale * numerics.inner_products(embeddings, proxies)
 
     def target(
         self, logits: Float[Array, " rows"], embeddings: Float[Array, "rows dim"]
@@ -438,9 +435,6 @@ def _log_one_plus_exp(x: Float[Array, " units"]) -> Float[Array, " units"]:
     finite = x > -jnp.inf
     return jnp.where(finite, jax.nn.softplus(jnp.where(finite, x, 0.0)), 0.0)
 
-
-_LEAST_SQUARED_SINE = 1e-7
-"""Below it an angle's slope by its cosine, which is infinite at 0 and pi, is taken for zero."""
 
 _LOSSES: dict[str, type[ProxyLoss]] = {
     "softmax": Softmax,

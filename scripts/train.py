@@ -17,9 +17,6 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; one of its own for each run.", required=True
 )
 
-flags.mark_flag_as_required("config")
-
-
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Whether to join the processes that SLURM, a TPU pod or MPI has started."
 )
@@ -28,6 +25,8 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+
+flags.mark_flag_as_required("config")
 
 
 def main() -> None:

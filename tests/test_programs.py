@@ -47,7 +47,11 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    succeed("train.py", f"--workdir={folder}", *tiny.arguments(images, "ps_memvir", epochs=6))
+    succeed(
+        "train.py",
+        f"--workdir={folder}",
+        *tiny.arguments(images, "ps_memvir", epochs=6, deterministic=True),
+    )
     return folder
 
 
@@ -61,7 +65,9 @@ def final_state(folder):
 def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(images, finished, tmp_path):
     folder = tmp_path / "killed"
     training = command(
-        "train.py", f"--workdir={folder}", *tiny.arguments(images, "ps_memvir", epochs=6)
+        "train.py",
+        f"--workdir={folder}",
+        *tiny.arguments(images, "ps_memvir", epochs=6, deterministic=True),
     )
     process = subprocess.Popen(training, cwd=ROOT, stdout=subprocess.DEVNULL)
     # The warm-up is one epoch and the memory is full after one more: kill in a half-filled one.
@@ -80,7 +86,9 @@ def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(images, finished, t
 def test_a_finished_run_is_not_trained_again(images, finished):
     before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
     out = succeed(
-        "train.py", f"--workdir={finished}", *tiny.arguments(images, "ps_memvir", epochs=6)
+        "train.py",
+        f"--workdir={finished}",
+        *tiny.arguments(images, "ps_memvir", epochs=6, deterministic=True),
     )
     assert "last: R@1" in out
     assert before == {path: path.stat().st_mtime_ns for path in finished.iterdir()}

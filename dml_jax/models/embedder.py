@@ -1,7 +1,6 @@
 """From pixels to embeddings: input normalisation, backbone, pooling, linear head."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
@@ -53,5 +52,5 @@ def _maximum(x: Float[Array, "b h w f"]) -> Float[Array, "b f"]:
     number; a compiler that computes `x` once more, rounded differently, finds none.
     """
     flat = x.reshape(x.shape[0], -1, x.shape[-1])
-    where = jax.lax.stop_gradient(jnp.argmax(flat, axis=1, keepdims=True))
+    where = jnp.argmax(flat, axis=1, keepdims=True)
     return jnp.take_along_axis(flat, where, axis=1)[:, 0]

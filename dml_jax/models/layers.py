@@ -17,18 +17,16 @@ def convolution(
     kernel: int,
     stride: int = 1,
     *,
-    padding: int | None = None,
     use_bias: bool = False,
     dtype: DTypeLike,
     name: str,
 ) -> nn.Conv:
-    """A square convolution.
+    """A square convolution, padded by half the kernel on each side.
 
     Args:
         features: output channels.
         kernel: side of the kernel in pixels.
         stride: of the kernel in pixels.
-        padding: zeros on each side; half the kernel by default.
         use_bias: whether a bias is added.
         dtype: what it computes in.
         name: of the module.
@@ -38,7 +36,7 @@ def convolution(
         (kernel, kernel),
         stride,
         # Explicit, since "SAME" pads a strided convolution more on the right than on the left.
-        padding=kernel // 2 if padding is None else padding,
+        padding=kernel // 2,
         use_bias=use_bias,
         kernel_init=_kaiming_normal,
         dtype=dtype,

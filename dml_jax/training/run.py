@@ -39,8 +39,9 @@ def run(config: ConfigDict, folder: Path, *, overview: bool = False) -> dict[str
         return result
     if config.deterministic:
         # Read when JAX first looks for its devices.
-        flags = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true"
-        os.environ["XLA_FLAGS"] = " ".join(flags)
+        wanted, given = "--xla_gpu_deterministic_ops=true", os.environ.get("XLA_FLAGS", "")
+        if wanted not in given:
+            os.environ["XLA_FLAGS"] = f"{given} {wanted}"
     built = experiment.build(config, sharding.make_mesh())
     if overview and sharding.is_first_process():
         print(experiment.parameter_overview(built))
