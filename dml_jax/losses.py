@@ -25,8 +25,7 @@ class ProxyLoss(abc.ABC):
     """A mean over units, each of which sums exponentials of its logits against all others.
 
     The units of a softmax are the rows, which sum over classes; those of Proxy-Anchor are the
-    classes, which sum over rows. The sums may be taken in parts, over some of the others at a time:
-    that is all that MemVir asks for.
+    classes, which sum over rows. MemVir sums `logits` in parts, over some of the others at a time.
     """
 
     per_class: ClassVar[bool] = False
@@ -51,7 +50,10 @@ class ProxyLoss(abc.ABC):
     def logits(
         self, embeddings: Float[Array, "rows dim"], proxies: Float[Array, "proxies dim"]
     ) -> Float[Array, "rows classes"]:
-        """The logits of prepared embeddings against prepared proxies, without any margin."""
+        """The logits of prepared embeddings against prepared proxies, without any margin.
+
+        Each depends on its own row and its own class's proxies alone.
+        """
 
     @abc.abstractmethod
     def within(
@@ -89,23 +91,6 @@ class ProxyLoss(abc.ABC):
         """What is added to the loss for the prepared proxies alone; by default nothing."""
         del proxies, class_mask
         return jnp.zeros(())
-
-    def partial_sums(
-        self,
-        embeddings: Float[Array, "rows dim"],
-        proxies: Float[Array, "proxies dim"],
-        mask: Bool[Array, " others"] | None = None,
-    ) -> Float[Array, " units"]:
-        """The log-sum-exp of each unit over others that share no class with it.
-
-        Args:
-            embeddings: prepared.
-            proxies: prepared.
-            mask: which of the others count; None counts all.
-        """
-        axis = 0 if self.per_class else 1
-        where = None if mask is None else jnp.expand_dims(mask, 1 - axis)
-        return numerics.log_sum_exp(self.logits(embeddings, proxies), axis=axis, where=where)
 
     def __call__(
         self,

@@ -14,12 +14,13 @@ the same gradients. That is for losses that sum over classes; Proxy-Anchor sums 
 proxy, and the same holds with the two exchanged. What sums is called a unit here, what it sums over
 the others.
 
-Steps M+1 apart share a block of the ring, `[block, slot, ...]`, and so everything that a step reads
-is one contiguous slice. A step's own entry waits in `pending` until the next step begins: a
-program that read the ring and wrote it afterwards would have to copy it.
+Every array is laid out `[unit, block, slot, ...]`, so that all are split over devices alike. Steps
+M+1 apart share a block of the ring: what a step reads is one slice of it. A step's own entry waits
+in `pending` until the next step begins: a program that read the ring and wrote it afterwards would
+have to copy it.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,25 +31,26 @@ from dml_jax import losses, numerics, sharding
 
 
 class Entry(NamedTuple):
-    """What is remembered of a step, or of many behind leading axes; nothing has a gradient."""
+    """What is remembered of a step, or of many behind the first axis; nothing has a gradient."""
 
-    embeddings: Float[Array, "*steps batch dim"]
-    proxies: Float[Array, "*steps proxies dim"]
-    labels: Int[Array, "*steps batch"]
+    embeddings: Float[Array, "batch *steps dim"]
+    proxies: Float[Array, "classes *steps pdim"]
+    """Those of a class, if it has several, one after the other."""
+    labels: Int[Array, "batch *steps"]
 
 
 class Known(NamedTuple):
     """What remembered units, rows or classes, need never compute again."""
 
-    own: Float[Array, "blocks slots units"]
+    own: Float[Array, "units blocks slots"]
     """What each has with its own class, as `ProxyLoss.within` gives it."""
-    sums: Float[Array, "blocks slots slots units"]
-    """`[block, a, b]`: log-sum-exp of slot a's units over slot b's others."""
+    sums: Float[Array, "units blocks slots slots"]
+    """`[unit, block, a, b]`: log-sum-exp of slot a's unit over slot b's others."""
     pending_own: Float[Array, " units"]
     """Of the latest step."""
-    pending_over: Float[Array, "slots units"]
+    pending_over: Float[Array, "units slots"]
     """Log-sum-exp of the latest step's units over each slot's others."""
-    pending_of: Float[Array, "slots units"]
+    pending_of: Float[Array, "units slots"]
     """Log-sum-exp of each slot's units over the latest step's others."""
 
 
@@ -58,7 +60,7 @@ class Memory(NamedTuple):
     steps: Int[Array, ""]
     """How many were remembered since the warm-up; zero makes the memory an empty one."""
     ring: Entry
-    """`[M+1, N, ...]`."""
+    """Of `[M+1, N]` steps."""
     pending: Entry
     """The latest step, which the next one puts into the ring."""
     known: dict[str, Known]
@@ -107,7 +109,7 @@ def init(
         if value < least:
             raise ValueError(f"memvir needs {name} of at least {least}, got {value}")
     num_classes = -(-num_classes // shards) * shards
-    proxies, dim = (num_classes, dim) if loss is None else loss.proxy_shape(num_classes, dim)
+    per_class, pdim = (1, dim) if loss is None else loss.proxy_shape(1, dim)
     units = {"rows": batch_size, "classes": num_classes}
     if loss is not None:
         units = {_units(loss): units[_units(loss)]}
@@ -115,18 +117,18 @@ def init(
 
     def entry(*steps: int) -> Entry:
         return Entry(
-            embeddings=jnp.zeros((*steps, batch_size, dim), dtype),
-            proxies=jnp.zeros((*steps, proxies, dim), dtype),
-            labels=jnp.zeros((*steps, batch_size), jnp.int32),
+            embeddings=jnp.zeros((batch_size, *steps, pdim), dtype),
+            proxies=jnp.zeros((num_classes, *steps, per_class * pdim), dtype),
+            labels=jnp.zeros((batch_size, *steps), jnp.int32),
         )
 
     def known(count: int) -> Known:
         return Known(
-            own=jnp.zeros((blocks, num_steps, count)),
-            sums=jnp.zeros((blocks, num_steps, num_steps, count)),
+            own=jnp.zeros((count, blocks, num_steps)),
+            sums=jnp.zeros((count, blocks, num_steps, num_steps)),
             pending_own=jnp.zeros(count),
-            pending_over=jnp.zeros((num_steps, count)),
-            pending_of=jnp.zeros((num_steps, count)),
+            pending_over=jnp.zeros((count, num_steps)),
+            pending_of=jnp.zeros((count, num_steps)),
         )
 
     return Memory(
@@ -178,23 +180,26 @@ def loss_and_update(
 
     entry = Entry(
         embeddings=actual.rows.astype(memory.ring.embeddings.dtype),
-        proxies=actual.columns.astype(memory.ring.proxies.dtype),
+        proxies=actual.columns.reshape(len(actual.class_mask), -1).astype(
+            memory.ring.proxies.dtype
+        ),
         labels=labels[: len(actual.rows)].astype(jnp.int32),
     )
     # What is kept is computed from the vectors as they are stored, which may be rounded. Where they
     # are not, the compiler finds that it has these numbers already.
     actual = actual._replace(
-        rows=entry.embeddings.astype(jnp.float32), columns=entry.proxies.astype(jnp.float32)
+        rows=entry.embeddings.astype(jnp.float32),
+        columns=entry.proxies.reshape(actual.columns.shape).astype(jnp.float32),
     )
     own_sums, own = loss.within(
         actual.rows, actual.columns, entry.labels, actual.row_mask, actual.class_mask
     )
     over, of = _across(loss, past, actual)
-    slot = memory.steps // len(memory.ring.labels) % len(over)
+    _, blocks, slots = memory.ring.labels.shape
     known = memory.known[_units(loss)]._replace(
         pending_own=own,
-        # Slot `slot` is where this entry will go: its units meet their own others there.
-        pending_over=over.at[slot].set(own_sums),
+        # In the slot where this entry will go its units meet their own others.
+        pending_over=over.at[:, memory.steps // blocks % slots].set(own_sums),
         pending_of=of,
     )
     update = memory._replace(
@@ -216,8 +221,8 @@ class _Past(NamedTuple):
     """What a step sees of the memory: the slots of one block."""
 
     entries: Entry
-    own: Float[Array, "slots units"]
-    sums: Float[Array, "slots slots units"]
+    own: Float[Array, "units slots"]
+    sums: Float[Array, "units slots slots"]
     in_use: Bool[Array, " slots"]
     class_mask: Bool[Array, " classes"]
 
@@ -225,19 +230,25 @@ class _Past(NamedTuple):
 def _parts(loss: losses.ProxyLoss, memory: Memory, step: _Part) -> tuple[_Part, _Part]:
     """What is remembered of a step, its classes padded as the memory's are, and the rest of it."""
     per_class = loss.proxies_per_class
-    batch, held = len(memory.pending.labels), len(memory.pending.proxies)
+    (batch, dim), (held, held_dim) = memory.pending.embeddings.shape, memory.pending.proxies.shape
     classes = len(step.class_mask) - (len(step.rows) - batch)
-    proxies = classes * per_class
-    if len(step.rows) < batch or not 0 < proxies <= held:
+    if (
+        len(step.rows) < batch
+        or not 0 < classes <= held
+        or step.rows.shape[1] != dim
+        or held_dim != dim * per_class
+    ):
         raise ValueError(
-            f"a memory of {batch} rows and {held} proxies cannot take a step of {len(step.rows)} "
-            f"rows and {len(step.columns)} proxies; make it by memvir.init(loss=..., ...)"
+            f"a memory of {batch} rows of {dim} and {held} classes of {held_dim} numbers cannot "
+            f"take a step of rows {step.rows.shape} and proxies {step.columns.shape}, {per_class} "
+            "for each class; make it by memvir.init(loss=..., ...)"
         )
+    proxies = classes * per_class
     actual = _Part(
         step.rows[:batch],
-        jnp.pad(step.columns[:proxies], ((0, held - proxies), (0, 0))),
+        jnp.pad(step.columns[:proxies], ((0, (held - classes) * per_class), (0, 0))),
         jnp.ones(batch, bool),
-        jnp.arange(held // per_class) < classes,
+        jnp.arange(held) < classes,
     )
     synthetic = _Part(
         step.rows[batch:],
@@ -249,10 +260,12 @@ def _parts(loss: losses.ProxyLoss, memory: Memory, step: _Part) -> tuple[_Part, 
 
 
 def _recall(loss: losses.ProxyLoss, memory: Memory, class_mask: Bool[Array, " classes"]) -> _Past:
-    blocks, slots, _ = memory.ring.labels.shape
+    _, blocks, slots = memory.ring.labels.shape
     known = memory.known[_units(loss)]
     entries, own, sums = jax.tree.map(
-        lambda stored: jax.lax.dynamic_index_in_dim(stored, memory.steps % blocks, keepdims=False),
+        lambda stored: jax.lax.dynamic_index_in_dim(
+            stored, memory.steps % blocks, axis=1, keepdims=False
+        ),
         (memory.ring, known.own, known.sums),
     )
     return _Past(entries, own, sums, jnp.arange(slots) < memory.steps // blocks, class_mask)
@@ -270,27 +283,28 @@ def _loss(
     Only the units of this step over all others, and those in memory over this step's others, are
     computed: the rest is known.
     """
-    in_use = past.in_use[:, None]
     own_sums, own = within
     over, of = _across(loss, past, actual)
-    of_terms = [of[:, None], jnp.where(in_use[None], past.sums, -jnp.inf)]
+    of_terms = [of[..., None], jnp.where(past.in_use[None, None], past.sums, -jnp.inf)]
     counts = actual.class_mask if loss.per_class else actual.row_mask
-    past_counts = jnp.broadcast_to(in_use, past.own.shape) & counts[None]
+    past_counts = past.in_use[None] & counts[:, None]
     # Padded classes are in memory alone.
-    over = over[:, : len(own) - len(synthetic.rows)]
-    counts = counts[: over.shape[1]]
+    over = over[: len(own) - len(synthetic.rows)]
+    counts = counts[: len(over)]
     if len(synthetic.rows):
         more, of_more = _across(loss, past, synthetic)
-        over = jnp.concatenate([over, more], axis=1)
-        of_terms.append(of_more[:, None])
+        over = jnp.concatenate([over, more])
+        of_terms.append(of_more[..., None])
         counts = jnp.append(counts, synthetic.class_mask if loss.per_class else synthetic.row_mask)
-    over_terms = jnp.vstack([own_sums, jnp.where(in_use, over, -jnp.inf)])
-    sums = numerics.log_sum_exp(over_terms, axis=0)
-    past_sums = numerics.log_sum_exp(jnp.concatenate(of_terms, axis=1), axis=1)
+    over_terms = jnp.concatenate(
+        [own_sums[:, None], jnp.where(past.in_use[None], over, -jnp.inf)], axis=1
+    )
+    sums = numerics.log_sum_exp(over_terms, axis=1)
+    past_sums = numerics.log_sum_exp(jnp.concatenate(of_terms, axis=2), axis=2)
+    # Arrays split in different ways are not appended without much ado; these are a few numbers.
+    pairs = (sums, past_sums), (own, past.own), (counts, past_counts)
     return loss.mean(
-        jnp.append(sums, past_sums),
-        jnp.append(own, past.own),
-        jnp.append(counts, past_counts),
+        *(jnp.append(sharding.gathered(new), sharding.gathered(old)) for new, old in pairs)
     )
 
 
@@ -304,14 +318,9 @@ def shardings(memory: Memory, mesh: jax.sharding.Mesh) -> PyTree:
     Returns:
         A sharding for each of the memory's arrays.
     """
-
-    def place(path: tuple[Any, ...], x: Array | jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding:
-        if x.ndim == 0:
-            return sharding.replicated(mesh)
-        of_vectors = path[-1].name in ("embeddings", "proxies")
-        return sharding.split_axis(mesh, -2 if of_vectors else -1, x.ndim)
-
-    return jax.tree_util.tree_map_with_path(place, memory)
+    return jax.tree.map(
+        lambda x: sharding.by_row(mesh) if x.ndim else sharding.replicated(mesh), memory
+    )
 
 
 def _units(loss: losses.ProxyLoss) -> str:
@@ -320,20 +329,20 @@ def _units(loss: losses.ProxyLoss) -> str:
 
 def _store_pending(memory: Memory) -> Memory:
     """Puts the latest step into the ring; before the first step, zeros that nothing reads."""
-    blocks, slots, _ = memory.ring.labels.shape
+    _, blocks, slots = memory.ring.labels.shape
     latest = memory.steps - 1
     block, slot = latest % blocks, latest // blocks % slots
 
     def stored(known: Known) -> Known:
-        sums = known.sums.at[block, :, slot].set(known.pending_of)
+        sums = known.sums.at[:, block, :, slot].set(known.pending_of)
         return known._replace(
-            own=known.own.at[block, slot].set(known.pending_own),
-            sums=sums.at[block, slot].set(known.pending_over),
+            own=known.own.at[:, block, slot].set(known.pending_own),
+            sums=sums.at[:, block, slot].set(known.pending_over),
         )
 
     return memory._replace(
         ring=jax.tree.map(
-            lambda ring, entry: ring.at[block, slot].set(entry), memory.ring, memory.pending
+            lambda ring, entry: ring.at[:, block, slot].set(entry), memory.ring, memory.pending
         ),
         known={name: stored(known) for name, known in memory.known.items()},
     )
@@ -341,18 +350,19 @@ def _store_pending(memory: Memory) -> Memory:
 
 def _across(
     loss: losses.ProxyLoss, past: _Past, part: _Part
-) -> tuple[Float[Array, "slots new_units"], Float[Array, "slots units"]]:
+) -> tuple[Float[Array, "new_units slots"], Float[Array, "units slots"]]:
     """Log-sum-exps of a step's units over each slot's others, and of each slot's over theirs."""
-    # On many devices each has its share of the slots, and the step's few vectors come to it.
+    batch, slots, dim = past.entries.embeddings.shape
+    # On many devices each has its share of the memory, and the step's few vectors come to it.
     rows, columns = sharding.gathered(part.rows), sharding.gathered(part.columns)
-    # Units that do not exist are computed too, and left out of the mean; others are left out here.
-    of_mask, over_mask = (
-        (None, part.row_mask) if loss.per_class else (part.class_mask, past.class_mask)
-    )
-    past_rows = jax.vmap(lambda old: loss.partial_sums(old, columns, of_mask))(
-        past.entries.embeddings
-    )
-    past_columns = jax.vmap(lambda old: loss.partial_sums(rows, old, over_mask))(
-        past.entries.proxies
-    )
-    return (past_rows, past_columns) if loss.per_class else (past_columns, past_rows)
+    # All slots at once: mapped over them, a matrix product would copy the proxies transposed.
+    old_columns = loss.logits(rows, past.entries.proxies.reshape(-1, dim))
+    old_columns = old_columns.reshape(len(rows), -1, slots)
+    old_rows = loss.logits(past.entries.embeddings.reshape(-1, dim), columns)
+    old_rows = old_rows.reshape(batch, slots, -1)
+    # Units that do not exist are summed too, and left out of the mean; others are left out here.
+    if loss.per_class:
+        over = numerics.log_sum_exp(old_rows, axis=0).T
+        return over, numerics.log_sum_exp(old_columns, axis=0, where=part.row_mask[:, None, None])
+    over = numerics.log_sum_exp(old_columns, axis=1, where=past.class_mask[None, :, None])
+    return over, numerics.log_sum_exp(old_rows, axis=2, where=part.class_mask[None, None])

@@ -62,9 +62,13 @@ def log_sum_exp(
     Returns:
         `x` without `axis`.
     """
-    counts = (x > -jnp.inf) if where is None else (x > -jnp.inf) & where
-    some = jnp.any(counts, axis=axis, keepdims=True)
-    # An empty sum would divide by zero on the way back: it is taken over zeros, and left out.
-    x = jnp.where(some, x, 0.0)
-    total = jax.nn.logsumexp(x, axis=axis, where=counts | ~some)
-    return jnp.where(jnp.squeeze(some, axis), total, -jnp.inf)
+    if where is not None:
+        x = jnp.where(where, x, -jnp.inf)
+    largest = jax.lax.stop_gradient(jnp.max(x, axis=axis, keepdims=True))
+    largest = jnp.where(largest > -jnp.inf, largest, 0.0)
+    total = jnp.sum(jnp.exp(x - largest), axis=axis)
+    # An empty sum would divide by zero on the way back: the logarithm is of one, and left out.
+    some = total > 0
+    return jnp.where(
+        some, jnp.log(jnp.where(some, total, 1.0)) + jnp.squeeze(largest, axis), -jnp.inf
+    )

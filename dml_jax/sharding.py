@@ -31,17 +31,6 @@ def by_row(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def split_axis(mesh: Mesh, axis: int, ndim: int) -> NamedSharding:
-    """The sharding of an array of which one axis is split over the devices.
-
-    Args:
-        mesh: of the devices.
-        axis: which, counted from the last, -1.
-        ndim: how many axes the array has.
-    """
-    return NamedSharding(mesh, PartitionSpec(*[None] * (ndim + axis), "data"))
-
-
 def gathered(x: jax.Array) -> jax.Array:
     """The same array, whole on every device of the mesh that is in use; of no effect without one.
 

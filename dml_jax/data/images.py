@@ -125,7 +125,7 @@ def random_crop_box(
         top, left, height and width of the crop in pixels.
     """
     (low, high), (least, most) = CROP_RATIO, scale
-    for _ in range(10):
+    for _ in range(10 if least < 1 else 0):  # No other shape than the image's has all of its area.
         area = height * width * rng.uniform(least, most)
         ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
         crop_h, crop_w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))

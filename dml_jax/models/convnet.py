@@ -3,12 +3,14 @@
 Vinyals et al., Matching networks for one shot learning, NeurIPS 2016, section 4.1.
 """
 
+import math
 from typing import ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from dml_jax.models import layers
 from dml_jax.models.normalisation import IMAGENET, InputNormalisation
@@ -38,9 +40,24 @@ class ConvNet(nn.Module):
         """
         x = images
         for block in range(1, 5):
-            x = layers.convolution(self.width, 3, dtype=self.dtype, name=f"conv{block}")(x)
+            x = layers.convolution(
+                self.width, 3, kernel_init=_small_uniform, dtype=self.dtype, name=f"conv{block}"
+            )(x)
             x = layers.batch_norm(
                 frozen=self.freeze_bn, train=train, dtype=self.dtype, name=f"bn{block}"
             )(x)
             x = layers.max_pool(nn.relu(x), 2, size=2, padding=((0, 0), (0, 0)))
         return x
+
+
+def _small_uniform(
+    key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike
+) -> Float[Array, "k k c f"]:
+    """U(-1/sqrt(fan-in), 1/sqrt(fan-in)), as PyTorch starts a convolution.
+
+    Batch normalisation takes the size of the weights out again, but beside larger ones the same
+    steps are smaller: from `layers.kaiming_normal`, 2.4 times as large, the network learns more
+    slowly and generalises worse.
+    """
+    bound = math.prod(shape[:3]) ** -0.5
+    return jax.random.uniform(key, (math.prod(shape),), dtype, -bound, bound).reshape(shape)

@@ -12,12 +12,22 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 
+def kaiming_normal(
+    key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike
+) -> Float[Array, "k k c f"]:
+    """N(0, 2 / fan-out), He et al., arXiv 1502.01852, equation 14."""
+    # Drawn in a row: XLA takes seconds to compile each draw of a four-dimensional array.
+    numbers = jax.random.normal(key, (math.prod(shape),), dtype)
+    return numbers.reshape(shape) * (2 / math.prod((*shape[:2], shape[3]))) ** 0.5
+
+
 def convolution(
     features: int,
     kernel: int,
     stride: int = 1,
     *,
     use_bias: bool = False,
+    kernel_init: nn.initializers.Initializer = kaiming_normal,
     dtype: DTypeLike,
     name: str,
 ) -> nn.Conv:
@@ -28,6 +38,7 @@ def convolution(
         kernel: side of the kernel in pixels.
         stride: of the kernel in pixels.
         use_bias: whether a bias is added.
+        kernel_init: what its weights start as.
         dtype: what it computes in.
         name: of the module.
     """
@@ -38,7 +49,7 @@ def convolution(
         # Explicit, since "SAME" pads a strided convolution more on the right than on the left.
         padding=kernel // 2,
         use_bias=use_bias,
-        kernel_init=_kaiming_normal,
+        kernel_init=kernel_init,
         dtype=dtype,
         conv_general_dilated=_convolve,
         name=name,
@@ -131,12 +142,3 @@ def _convolve(
         for j in range(size)
     ]
     return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
-
-
-def _kaiming_normal(
-    key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike
-) -> Float[Array, "k k c f"]:
-    """N(0, 2 / fan-out), He et al., arXiv 1502.01852, equation 14."""
-    # Drawn in a row: XLA takes seconds to compile each draw of a four-dimensional array.
-    numbers = jax.random.normal(key, (math.prod(shape),), dtype)
-    return numbers.reshape(shape) * (2 / math.prod((*shape[:2], shape[3]))) ** 0.5
