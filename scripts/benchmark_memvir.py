@@ -1,15 +1,19 @@
-"""Times MemVir against its dense form: loss, gradients and, for ours, the memory update too.
+"""Times MemVir against its dense form, and what it adds to a whole training step.
 
-python -m scripts.benchmark_memvir --steps=1,5,15,45 --out=memvir.png
-python -m scripts.benchmark_memvir --classes=11318 --gap=10 --steps=1,5 --torch
+python -m scripts.benchmark_memvir --out=memvir.png
+python -m scripts.benchmark_memvir --classes=11318 --steps=1,5,15 --torch
+python -m scripts.benchmark_memvir --backbone=resnet50 --image_size=224 --dtype=bfloat16
 
-The dense form is what the tests hold ours against, compiled; `--torch` adds the same in PyTorch.
-Times are of the fastest of several calls, all in one process.
+The dense form is what the tests hold ours against, compiled: loss and gradients. Ours has the
+memory's update in it, and a memory that is full. `--torch` adds the dense form in PyTorch. The
+forms take turns in one process, and the fastest call of each counts.
 """
 
+import itertools
+import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +22,9 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from dml_jax import command_line, losses, memvir
+from dml_jax import command_line, losses, memvir, sharding
+from dml_jax.models import BACKBONES, create_embedder
+from dml_jax.training import optimizer, state, step
 from tests.oracles import DenseMemVir, normalized
 
 _STEPS = flags.DEFINE_list("steps", ["1", "5", "15", "45"], "Values of N.")
@@ -26,48 +32,89 @@ _GAP = flags.DEFINE_integer("gap", 10, "M.")
 _BATCH = flags.DEFINE_integer("batch", 128, "B.")
 _CLASSES = flags.DEFINE_integer("classes", 98, "C.")
 _DIM = flags.DEFINE_integer("dim", 512, "D.")
-_CALLS = flags.DEFINE_integer("calls", 5, "Calls of which the fastest counts.", lower_bound=1)
+_DENSE_STEPS = flags.DEFINE_integer("dense_steps", 45, "The largest N of the dense forms.")
 _TORCH = flags.DEFINE_bool("torch", False, "Whether to time the dense form in PyTorch as well.")
 _OUT = flags.DEFINE_string("out", None, "An image to draw the times to.")
+_BACKBONE = flags.DEFINE_enum(
+    "backbone", None, list(BACKBONES), "Times whole training steps of this network instead."
+)
+_IMAGE_SIZE = flags.DEFINE_integer("image_size", 32, "Of a training step, pixels.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "The network's.")
 
 LOSS = "norm_softmax"
+_TURNS, _SECONDS = 5, 0.5  # How often each takes its turn, and for how long at least.
+
+
+class Form(NamedTuple):
+    """One way to do the same work."""
+
+    call: Callable[[], Any]
+    temporary: int
+    """Bytes that it needs beside arguments and results."""
 
 
 def main() -> None:
     """Runs the program."""
-    table = Table("N", "ours, ms", "dense, ms", "PyTorch, ms", "ring, MB", "temporary, MB")
+    if _BACKBONE.value:
+        _compare_steps(_BACKBONE.value)
+    else:
+        _compare_forms()
+
+
+def _compare_forms() -> None:
+    table = Table(
+        *("N", "ours, ms", "dense, ms", "PyTorch, ms"),
+        *("memory, MB", "ours beside it, MB", "dense, MB"),
+    )
     rows = []
     for steps in map(int, _STEPS.value):
-        ours, ring, temporary = _time_ours(steps)
-        dense = _time_dense(steps)
-        torch = _time_torch(steps) if _TORCH.value else None
-        rows.append((steps, ours, dense, torch))
+        forms = {"ours": _ours(steps)}
+        if steps <= _DENSE_STEPS.value:
+            forms["dense"] = _dense(steps)
+            if _TORCH.value:
+                forms["torch"] = _torch(steps)
+        seconds = _fastest({name: form.call for name, form in forms.items()})
+        rows.append((steps, seconds))
         table.add_row(
             str(steps),
-            f"{1e3 * ours:.1f}",
-            f"{1e3 * dense:.1f} ({dense / ours:.1f}x)",
-            "" if torch is None else f"{1e3 * torch:.1f} ({torch / ours:.1f}x)",
-            f"{ring / 1e6:.0f}",
-            f"{temporary / 1e6:.0f}",
+            f"{1e3 * seconds['ours']:.1f}",
+            _against(seconds.get("dense"), seconds["ours"]),
+            _against(seconds.get("torch"), seconds["ours"]),
+            f"{_memory_bytes(steps) / 1e6:.0f}",
+            f"{forms['ours'].temporary / 1e6:.0f}",
+            f"{forms['dense'].temporary / 1e6:.0f}" if "dense" in forms else "",
         )
     Console().print(table)
-    n, seconds = (np.array([row[column] for row in rows]) for column in (0, 1))
     if len(rows) > 2:
-        slope, offset = np.polyfit(n, seconds, 1)
-        rest = np.corrcoef(n, seconds)[0, 1] ** 2
-        print(f"ours: {1e3 * offset:.1f} ms + {1e3 * slope:.2f} ms * N, R2 = {rest:.4f}")
+        n, ours = np.transpose([(steps, seconds["ours"]) for steps, seconds in rows])
+        slope, offset = np.polyfit(n, ours, 1)
+        fit = np.corrcoef(n, ours)[0, 1] ** 2
+        print(f"ours: {1e3 * offset:.1f} ms + {1e3 * slope:.3f} ms * N, R2 = {fit:.4f}")
     if _OUT.value:
         _draw(rows, _OUT.value)
 
 
-def _fastest(call: Callable[[], Any]) -> float:
-    call()
-    seconds = []
-    for _ in range(_CALLS.value):
-        began = time.perf_counter()
+def _against(seconds: float | None, ours: float) -> str:
+    return "" if seconds is None else f"{1e3 * seconds:.1f} ({seconds / ours:.1f}x)"
+
+
+def _fastest(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """The seconds of the fastest call of each, between turns so that all see the same machine."""
+    seconds = dict.fromkeys(calls, math.inf)
+    for call in calls.values():
         call()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+    for name, call in [*calls.items()] * _TURNS:
+        turn = time.perf_counter()
+        while time.perf_counter() < turn + _SECONDS:
+            began = time.perf_counter()
+            call()
+            seconds[name] = min(seconds[name], time.perf_counter() - began)
+    return seconds
+
+
+def _temporary(compiled: jax.stages.Compiled) -> int:
+    analysis = compiled.memory_analysis()
+    return 0 if analysis is None else analysis.temp_size_in_bytes
 
 
 def _problem() -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -79,10 +126,8 @@ def _problem() -> tuple[jax.Array, jax.Array, jax.Array]:
     )
 
 
-def _time_ours(steps: int) -> tuple[float, int, int]:
-    """Seconds, and bytes of the memory and of what the compiled step needs beside it."""
-    loss = losses.create(LOSS)
-    memory = memvir.init(
+def _memory(loss: losses.ProxyLoss, steps: int) -> memvir.Memory:
+    return memvir.init(
         num_steps=steps,
         step_gap=_GAP.value,
         batch_size=_BATCH.value,
@@ -90,6 +135,15 @@ def _time_ours(steps: int) -> tuple[float, int, int]:
         dim=_DIM.value,
         loss=loss,
     )
+
+
+def _memory_bytes(steps: int) -> int:
+    memory = jax.eval_shape(lambda: _memory(losses.create(LOSS), steps))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(memory))
+
+
+def _ours(steps: int) -> Form:
+    loss = losses.create(LOSS)
     problem = _problem()
 
     def step(memory: memvir.Memory, embeddings: Any, proxies: Any, labels: Any) -> Any:
@@ -99,32 +153,30 @@ def _time_ours(steps: int) -> tuple[float, int, int]:
             has_aux=True,
         )(embeddings, proxies)
 
+    memory = _memory(loss, steps)
     compiled = jax.jit(step, donate_argnums=0).lower(memory, *problem).compile()
-    ring = sum(x.nbytes for x in jax.tree.leaves(memory))
-    state = [memory]
+    kept = [memory]
 
     def call() -> None:
-        (_, state[0]), _ = jax.block_until_ready(compiled(state[0], *problem))
+        (_, kept[0]), _ = jax.block_until_ready(compiled(kept[0], *problem))
 
-    analysis = compiled.memory_analysis()
-    return _fastest(call), ring, 0 if analysis is None else analysis.temp_size_in_bytes
+    for _ in range(steps * (_GAP.value + 1)):
+        call()
+    return Form(call, _temporary(compiled))
 
 
-def _time_dense(steps: int) -> float:
+def _dense(steps: int) -> Form:
     dense = DenseMemVir(
         LOSS, num_steps=steps, step_gap=0, batch=_BATCH.value, classes=_CLASSES.value
     )
     embeddings, proxies, labels = _problem()
     virtual = [(normalized(embeddings), normalized(proxies), labels)] * steps
-    exist = jnp.ones(steps, bool)
-    return _fastest(
-        lambda: jax.block_until_ready(
-            dense.value_and_grad(embeddings, proxies, labels, virtual, exist)
-        )
-    )
+    problem = (embeddings, proxies, labels, virtual, jnp.ones(steps, bool))
+    compiled = dense.value_and_grad.lower(*problem).compile()
+    return Form(lambda: jax.block_until_ready(compiled(*problem)), _temporary(compiled))
 
 
-def _time_torch(steps: int) -> float:
+def _torch(steps: int) -> Form:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -146,24 +198,92 @@ def _time_torch(steps: int) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return _fastest(call)
+    return Form(call, 0)
 
 
-def _draw(rows: list[tuple[int, float, float, float | None]], path: str) -> None:
+def _compare_steps(backbone: str) -> None:
+    """Prints the time of whole training steps: bare, with either method, with both."""
+    calls = {}
+    for mixing, steps in itertools.product((0.0, 1.0), (0, *map(int, _STEPS.value))):
+        parts = [*(["PS"] if mixing else []), *([f"MemVir, N = {steps}"] if steps else [])]
+        calls[" + ".join(parts) or "bare"] = _training_step(backbone, mixing, steps)
+    table = Table("step", "ms", "of it beyond the bare one")
+    for name, seconds in (timed := _fastest(calls)).items():
+        more = (seconds - timed["bare"]) / seconds
+        table.add_row(name, f"{1e3 * seconds:.1f}", f"{100 * more:.1f} %")
+    Console().print(table)
+
+
+def _training_step(backbone: str, mixing_ratio: float, memory_steps: int) -> Callable[[], None]:
+    adam, _ = optimizer.create(
+        name="adam",
+        learning_rate=1e-4,
+        proxy_learning_rate=1e-2,
+        eps=0.01,
+        weight_decay=1e-4,
+        steps_per_epoch=1,
+        decay_rate=1.0,
+        decay_epochs=(),
+    )
+    loss = losses.create(LOSS)
+    recipe = step.Recipe(
+        embedder=create_embedder(
+            backbone=backbone,
+            pooling="gap",
+            dim=_DIM.value,
+            freeze_bn=True,
+            dtype=_DTYPE.value,
+        ),
+        loss=loss,
+        optimizer=adam,
+        seed=0,
+        steps_per_epoch=1,
+        mixing_alpha=0.4,
+        mixing_ratio=mixing_ratio,
+        memory_warmup_steps=0,
+        frozen_steps=0,
+    )
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    initial = jax.jit(
+        lambda: state.create(
+            jax.random.key(0),
+            embedder=recipe.embedder,
+            optimizer=adam,
+            image_size=_IMAGE_SIZE.value,
+            proxy_shape=loss.proxy_shape(_CLASSES.value, _DIM.value),
+            proxy_init="uniform_dim",
+            memory=_memory(loss, memory_steps) if memory_steps else None,
+        )
+    )
+    kept = [initial()]
+    compiled = step.compile_step(recipe, sharding.replicated(mesh), sharding.by_row(mesh))
+    shape = (_BATCH.value, _IMAGE_SIZE.value, _IMAGE_SIZE.value, 3)
+    batch = sharding.put_batch(
+        mesh,
+        {
+            "image": np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8),
+            "label": np.arange(_BATCH.value, dtype=np.int32) % _CLASSES.value,
+        },
+    )
+
+    def call() -> None:
+        kept[0], _ = jax.block_until_ready(compiled(kept[0], batch))
+
+    return call
+
+
+def _draw(rows: list[tuple[int, dict[str, float]]], path: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4))
-    n = [row[0] for row in rows]
-    for name, seconds in (
-        ("this project", [row[1] for row in rows]),
-        ("dense, JAX", [row[2] for row in rows]),
-        ("dense, PyTorch", [row[3] for row in rows if row[3] is not None]),
-    ):
-        if seconds:
-            axes.plot(n, [1e3 * value for value in seconds], marker="o", label=name)
+    names = {"ours": "this project", "dense": "dense, JAX", "torch": "dense, PyTorch"}
+    for form, name in names.items():
+        if points := [(steps, 1e3 * seconds[form]) for steps, seconds in rows if form in seconds]:
+            axes.plot(*np.transpose(points), marker="o", label=name)
     axes.set(xlabel="N, remembered steps in a loss", ylabel="milliseconds", yscale="log")
+    axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 if __name__ == "__main__":
