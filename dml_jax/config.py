@@ -1,15 +1,24 @@
 """What can be set, what it starts as, and what a variant changes."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from dml_jax import data, losses
-from dml_jax.models import BACKBONES, POOLINGS, backbone_options, pretrained
+from dml_jax import data, losses, rules
+from dml_jax.models import (
+    BACKBONES,
+    POOLINGS,
+    backbone_options,
+    check_image_size,
+    pretrained,
+)
 from dml_jax.models.resnet import STEMS
 from dml_jax.training import optimizer, state
+
+_DTYPES = ("float32", "bfloat16")
 
 
 def default() -> ConfigDict:
@@ -19,6 +28,9 @@ def default() -> ConfigDict:
             "seed": 0,
             # The same bits at every run on GPUs too, which costs speed. CPUs need no setting.
             "deterministic": False,
+            # Steps in a row that may be skipped, because loss or gradient are not finite, before
+            # the run stops.
+            "skip_nonfinite": 0,
             "epochs": 130,
             "batch_size": 128,
             "data": {
@@ -135,6 +147,187 @@ def parse_variant(variant: str) -> tuple[str, str]:
     return names[variant]
 
 
+def _ascend(epochs: Collection[int]) -> bool:
+    return list(epochs) == sorted(set(epochs))
+
+
+def _is_range(ends: Collection[float]) -> bool:
+    return len(ends) == 2 and list(ends) == sorted(ends)
+
+
+RULES = {
+    # JAX would cut longer seeds to 32 bits, and give the random numbers of another.
+    "seed": rules.whole(0, 2**32 - 1),
+    "deterministic": rules.flag(),
+    "skip_nonfinite": rules.whole(0),
+    "epochs": rules.whole(1),
+    "batch_size": rules.whole(1),
+    "data.name": rules.choice(data.NAMES),
+    "data.root": rules.text("it must be the path of a directory", lambda _: True),
+    "data.validation_classes": rules.number(least=0, below=1),
+    "data.n_instance": rules.whole(1),
+    "data.image_size": rules.whole(1, 2**16),
+    "data.resize": rules.whole(1, 2**16),
+    "data.augmentation.crop_scale": rules.several(
+        rules.number(above=0, most=1), "it must be least and most, above 0, up to 1", _is_range
+    ),
+    "data.augmentation.flip": rules.flag(),
+    "data.augmentation.rotation": rules.number(least=0, most=180),
+    "data.augmentation.zoom": rules.number(least=0, below=1),
+    "data.augmentation.shift": rules.number(least=0, below=1),
+    "data.num_workers": rules.whole(0),
+    "model.backbone": rules.choice(BACKBONES),
+    "model.width": rules.optional(rules.whole(1)),
+    "model.stem": rules.optional(rules.choice(STEMS)),
+    "model.pretrained": rules.text(
+        f"choose {pretrained.NONE}, a file that ends in .safetensors, or hf:OWNER/NAME",
+        pretrained.is_place,
+    ),
+    "model.pooling": rules.choice(POOLINGS),
+    "model.dim": rules.whole(1),
+    "model.freeze_bn": rules.flag(),
+    "model.dtype": rules.choice(_DTYPES),
+    "loss.name": rules.choice(losses.NAMES),
+    "proxy_init": rules.choice(state.PROXY_INITS),
+    "proxy_synthesis.ratio": rules.number(least=0),
+    "proxy_synthesis.alpha": rules.number(above=0),
+    "memvir.num_steps": rules.whole(0),
+    "memvir.step_gap": rules.whole(0),
+    "memvir.warmup_epochs": rules.whole(0),
+    "memvir.dtype": rules.choice(_DTYPES),
+    "optimizer.name": rules.choice(optimizer.NAMES),
+    "optimizer.learning_rate": rules.number(above=0),
+    "optimizer.proxy_learning_rate": rules.number(above=0),
+    "optimizer.eps": rules.number(above=0),
+    "optimizer.weight_decay": rules.number(least=0),
+    "optimizer.decay_rate": rules.number(above=0, most=1),
+    "optimizer.decay_epochs": rules.several(
+        rules.whole(1), "it must be ascending whole numbers of at least 1, or none", _ascend
+    ),
+    "optimizer.clip_value": rules.optional(rules.number(above=0)),
+    "optimizer.frozen_epochs": rules.whole(0),
+    "evaluation.every_epochs": rules.whole(1),
+    "evaluation.recall_at": rules.several(
+        rules.whole(1), "it must be whole numbers of at least 1, with 1", lambda ks: 1 in ks
+    ),
+    "evaluation.nmi": rules.flag(),
+    "evaluation.patience": rules.whole(0),
+    "checkpoint.every_epochs": rules.whole(1),
+    "checkpoint.keep_last": rules.whole(1),
+}
+"""What each setting may be, by its path; the hyper-parameters of a loss are below."""
+
+LOSS_RULES = {
+    "alpha": rules.number(above=0),
+    "bias": rules.flag(),
+    "centers_per_class": rules.whole(1),
+    "gamma": rules.number(above=0),
+    "la": rules.number(above=0),
+    "margin": rules.number(least=0),
+    "arcface.margin": rules.number(least=0, below=math.pi),
+    "sphereface.margin": rules.number(least=1),
+    "scale": rules.number(above=0),
+    "tau": rules.number(least=0),
+}
+"""What each hyper-parameter may be, of all losses that have it or of one."""
+
+_BY_TYPE = {bool: rules.flag(), int: rules.whole(1), float: rules.number()}
+
+
+def _loss_rules(name: Any) -> dict[str, rules.Rule]:
+    """What the hyper-parameters of a loss may be, by path; one not named above goes by its type."""
+    if name not in losses.NAMES:
+        return {}
+    return {
+        f"loss.{field}": LOSS_RULES.get(f"{name}.{field}")
+        or LOSS_RULES.get(field)
+        or _BY_TYPE[type(value)]
+        for field, value in dataclasses.asdict(losses.create(name)).items()
+    }
+
+
+def _resize(resize: int, size: int) -> str | None:
+    if resize >= size:
+        return None
+    return f"config.data.resize is {resize}; it must be at least config.data.image_size, {size}"
+
+
+def _root(name: str, root: str) -> str | None:
+    if name in data.WITH_IMAGES:
+        return f"config.data.root is {root!r}, but {name} comes with its images" if root else None
+    return None if root else f"config.data.root is empty; it must say where {name} is"
+
+
+def _instances(batch_size: int, n_instance: int) -> str | None:
+    if batch_size % n_instance == 0:
+        return None
+    return (
+        f"config.batch_size is {batch_size}; it must be a multiple of config.data.n_instance, "
+        f"{n_instance}"
+    )
+
+
+def _image_size(backbone: str, size: int) -> str | None:
+    try:
+        check_image_size(backbone, size)
+    except ValueError as error:
+        return f"config.data.image_size is {size}: {error}"
+    return None
+
+
+def _warmup(warmup: int, epochs: int, num_steps: int) -> str | None:
+    if not num_steps or warmup < epochs:
+        return None
+    return (
+        f"config.memvir.warmup_epochs is {warmup}, but the run ends after {epochs}, before the "
+        "memory is used"
+    )
+
+
+def _mixtures(ratio: float, batch_size: int) -> str | None:
+    if ratio == 0 or ratio * batch_size >= 1:
+        return None
+    return (
+        f"config.proxy_synthesis.ratio is {ratio}, which makes no synthetic class of "
+        f"{batch_size} images; it must be 0, or at least 1 / config.batch_size"
+    )
+
+
+def _width(value: int | None, backbone: str, place: str) -> str | None:
+    return _backbone_option("width", value, backbone, place)
+
+
+def _stem(value: str | None, backbone: str, place: str) -> str | None:
+    return _backbone_option("stem", value, backbone, place)
+
+
+def _backbone_option(option: str, value: Any, backbone: str, place: str) -> str | None:
+    defaults = backbone_options(backbone)
+    if value is None:
+        return None
+    if option not in defaults:
+        return f"config.model.{option} is {value}, but {backbone} has no {option}"
+    if place == pretrained.NONE or value == defaults[option]:
+        return None
+    return (
+        f"config.model.{option} is {value}, but {backbone} was pretrained with "
+        f"{defaults[option]}; leave it out, or set config.model.pretrained to none"
+    )
+
+
+_TOGETHER: dict[Callable[..., str | None], tuple[str, ...]] = {
+    _resize: ("data.resize", "data.image_size"),
+    _root: ("data.name", "data.root"),
+    _instances: ("batch_size", "data.n_instance"),
+    _image_size: ("model.backbone", "data.image_size"),
+    _warmup: ("memvir.warmup_epochs", "epochs", "memvir.num_steps"),
+    _mixtures: ("proxy_synthesis.ratio", "batch_size"),
+    _width: ("model.width", "model.backbone", "model.pretrained"),
+    _stem: ("model.stem", "model.backbone", "model.pretrained"),
+}
+"""What says that settings do not fit one another, if each is right by itself; None if they do."""
+
+
 def validate(config: ConfigDict) -> None:
     """Checks every setting that needs no data to be checked.
 
@@ -144,88 +337,29 @@ def validate(config: ConfigDict) -> None:
     Raises:
         ValueError: lists everything that is wrong, by its path in the config.
     """
-    wrong: list[str] = []
-
-    def one_of(path: str, allowed: Any) -> None:
-        value = _at(config, path)
-        if value not in allowed:
-            wrong.append(f"config.{path} is {value!r}; choose one of {', '.join(allowed)}")
-
-    def at_least(least: int, *paths: str) -> None:
-        for path in paths:
-            if not _at(config, path) >= least:
-                wrong.append(f"config.{path} is {_at(config, path)}; it must be at least {least}")
-
-    def positive(*paths: str) -> None:
-        for path in paths:
-            if not _at(config, path) > 0:
-                wrong.append(f"config.{path} is {_at(config, path)}; it must be above 0")
-
-    one_of("model.backbone", BACKBONES)
-    if config.model.stem is not None:
-        one_of("model.stem", STEMS)
-    one_of("model.pooling", POOLINGS)
-    one_of("model.dtype", ("float32", "bfloat16"))
-    one_of("memvir.dtype", ("float32", "bfloat16"))
-    one_of("proxy_init", state.PROXY_INITS)
-    one_of("optimizer.name", optimizer.NAMES)
-    at_least(1, "epochs", "batch_size", "data.n_instance", "data.image_size")
-    if config.model.width is not None:
-        at_least(1, "model.width")
-    at_least(1, "model.dim", "evaluation.every_epochs", "checkpoint.every_epochs")
-    at_least(1, "checkpoint.keep_last")
-    at_least(0, "seed", "data.num_workers", "proxy_synthesis.ratio", "memvir.num_steps")
-    at_least(0, "optimizer.frozen_epochs", "evaluation.patience", "data.validation_classes")
-    at_least(0, "memvir.step_gap", "memvir.warmup_epochs", "optimizer.weight_decay")
-    at_least(config.data.image_size, "data.resize")
-    positive("proxy_synthesis.alpha", "optimizer.learning_rate", "optimizer.eps")
-    positive("optimizer.proxy_learning_rate", "optimizer.decay_rate")
-    recall_at = tuple(config.evaluation.recall_at)
-    if 1 not in recall_at or not all(isinstance(k, int) and k >= 1 for k in recall_at):
-        wrong.append(
-            f"config.evaluation.recall_at is {recall_at}; it must be whole numbers, with 1"
-        )
-    if config.data.validation_classes >= 1:
-        wrong.append(
-            f"config.data.validation_classes is {config.data.validation_classes}; it is a share of "
-            "the training classes, below 1"
-        )
-    if config.memvir.num_steps and config.memvir.warmup_epochs >= config.epochs:
-        wrong.append(
-            f"config.memvir.warmup_epochs is {config.memvir.warmup_epochs}, but the run ends after "
-            f"{config.epochs}, before the memory is used"
-        )
-    for path, create in (("loss", losses.create), ("data.augmentation", data.Augmentation)):
-        try:
-            create(**_at(config, path))
-        except ValueError as error:
-            wrong.append(f"config.{path}: {error}")
-    if config.model.backbone in BACKBONES:
-        wrong.extend(_wrong_options(config.model))
-    try:
-        pretrained.check_place(config.model.pretrained)
-    except ValueError as error:
-        wrong.append(f"config.model.pretrained: {error}")
-    if wrong:
-        raise ValueError("\n".join(wrong))
-
-
-def _wrong_options(model: ConfigDict) -> Iterator[str]:
-    defaults = backbone_options(model.backbone)
-    for option in ("width", "stem"):
-        value = model[option]
-        if value is None:
-            continue
-        if option not in defaults:
-            yield f"config.model.{option} is {value}, but {model.backbone} has no {option}"
-        elif model.pretrained != pretrained.NONE and value != defaults[option]:
-            yield (
-                f"config.model.{option} is {value}, but {model.backbone} was pretrained with "
-                f"{defaults[option]}; leave it out, or set config.model.pretrained to none"
+    values = dict(_leaves(config))
+    of_loss = _loss_rules(values.get("loss.name"))
+    wrong = {path: f"config.{path} is missing" for path in RULES if path not in values}
+    for path, value in values.items():
+        rule = (RULES | of_loss).get(path)
+        if rule is not None and not rule.holds(value):
+            wrong[path] = f"config.{path} is {value!r}; {rule.allowed}"
+        elif rule is None and (of_loss or not path.startswith("loss.")):
+            wrong[path] = f"config.{path} is no setting" + (
+                f" of {values['loss.name']}" if path.startswith("loss.") else ""
             )
+    for complaint, paths in _TOGETHER.items():
+        if not wrong.keys() & set(paths):
+            message = complaint(*(values[path] for path in paths))
+            if message is not None:
+                wrong[complaint.__name__] = message
+    if wrong:
+        raise ValueError("\n".join(wrong.values()))
 
 
-def _at(config: ConfigDict, path: str) -> Any:
-    for name in path.split("."):
-        config = config[name]
-    return config
+def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -208,6 +208,38 @@ def loss_and_update(
     return value, jax.lax.stop_gradient(update)
 
 
+def choose(taken: Bool[Array, ""], update: Memory, before: Memory) -> Memory:
+    """The memory with a step in it, or as it was before, if the step is not taken.
+
+    Only what is small is chosen. The ring and what is known of its units differ by the entry that
+    was pending before, which the next step puts there in any case.
+
+    Args:
+        taken: whether the step is.
+        update: the memory with the step, as `loss_and_update` gives it.
+        before: the memory that this was given.
+
+    Returns:
+        A memory from which the next step reads the same as from the one that is chosen.
+    """
+
+    def chosen(new: PyTree, old: PyTree) -> PyTree:
+        return jax.tree.map(lambda x, y: jnp.where(taken, x, y), new, old)
+
+    def latest(known: Known) -> tuple[Array, ...]:
+        return known.pending_own, known.pending_over, known.pending_of
+
+    known = {}
+    for name, new in update.known.items():
+        own, over, of = chosen(latest(new), latest(before.known[name]))
+        known[name] = new._replace(pending_own=own, pending_over=over, pending_of=of)
+    return update._replace(
+        steps=chosen(update.steps, before.steps),
+        pending=chosen(update.pending, before.pending),
+        known=known,
+    )
+
+
 class _Part(NamedTuple):
     """Prepared vectors of the step under way, and which of them count."""
 

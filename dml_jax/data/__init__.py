@@ -2,11 +2,22 @@
 
 from dml_jax.data.images import Augmentation, decode
 from dml_jax.data.pipeline import TestBatch, TrainBatch, test_batches, train_batches
-from dml_jax.data.sampling import epoch_order, steps_per_epoch
-from dml_jax.data.sources import Source, check, create, images_below, split_classes
+from dml_jax.data.sampling import Order, epoch_order, steps_per_epoch
+from dml_jax.data.sources import (
+    NAMES,
+    WITH_IMAGES,
+    Source,
+    check,
+    create,
+    images_below,
+    split_classes,
+)
 
 __all__ = [
+    "NAMES",
+    "WITH_IMAGES",
     "Augmentation",
+    "Order",
     "Source",
     "TestBatch",
     "TrainBatch",

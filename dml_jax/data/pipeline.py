@@ -24,7 +24,7 @@ import cv2
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int32, UInt8
 
 from dml_jax.data import images, sampling
 from dml_jax.data.sources import Source
@@ -111,7 +111,8 @@ def train_batches(
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
     rows = _rows(batch_size, process_index, process_count)
-    load = _TrainLoader(source, batch_size, n_instance, rows, image_size, augmentation, seed)
+    order = sampling.Order(source.labels, batch_size, n_instance, seed)
+    load = _TrainLoader(source, order, rows, image_size, augmentation)
     return _read(grain.MapDataset.range(start_step, num_steps).map(load), num_workers)
 
 
@@ -170,21 +171,17 @@ class _TrainLoader:
     """Makes one process's part of the training batch of a given number."""
 
     source: Source
-    batch_size: int
-    n_instance: int
+    order: sampling.Order
     rows: range
     image_size: int
     augmentation: images.Augmentation
-    seed: int
-    cached: tuple[int, Int64[np.ndarray, "steps batch"]] | None = None
 
     def __call__(self, step: int) -> TrainBatch:
-        epoch, position = divmod(step, len(self.source) // self.batch_size)
-        indices = self._order(epoch)[position][self.rows.start : self.rows.stop]
+        indices = self.order(step)[self.rows.start : self.rows.stop]
         image = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
         for i, (row, index) in enumerate(zip(self.rows, indices.tolist(), strict=True)):
             # A counter-based generator: its stream is given by the two numbers of its key.
-            key = np.array([self.seed, step * self.batch_size + row], np.uint64)
+            key = np.array([self.order.seed, step * self.order.batch_size + row], np.uint64)
             image[i] = images.random_view(
                 images.decode(self.source[index], self.source.names[index]),
                 np.random.Generator(np.random.Philox(key=key)),
@@ -192,19 +189,6 @@ class _TrainLoader:
                 augmentation=self.augmentation,
             )
         return {"image": image, "label": self.source.labels[indices]}
-
-    def _order(self, epoch: int) -> Int64[np.ndarray, "steps batch"]:
-        cached = self.cached
-        if cached is None or cached[0] != epoch:
-            order = sampling.epoch_order(
-                self.source.labels,
-                batch_size=self.batch_size,
-                n_instance=self.n_instance,
-                seed=self.seed,
-                epoch=epoch,
-            )
-            cached = self.cached = (epoch, order)
-        return cached[1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,5 +1,7 @@
 """Which training images make up which batch."""
 
+import dataclasses
+
 import numpy as np
 from jaxtyping import Int, Int64
 
@@ -77,3 +79,36 @@ def epoch_order(
         for c in rng.choice(len(members), batch_size // n_instance, replace=False)
     ]
     return np.concatenate(groups).reshape(steps, batch_size)
+
+
+@dataclasses.dataclass(eq=False)
+class Order:
+    """Which images make up the batch of any step; the epoch that was asked for last is kept.
+
+    Attributes:
+        labels: class of each training image.
+        batch_size: images in a global batch.
+        n_instance: images of each class in a batch.
+        seed: seed of the run, non-negative.
+    """
+
+    labels: Int[np.ndarray, " n"]
+    batch_size: int
+    n_instance: int
+    seed: int
+    _cached: tuple[int, Int64[np.ndarray, "steps batch"]] | None = None
+
+    def __call__(self, step: int) -> Int64[np.ndarray, " batch"]:
+        """Indices into `labels` of the batch of a step, counted from the beginning of the run."""
+        epoch, position = divmod(step, len(self.labels) // self.batch_size)
+        cached = self._cached
+        if cached is None or cached[0] != epoch:
+            order = epoch_order(
+                self.labels,
+                batch_size=self.batch_size,
+                n_instance=self.n_instance,
+                seed=self.seed,
+                epoch=epoch,
+            )
+            cached = self._cached = (epoch, order)
+        return cached[1][position]

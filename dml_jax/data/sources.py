@@ -91,8 +91,7 @@ def create(name: str, *, root: str | os.PathLike[str] | None = None) -> dict[str
             )
         return _prepared(name, Path(root))
     if name not in _BUILT_IN:
-        known = ", ".join(["folder", *_BUILT_IN, *PREPARED])
-        raise ValueError(f"unknown data set {name!r}; there are {known}")
+        raise ValueError(f"unknown data set {name!r}; there are {', '.join(NAMES)}")
     if root:
         raise ValueError(f"data set {name!r} comes with its images and takes no root, got {root}")
     return _BUILT_IN[name]()
@@ -353,3 +352,9 @@ def visible(directory: Path) -> list[Path]:
 
 
 _BUILT_IN = {"glyphs": _glyphs, "orl_faces": _orl_faces}
+
+WITH_IMAGES = tuple(_BUILT_IN)
+"""Data sets that need no root."""
+
+NAMES = ("folder", *WITH_IMAGES, *PREPARED)
+"""What `create` knows."""

@@ -71,6 +71,16 @@ class BNInception(nn.Module):
 
     input_normalisation: ClassVar[InputNormalisation] = CAFFE
 
+    @staticmethod
+    def check_image_size(height: int, width: int) -> None:
+        """Raises a ValueError for images that a block cannot halve."""
+        # Of a side, the first three layers that halve leave (side + 1) // 8 pixels.
+        if any(not side // 8 or side // 8 % 4 for side in (height + 1, width + 1)):
+            raise ValueError(
+                f"bninception cannot halve images of {height}x{width} pixels five times; "
+                "choose multiples of 32"
+            )
+
     @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b y x f"]:
         """Maps normalised images [B, H, W, 3] to the last map [B, H/32, W/32, 1024] in `dtype`.
@@ -82,13 +92,7 @@ class BNInception(nn.Module):
             ValueError: a block cannot halve its feature map; no side that is a multiple of 32
                 comes to that.
         """
-        height, width = images.shape[1:3]
-        # Of a side, the first three layers that halve leave (side + 1) // 8 pixels.
-        if any(not side // 8 or side // 8 % 4 for side in (height + 1, width + 1)):
-            raise ValueError(
-                f"bninception cannot halve images of {height}x{width} pixels five times; "
-                "choose multiples of 32"
-            )
+        self.check_image_size(*images.shape[1:3])
         conv = partial(layers.convolution, use_bias=True, dtype=self.dtype)
         norm = partial(layers.batch_norm, frozen=self.freeze_bn, train=train, dtype=self.dtype)
 

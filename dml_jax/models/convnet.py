@@ -32,12 +32,25 @@ class ConvNet(nn.Module):
 
     input_normalisation: ClassVar[InputNormalisation] = IMAGENET
 
+    @staticmethod
+    def check_image_size(height: int, width: int) -> None:
+        """Raises a ValueError for images of which nothing would be left."""
+        if min(height, width) < 16:
+            raise ValueError(
+                f"conv4 cannot halve images of {height}x{width} pixels four times; choose 16 or "
+                "more"
+            )
+
     @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b y x f"]:
         """Maps normalised images [B, H, W, 3] to a feature map [B, H/16, W/16, width] in `dtype`.
 
         With `train`, the collection "batch_stats" must be mutable, as in `resnet.ResNet`.
+
+        Raises:
+            ValueError: images of fewer than 16 pixels a side.
         """
+        self.check_image_size(*images.shape[1:3])
         x = images
         for block in range(1, 5):
             x = layers.convolution(

@@ -38,22 +38,15 @@ NONE = "none"
 """The place of weights that are drawn at random."""
 
 
-def check_place(where: str) -> None:
-    """Makes sure that a place is of a known form, without going there.
+def is_place(where: str) -> bool:
+    """Whether a place of weights is of a known form; nobody goes there.
 
     Args:
         where: `none`, a local file that ends in .safetensors, or hf:OWNER/NAME, with @REVISION
             behind it or not.
-
-    Raises:
-        ValueError: it is not.
     """
     local = where.endswith(".safetensors") and not where.startswith("hf:")
-    if not (where == NONE or local or _HUB.fullmatch(where)):
-        raise ValueError(
-            f"{where!r} is no place of weights; choose {NONE}, a file that ends in .safetensors, "
-            "or hf:OWNER/NAME"
-        )
+    return where == NONE or local or _HUB.fullmatch(where) is not None
 
 
 def absolute(where: str) -> str:

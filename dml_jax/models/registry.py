@@ -42,6 +42,18 @@ def backbone_options(name: str) -> dict[str, Any]:
     return {option: parameter.default for option, parameter in parameters.items()}
 
 
+def check_image_size(name: str, size: int) -> None:
+    """Makes sure that a backbone in `BACKBONES` takes square images of so many pixels a side.
+
+    Raises:
+        ValueError: they are too small for it, or halve badly.
+    """
+    # A backbone that takes any size says nothing of it.
+    check = getattr(BACKBONES[name], "check_image_size", None)
+    if check is not None:
+        check(size, size)
+
+
 def create_embedder(*, backbone: str, pooling: str, dim: int, **options: Any) -> Embedder:
     """Makes an embedder.
 

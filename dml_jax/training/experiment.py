@@ -65,6 +65,7 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> Experiment:
     steps_per_epoch = data.steps_per_epoch(
         train.labels, batch_size=config.batch_size, n_instance=config.data.n_instance
     )
+    _check_lengths(config, steps_per_epoch)
     embedder = create_embedder(
         **{name: value for name, value in config.model.items() if name != "pretrained"}
     )
@@ -119,6 +120,20 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> Experiment:
             in_shardings=(everywhere, sharding.by_row(mesh)),
         ),
     )
+
+
+def _check_lengths(config: ConfigDict, steps_per_epoch: int) -> None:
+    if config.skip_nonfinite >= steps_per_epoch:
+        raise ValueError(
+            f"config.skip_nonfinite is {config.skip_nonfinite}, but an epoch has only "
+            f"{steps_per_epoch} steps; it must be fewer, so that each epoch has a loss"
+        )
+    longest = max(config.epochs, config.optimizer.frozen_epochs, *config.optimizer.decay_epochs, 0)
+    if longest * steps_per_epoch >= 2**31:
+        raise ValueError(
+            f"{longest} epochs of {steps_per_epoch} steps are too many: steps are counted in 32 "
+            "bits; see config.epochs, config.optimizer.frozen_epochs and .decay_epochs"
+        )
 
 
 def _sources(config: ConfigDict) -> dict[str, data.Source]:

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jaxtyping import Array
 
 from dml_jax import data, sharding
 from dml_jax.retrieval import embed
-from dml_jax.training import checkpoint, workdir
+from dml_jax.training import bad_numbers, checkpoint, workdir
 from dml_jax.training.experiment import (
     Experiment,
     abstract_state,
@@ -23,7 +24,7 @@ from dml_jax.training.experiment import (
     score,
 )
 from dml_jax.training.state import TrainState
-from dml_jax.training.step import compile_step
+from dml_jax.training.step import Observed, compile_step
 from dml_jax.training.writer import Silence, Writer
 
 _STEPS_IN_FLIGHT = 4
@@ -40,7 +41,8 @@ def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
         The contents of `result.json`.
 
     Raises:
-        FloatingPointError: the loss is not finite; checkpoints of before are kept.
+        FloatingPointError: more steps in a row than the config lets pass were not finite;
+            checkpoints of before are kept.
     """
     config, steps_per_epoch = experiment.config, experiment.steps_per_epoch
     total_steps = config.epochs * steps_per_epoch
@@ -63,7 +65,7 @@ def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
             ) as writer,
             jax.transfer_guard("disallow"),
         ):
-            watch = _Watch(experiment, writer, checkpoints)
+            watch = _Watch(experiment, folder, writer, checkpoints)
             end = start if _has_stopped(experiment, evaluated) else total_steps
             epoch_began = time.perf_counter()
             for step, batch in batches(experiment, start, end):
@@ -162,15 +164,20 @@ def batches(
 
 
 class _Watch:
-    """Looks at each step's loss and gradient a few steps late: devices never wait for the host."""
+    """Looks at each step a few steps late: devices never wait for the host."""
 
     def __init__(
-        self, experiment: Experiment, writer: Writer | Silence, checkpoints: checkpoint.Checkpoints
+        self,
+        experiment: Experiment,
+        folder: Path,
+        writer: Writer | Silence,
+        checkpoints: checkpoint.Checkpoints,
     ) -> None:
-        self._experiment, self._writer, self._checkpoints = experiment, writer, checkpoints
-        self._observed: collections.deque[tuple[int, tuple[Array, Array]]] = collections.deque()
+        self._experiment, self._folder = experiment, folder
+        self._writer, self._checkpoints = writer, checkpoints
+        self._observed: collections.deque[tuple[int, Observed]] = collections.deque()
 
-    def put(self, step: int, observed: tuple[Array, Array]) -> None:
+    def put(self, step: int, observed: Observed) -> None:
         self._observed.append((step, observed))
         if len(self._observed) > _STEPS_IN_FLIGHT:
             self._look()
@@ -181,16 +188,30 @@ class _Watch:
 
     def _look(self) -> None:
         step, observed = self._observed.popleft()
-        loss, gradient_norm = map(float, jax.device_get(observed))
-        rate, _ = self._experiment.learning_rate(step - 1)
-        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-            latest = self._checkpoints.latest
-            raise FloatingPointError(
-                f"the loss of step {step} is {loss}, the norm of its gradient {gradient_norm} "
-                f"(learning rate {rate:g}); the last good checkpoint is "
-                + ("none yet" if latest is None else f"that of step {latest}")
-            )
-        self._writer.step(step, loss=loss, learning_rate=rate)
+        observed = jax.device_get(observed)
+        if observed.skipped.in_a_row:
+            self._skipped(step, observed)
+        else:
+            rate, _ = self._experiment.learning_rate(step - 1)
+            self._writer.step(step, loss=float(observed.loss), learning_rate=rate)
+
+    def _skipped(self, step: int, observed: Observed) -> None:
+        bad = bad_numbers.describe(self._experiment, step, observed)
+        file = self._folder / workdir.NOT_FINITE
+        if sharding.is_first_process():
+            workdir.write_json(file, bad)
+        message = (
+            f"step {step} is not finite: its loss is {bad['loss']}, the norm of its gradient "
+            f"{bad['gradient_norm']} (learning rate {bad['learning_rate']:g}); {file} tells more"
+        )
+        if bad["in_a_row"] <= self._experiment.config.skip_nonfinite:
+            logging.warning("%s; it is skipped", message)
+            return
+        latest = self._checkpoints.latest
+        raise FloatingPointError(
+            f"{message}; the last good checkpoint is "
+            + ("none yet" if latest is None else f"that of step {latest}")
+        )
 
 
 def _epoch_metrics(experiment: Experiment, state: TrainState, step: int) -> dict[str, Any]:
@@ -204,6 +225,7 @@ def _epoch_metrics(experiment: Experiment, state: TrainState, step: int) -> dict
         "step": step,
         "epoch": step // experiment.steps_per_epoch,
         **{name: float(value) for name, value in averages.items()},
+        "skipped_steps": int(jax.device_get(state.skipped.total)),
         "learning_rate": rate,
         "proxy_learning_rate": proxy_rate,
     }
@@ -231,6 +253,7 @@ def _finish(
         "best": best["map@r"],
         "best_of": best,
         "best_chosen_on": experiment.chosen_on,
+        "skipped_steps": evaluated[-1]["skipped_steps"],
         "images": {split: len(source) for split, source in experiment.sources.items()},
         "classes": {split: len(source.class_names) for split, source in experiment.sources.items()},
     }

@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dml_jax import config as configs
 from dml_jax import sharding
 from dml_jax.models import pretrained
 from dml_jax.training import experiment, loop, workdir
@@ -27,6 +28,7 @@ def run(config: ConfigDict, folder: Path, *, overview: bool = False) -> dict[str
         FileNotFoundError: images or weights are not where the config says.
         FloatingPointError: the loss is no longer finite.
     """
+    configs.validate(config)
     config = config.copy_and_resolve_references()
     with config.unlocked():
         # So that the run can be resumed and evaluated from any directory.

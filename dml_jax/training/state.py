@@ -23,6 +23,15 @@ class EpochMetrics(metrics.Collection):
     gradient_norm: metrics.Average.from_output("gradient_norm")  # type: ignore[valid-type]
 
 
+class Skipped(NamedTuple):
+    """Steps that changed nothing, because a number in them was not finite."""
+
+    total: Int[Array, ""]
+    """In the whole run."""
+    in_a_row: Int[Array, ""]
+    """Up to now, without one in between that was taken."""
+
+
 class TrainState(NamedTuple):
     """The state before step `step`, counted from 0, which is also the input's position."""
 
@@ -33,6 +42,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     memory: memvir.Memory | None
     metrics: EpochMetrics
+    skipped: Skipped
 
 
 def initial_proxies(
@@ -97,4 +107,5 @@ def create(
         opt_state=optimizer.init(params),
         memory=memory,
         metrics=EpochMetrics.empty(),
+        skipped=Skipped(total=jnp.zeros((), jnp.int32), in_a_row=jnp.zeros((), jnp.int32)),
     )

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from dml_jax import losses, memvir, proxy_synthesis
+from dml_jax import losses, memvir, proxy_synthesis, sharding
 from dml_jax.models import Embedder
-from dml_jax.training.state import EpochMetrics, TrainState
+from dml_jax.training.state import EpochMetrics, Skipped, TrainState
 
 
 class Recipe(NamedTuple):
@@ -73,10 +73,25 @@ def objective(
     return loss, (updates["batch_stats"], memory)
 
 
+class Observed(NamedTuple):
+    """What a step shows of itself."""
+
+    loss: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    skipped: Skipped
+    """Up to this step, it included."""
+    gradient_norms: Float[Array, " arrays"]
+    """Of each array of the parameters, in the order of `jax.tree.leaves`."""
+    parameter_norms: Float[Array, " arrays"]
+    """As they were before the step, likewise."""
+
+
 def train_step(
     recipe: Recipe, state: TrainState, batch: Mapping[str, Array]
-) -> tuple[TrainState, tuple[Float[Array, ""], Float[Array, ""]]]:
-    """Takes one step.
+) -> tuple[TrainState, Observed]:
+    """Takes one step, or skips it if it would bring in a number that is not finite.
+
+    A step that is skipped counts as done, and changes nothing else.
 
     Args:
         recipe: what to do.
@@ -84,7 +99,7 @@ def train_step(
         batch: `image` `[batch, height, width, 3]` and `label` `[batch]`.
 
     Returns:
-        The state after the step, and the step's loss and gradient norm.
+        The state after the step, and what is to be seen of it.
     """
     # A key that depends on the step alone makes a resumed run the same run.
     key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
@@ -93,32 +108,49 @@ def train_step(
     )(state.params)
     if recipe.frozen_steps:
         frozen = state.step < recipe.frozen_steps
-        batch_stats = jax.tree.map(
-            lambda old, new: jnp.where(frozen, old, new), state.batch_stats, batch_stats
-        )
+        batch_stats = _where(frozen, state.batch_stats, batch_stats)
     updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
-    epoch_starts = state.step % recipe.steps_per_epoch == 0
-    so_far = jax.tree.map(
-        lambda empty, value: jnp.where(epoch_starts, empty, value),
-        EpochMetrics.empty(),
-        state.metrics,
+    params = optax.apply_updates(state.params, updates)
+    gradient_norms, parameter_norms = _norms(gradients), _norms(state.params)
+    gradient_norm = jnp.linalg.norm(gradient_norms)
+    # The optimizer's state sums squares of the gradient, and the memory's vectors are the loss's.
+    taken = _all_finite((loss, gradient_norm, params, batch_stats))
+    if memory is not None and state.memory is not None:
+        memory = memvir.choose(taken, memory, state.memory)
+    skipped = Skipped(
+        total=state.skipped.total + ~taken,
+        in_a_row=jnp.where(taken, 0, state.skipped.in_a_row + 1),
     )
-    gradient_norm = optax.tree.norm(gradients)
+    epoch_starts = state.step % recipe.steps_per_epoch == 0
+    so_far = _where(epoch_starts, EpochMetrics.empty(), state.metrics)
     now = EpochMetrics.single_from_model_output(loss=loss, gradient_norm=gradient_norm)
     new_state = TrainState(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        batch_stats=batch_stats,
-        opt_state=opt_state,
+        params=_where(taken, params, state.params),
+        batch_stats=_where(taken, batch_stats, state.batch_stats),
+        opt_state=_where(taken, opt_state, state.opt_state),
         memory=memory,
-        metrics=so_far.merge(now),
+        metrics=_where(taken, so_far.merge(now), so_far),
+        skipped=skipped,
     )
-    return new_state, (loss, gradient_norm)
+    return new_state, Observed(loss, gradient_norm, skipped, gradient_norms, parameter_norms)
+
+
+def _norms(tree: PyTree) -> Float[Array, " arrays"]:
+    return jnp.stack([jnp.linalg.norm(x.reshape(-1)) for x in jax.tree.leaves(tree)])
+
+
+def _all_finite(tree: PyTree) -> Bool[Array, ""]:
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def _where(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
 
 
 def compile_step(
     recipe: Recipe, state_sharding: Any, batch_sharding: Any
-) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, tuple[Array, Array]]]:
+) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, Observed]]:
     """`train_step` of a recipe, compiled; the state that is given to it is used up.
 
     Args:
@@ -127,21 +159,17 @@ def compile_step(
         batch_sharding: how a batch is split.
     """
 
-    def step(
-        state: TrainState, batch: Mapping[str, Array]
-    ) -> tuple[TrainState, tuple[Array, Array]]:
+    def step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, Observed]:
         return train_step(recipe, state, batch)
 
     compiled = jax.jit(
         step,
         donate_argnums=0,
         in_shardings=(state_sharding, batch_sharding),
-        out_shardings=(state_sharding, None),
+        out_shardings=(state_sharding, sharding.replicated(batch_sharding.mesh)),
     )
 
-    def on_mesh(
-        state: TrainState, batch: Mapping[str, Any]
-    ) -> tuple[TrainState, tuple[Array, Array]]:
+    def on_mesh(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Observed]:
         # For `sharding.gathered`, which looks for the mesh when the step is traced.
         with jax.set_mesh(batch_sharding.mesh):
             return compiled(state, batch)

@@ -15,6 +15,7 @@ CHECKPOINTS = "checkpoints"
 EMBEDDINGS = "embeddings.npz"
 GALLERY = "gallery.npz"
 RESULT = "result.json"
+NOT_FINITE = "not_finite.json"
 
 FREE = ("config.data.num_workers",)
 """Settings that may change when a run goes on: they change no result."""

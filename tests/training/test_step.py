@@ -21,8 +21,8 @@ def losses_of_run(config, devices, steps):
     compiled = step.compile_step(built.recipe, built.state_sharding, sharding.by_row(mesh))
     state, losses = built.init(), []
     for _, batch in loop.batches(built, 0, steps):
-        state, (loss, _) = compiled(state, batch)
-        losses.append(float(loss))
+        state, observed = compiled(state, batch)
+        losses.append(float(observed.loss))
     return np.asarray(losses), state
 
 
