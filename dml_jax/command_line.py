@@ -2,7 +2,9 @@
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -42,15 +44,26 @@ def run(main: Callable[..., None], *arguments: str) -> None:
 def mendable() -> Iterator[None]:
     """Around work in which an error is the user's to mend: tells it in short, with exit code 2.
 
-    Settings, files and images are checked there. A loss that is no longer finite ends with exit
-    code 3. `--verbosity=1` adds the traceback.
+    Settings, files and images are checked there. Steps that are no longer finite end with exit
+    code 3. `--verbosity=1` adds the traceback. A ValueError that nobody raised on purpose is ours
+    to mend: it passes, and ends with its traceback and exit code 1.
     """
     try:
         yield
     except (ValueError, OSError, ModuleNotFoundError) as error:
+        if isinstance(error, ValueError) and not _on_purpose(error):
+            raise
         _exit(f"{error}\n(--verbosity=1 shows where)", 2)
     except FloatingPointError as error:
         _exit(error, 3)
+
+
+def _on_purpose(error: ValueError) -> bool:
+    """Whether a `raise` of this project is where an error began, not some operation that failed."""
+    origin = traceback.extract_tb(error.__traceback__)[-1]
+    folders = Path(__file__).parent, Path(sys.argv[0]).resolve().parent
+    ours = any(Path(origin.filename).is_relative_to(folder) for folder in folders)
+    return ours and (origin.line or "").startswith("raise ")
 
 
 def _exit(error: object, code: int) -> NoReturn:

@@ -164,17 +164,17 @@ RULES = {
     "batch_size": rules.whole(1),
     "data.name": rules.choice(data.NAMES),
     "data.root": rules.text("it must be the path of a directory", lambda _: True),
-    "data.validation_classes": rules.number(least=0, below=1),
+    "data.validation_classes": rules.number(least=0.0, below=1.0),
     "data.n_instance": rules.whole(1),
     "data.image_size": rules.whole(1, 2**16),
     "data.resize": rules.whole(1, 2**16),
     "data.augmentation.crop_scale": rules.several(
-        rules.number(above=0, most=1), "it must be least and most, above 0, up to 1", _is_range
+        rules.number(above=0.0, most=1.0), "it must be least and most, above 0, up to 1", _is_range
     ),
     "data.augmentation.flip": rules.flag(),
-    "data.augmentation.rotation": rules.number(least=0, most=180),
-    "data.augmentation.zoom": rules.number(least=0, below=1),
-    "data.augmentation.shift": rules.number(least=0, below=1),
+    "data.augmentation.rotation": rules.number(least=0.0, most=180.0),
+    "data.augmentation.zoom": rules.number(least=0.0, below=1.0),
+    "data.augmentation.shift": rules.number(least=0.0, below=1.0),
     "data.num_workers": rules.whole(0),
     "model.backbone": rules.choice(BACKBONES),
     "model.width": rules.optional(rules.whole(1)),
@@ -189,22 +189,22 @@ RULES = {
     "model.dtype": rules.choice(_DTYPES),
     "loss.name": rules.choice(losses.NAMES),
     "proxy_init": rules.choice(state.PROXY_INITS),
-    "proxy_synthesis.ratio": rules.number(least=0),
-    "proxy_synthesis.alpha": rules.number(above=0),
+    "proxy_synthesis.ratio": rules.number(least=0.0),
+    "proxy_synthesis.alpha": rules.number(above=0.0),
     "memvir.num_steps": rules.whole(0),
     "memvir.step_gap": rules.whole(0),
     "memvir.warmup_epochs": rules.whole(0),
     "memvir.dtype": rules.choice(_DTYPES),
     "optimizer.name": rules.choice(optimizer.NAMES),
-    "optimizer.learning_rate": rules.number(above=0),
-    "optimizer.proxy_learning_rate": rules.number(above=0),
-    "optimizer.eps": rules.number(above=0),
-    "optimizer.weight_decay": rules.number(least=0),
-    "optimizer.decay_rate": rules.number(above=0, most=1),
+    "optimizer.learning_rate": rules.number(above=0.0),
+    "optimizer.proxy_learning_rate": rules.number(above=0.0),
+    "optimizer.eps": rules.number(above=0.0),
+    "optimizer.weight_decay": rules.number(least=0.0),
+    "optimizer.decay_rate": rules.number(above=0.0, most=1.0),
     "optimizer.decay_epochs": rules.several(
         rules.whole(1), "it must be ascending whole numbers of at least 1, or none", _ascend
     ),
-    "optimizer.clip_value": rules.optional(rules.number(above=0)),
+    "optimizer.clip_value": rules.optional(rules.number(above=0.0)),
     "optimizer.frozen_epochs": rules.whole(0),
     "evaluation.every_epochs": rules.whole(1),
     "evaluation.recall_at": rules.several(
@@ -218,16 +218,16 @@ RULES = {
 """What each setting may be, by its path; the hyper-parameters of a loss are below."""
 
 LOSS_RULES = {
-    "alpha": rules.number(above=0),
+    "alpha": rules.number(above=0.0),
     "bias": rules.flag(),
     "centers_per_class": rules.whole(1),
-    "gamma": rules.number(above=0),
-    "la": rules.number(above=0),
-    "margin": rules.number(least=0),
-    "arcface.margin": rules.number(least=0, below=math.pi),
-    "sphereface.margin": rules.number(least=1),
-    "scale": rules.number(above=0),
-    "tau": rules.number(least=0),
+    "gamma": rules.number(above=0.0),
+    "la": rules.number(above=0.0),
+    "margin": rules.number(least=0.0),
+    "arcface.margin": rules.number(least=0.0, below=math.pi),
+    "sphereface.margin": rules.number(least=1.0),
+    "scale": rules.number(above=0.0),
+    "tau": rules.number(least=0.0),
 }
 """What each hyper-parameter may be, of all losses that have it or of one."""
 
@@ -337,7 +337,7 @@ def validate(config: ConfigDict) -> None:
     Raises:
         ValueError: lists everything that is wrong, by its path in the config.
     """
-    values = dict(_leaves(config))
+    values = dict(leaves(config))
     of_loss = _loss_rules(values.get("loss.name"))
     wrong = {path: f"config.{path} is missing" for path in RULES if path not in values}
     for path, value in values.items():
@@ -357,9 +357,10 @@ def validate(config: ConfigDict) -> None:
         raise ValueError("\n".join(wrong.values()))
 
 
-def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting of a config by its path, which begins with `prefix`."""
     for name, value in config.items():
         if isinstance(value, ConfigDict):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -1,6 +1,9 @@
 """Proxy losses: how an embedding is pulled to its class's proxy and pushed from the others.
 
 A loss is a callable `loss(embeddings, proxies, labels) -> scalar` of raw (unnormalised) vectors.
+Losses of unit vectors are finite, with finite gradients, for all finite vectors. Those whose logits
+grow with the embedding's length, `softmax` and `sphereface`, are so for entries up to 1e30; beyond
+1e37 their logits are no float32 numbers any more.
 Adding one takes a class here, named in `_LOSSES`. Proxy Synthesis, MemVir, the train step and the
 configurations need of it only what `ProxyLoss` names, which for a loss like softmax is `logits`.
 """
@@ -409,7 +412,7 @@ class ProxyAnchor(ProxyLoss):
         counts: Bool[Array, " units"],
     ) -> Float[Array, ""]:
         """The mean over proxies with positives and the mean over all proxies."""
-        with_positives = counts & (own > -jnp.inf)
+        with_positives = counts & (own != -jnp.inf)
         pulled = jnp.sum(_log_one_plus_exp(own), where=with_positives)
         pulled /= jnp.maximum(jnp.sum(with_positives), 1).astype(jnp.float32)
         return pulled + jnp.mean(_log_one_plus_exp(sums), where=counts)
@@ -417,8 +420,8 @@ class ProxyAnchor(ProxyLoss):
 
 def _log_one_plus_exp(x: Float[Array, " units"]) -> Float[Array, " units"]:
     """`log(1 + exp(x))`; 0, without a gradient, at -inf."""
-    finite = x > -jnp.inf
-    return jnp.where(finite, jax.nn.softplus(jnp.where(finite, x, 0.0)), 0.0)
+    some = x != -jnp.inf
+    return jnp.where(some, jax.nn.softplus(jnp.where(some, x, 0.0)), 0.0)
 
 
 _LOSSES: dict[str, type[ProxyLoss]] = {

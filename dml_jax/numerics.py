@@ -17,9 +17,7 @@ def normalize(vectors: Float[Array, "*n dim"]) -> Float[Array, "*n dim"]:
         `[..., dim]`, float32.
     """
     vectors = vectors.astype(jnp.float32)
-    # Dividing by the largest entry first keeps the squares of huge and of tiny entries in range.
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(vectors), axis=-1, keepdims=True))
-    vectors = vectors / jnp.where(largest > 0, jnp.maximum(largest, _SHORTEST), 1.0)
+    vectors = vectors / _size(vectors)
     square = jnp.sum(vectors**2, axis=-1, keepdims=True)
     # The square root's slope at zero is infinite; `where` keeps that branch out of the gradient.
     return vectors / jnp.sqrt(jnp.where(square > 0, square, 1.0))
@@ -27,8 +25,17 @@ def normalize(vectors: Float[Array, "*n dim"]) -> Float[Array, "*n dim"]:
 
 def lengths(vectors: Float[Array, "*n dim"]) -> Float[Array, "*n"]:
     """The length of each vector, in float32; a zero vector's has no gradient."""
-    square = jnp.sum(vectors.astype(jnp.float32) ** 2, axis=-1)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    vectors = vectors.astype(jnp.float32)
+    size = _size(vectors)
+    square = jnp.sum((vectors / size) ** 2, axis=-1)
+    some = square != 0  # True of NaN, which stays.
+    return size[..., 0] * jnp.where(some, jnp.sqrt(jnp.where(some, square, 1.0)), 0.0)
+
+
+def _size(vectors: Float[Array, "*n dim"]) -> Float[Array, "*n 1"]:
+    """What to divide vectors by, so that the squares of huge and of tiny entries are in range."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(vectors), axis=-1, keepdims=True))
+    return jnp.where(largest > 0, jnp.maximum(largest, _SHORTEST), 1.0)
 
 
 def inner_products(
@@ -52,7 +59,7 @@ def inner_products(
 def log_sum_exp(
     x: Float[Array, "*n"], *, axis: int, where: Bool[Array, "*#n"] | None = None
 ) -> Float[Array, "*m"]:
-    """Log of a sum of exponentials; an empty sum's is -inf, and has no gradient.
+    """Log of a sum of exponentials; an empty sum's is -inf, and has no gradient. NaN stays NaN.
 
     Args:
         x: any array; -inf adds nothing.
@@ -65,10 +72,10 @@ def log_sum_exp(
     if where is not None:
         x = jnp.where(where, x, -jnp.inf)
     largest = jax.lax.stop_gradient(jnp.max(x, axis=axis, keepdims=True))
-    largest = jnp.where(largest > -jnp.inf, largest, 0.0)
+    largest = jnp.where(largest == -jnp.inf, 0.0, largest)
     total = jnp.sum(jnp.exp(x - largest), axis=axis)
     # An empty sum would divide by zero on the way back: the logarithm is of one, and left out.
-    some = total > 0
+    some = total != 0
     return jnp.where(
         some, jnp.log(jnp.where(some, total, 1.0)) + jnp.squeeze(largest, axis), -jnp.inf
     )

@@ -59,7 +59,8 @@ def join_processes(
         process_id: which of them this is, from 0.
 
     Raises:
-        ValueError: only some of the last three are given, or both ways are.
+        ValueError: only some of the last three are given, or both ways are, or the processes are
+            not to be found.
     """
     explicit = (coordinator, num_processes, process_id)
     if explicit != (None, None, None) and (None in explicit or detect):
@@ -67,7 +68,10 @@ def join_processes(
             "give --coordinator, --num_processes and --process_id together, or --distributed alone"
         )
     if detect or coordinator is not None:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        try:
+            jax.distributed.initialize(coordinator, num_processes, process_id)
+        except ValueError as error:
+            raise ValueError(f"the other processes cannot be joined: {error}") from error
 
 
 def is_first_process() -> bool:

@@ -1,18 +1,20 @@
 import dataclasses
 import functools
 import importlib.util
+import math
 from pathlib import Path
 
 import chex
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import glyphs
 from dml_jax import config, data, losses, sharding
 from dml_jax.data.prepare import DATA_SETS, prepare
-from dml_jax.training import experiment, loop, step
-from tests import public_data
+from dml_jax.training import experiment, loop, run, step
+from tests import public_data, tiny
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))
@@ -107,6 +109,7 @@ SMALL_MEMORY = {
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_variant_of_every_file_takes_two_steps(file, method, loss, roots):
     made = load(file).get_config(f"{method}_{loss}")
+    made.data.root = roots[file.stem]
     config.validate(made)
     assert made.loss.name == loss
     assert bool(made.proxy_synthesis.ratio) == ("ps" in method)
@@ -174,16 +177,24 @@ def test_an_unknown_variant_is_refused_with_the_known_ones():
 
 
 BAD = {
-    "epochs": (0, "config.epochs is 0; it must be at least 1"),
-    "data.resize": (16, "config.data.resize is 16; it must be at least 32"),
-    "data.augmentation.crop_scale": ((0.9, 0.5), r"augmentation: crop_scale is \(0.9, 0.5\)"),
+    "seed": (2**32, "config.seed is 4294967296; it must be a whole number from 0 to 4294967295"),
+    "skip_nonfinite": (-1, "config.skip_nonfinite is -1; it must be a whole number from 0 to"),
+    "epochs": (0, "config.epochs is 0; it must be a whole number from 1 to"),
+    "batch_size": (127, "config.batch_size is 127; it must be a multiple of .*n_instance, 2"),
+    "data.name": ("cifar", "config.data.name is 'cifar'; choose one of folder, glyphs, .*inshop"),
+    "data.root": ("letters", "config.data.root is 'letters', but glyphs comes with its images"),
+    "data.resize": (16, "config.data.resize is 16; it must be at least config.data.image_size, 32"),
+    "data.augmentation.crop_scale": ((0.9, 0.5), r"crop_scale is \(0.9, 0.5\); .* least and most"),
     "model.pooling": ("max", "config.model.pooling is 'max'; choose one of gap, gmp"),
     "model.backbone": ("bninception", "config.model.width is 16, but bninception has no width"),
-    "model.pretrained": ("x.pth", "config.model.pretrained: 'x.pth' is no place of weights"),
-    "optimizer.learning_rate": (0.0, "config.optimizer.learning_rate is 0.0; it must be above 0"),
+    "model.pretrained": ("x.pth", "config.model.pretrained is 'x.pth'; choose none, a file that"),
+    "optimizer.learning_rate": (0.0, "config.optimizer.learning_rate is 0.0; .* number above 0"),
+    "optimizer.clip_value": (-1.0, "clip_value is -1.0; it must be a finite number above 0, or"),
+    "optimizer.decay_epochs": ((9, 9), r"decay_epochs is \(9, 9\); it must be ascending whole"),
+    "proxy_synthesis.ratio": (1e-3, "ratio is 0.001, which makes no synthetic class of 128 images"),
     "evaluation.recall_at": ((2, 4), "config.evaluation.recall_at is .* with 1"),
     "memvir.warmup_epochs": (6, "warmup_epochs is 6, but the run ends after 6"),
-    "loss.name": ("triplet", "config.loss: unknown loss 'triplet'"),
+    "loss.name": ("triplet", "config.loss.name is 'triplet'; choose one of softmax, norm_softmax"),
 }
 
 
@@ -191,9 +202,101 @@ BAD = {
 def test_a_bad_value_is_refused_by_its_path(path):
     value, message = BAD[path]
     made = glyphs.get_config("memvir")
+    made.data.n_instance = 2
     made.update_from_flattened_dict({path: value})
     with pytest.raises(ValueError, match=message):
         config.validate(made)
+
+
+def test_everything_that_is_wrong_is_told_at_once(tmp_path):
+    made = glyphs.get_config("memvir")
+    made.update_from_flattened_dict({path: value for path, (value, _) in BAD.items()})
+    with pytest.raises(ValueError) as error:
+        run.run(made, tmp_path / "run")
+    # What two settings have to do with one another is looked at where each is right by itself.
+    told = [line.split()[0].removeprefix("config.") for line in str(error.value).splitlines()]
+    together = {"batch_size", "data.root", "model.backbone", "memvir.warmup_epochs"}
+    assert set(told) == BAD.keys() - together
+    assert len(told) == len(set(told))
+    assert not (tmp_path / "run").exists()
+
+
+NO_NUMBER = (True, "1", math.nan, -1, 1e300, (), None)
+BAD_OF_TYPE = {
+    bool: (0, "yes", None),
+    int: (*NO_NUMBER, 1.5, 2**70),
+    float: (*NO_NUMBER, math.inf, -math.inf, -0.5),
+    str: (3, None, "\0", ("gap",)),
+    tuple: (3, None, "12", (math.nan,), ("1",), (-1,), (True, 1.5)),
+}
+OPTIONAL = {"model.width": int, "model.stem": str, "optimizer.clip_value": float}
+
+
+def every_setting():
+    for loss in losses.NAMES:
+        for path, value in config.leaves(glyphs.get_config(f"ps_memvir_{loss}")):
+            if path.startswith("loss.") or loss == losses.NAMES[0]:
+                yield loss, path, OPTIONAL.get(path, type(value))
+
+
+@pytest.mark.parametrize(("loss", "path", "kind"), list(every_setting()))
+def test_every_setting_is_checked(loss, path, kind):
+    """A new one without a rule, or a hyper-parameter without bounds, fails here."""
+    settings = glyphs.get_config(f"ps_memvir_{loss}").to_dict()
+    *sections, name = path.split(".")
+    section = functools.reduce(dict.get, sections, settings)
+    for bad in BAD_OF_TYPE[kind]:
+        if bad is not None or path not in OPTIONAL:
+            section[name] = bad
+            # As it comes from a file: a ConfigDict that has types lets fewer of these in.
+            with pytest.raises(ValueError, match=rf"config\.{path} is .*; (it must be|choose) "):
+                config.validate(ConfigDict(settings))
+
+
+def test_settings_too_many_or_too_few_are_named():
+    made = glyphs.get_config("cosface")
+    with made.unlocked():
+        made.momentum = 0.9
+        made.loss.name = "proxy_nca"
+        del made.data.resize
+    with pytest.raises(ValueError) as error:
+        config.validate(made)
+    assert sorted(str(error.value).splitlines()) == [
+        "config.data.resize is missing",
+        "config.loss.margin is no setting of proxy_nca",
+        "config.momentum is no setting",
+    ]
+
+
+@pytest.mark.parametrize(("backbone", "size"), [("conv4", 15), ("bninception", 40)])
+def test_images_that_a_backbone_cannot_halve_are_refused(backbone, size):
+    made = glyphs.get_config()
+    made.model.update(backbone=backbone, width=None, stem=None)
+    made.data.update(image_size=size, resize=size)
+    with pytest.raises(ValueError, match=f"image_size is {size}: {backbone} cannot halve images"):
+        config.validate(made)
+
+
+@pytest.mark.parametrize("root", ["", "photos"])
+def test_images_have_a_root_if_they_do_not_come_along(root):
+    made = load(ROOT / "configs" / "folder.py").get_config()
+    made.data.root = root
+    if root:
+        config.validate(made)
+    else:
+        with pytest.raises(ValueError, match="config.data.root is empty; .* where folder is"):
+            config.validate(made)
+
+
+def test_a_run_has_a_loss_in_every_epoch_and_steps_of_32_bits(tmp_path):
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    made = tiny.config(tiny.write_images(tmp_path), skip_nonfinite=4)
+    with pytest.raises(ValueError, match="skip_nonfinite is 4, but an epoch has only 4 steps"):
+        experiment.build(made, mesh)
+    made.skip_nonfinite = 0
+    made.optimizer.decay_epochs = (5, 2**30)
+    with pytest.raises(ValueError, match="1073741824 epochs of 4 steps are too many"):
+        experiment.build(made, mesh)
 
 
 def test_pretrained_weights_fit_the_pretrained_width_and_stem_alone():
@@ -209,12 +312,3 @@ def test_pretrained_weights_fit_the_pretrained_width_and_stem_alone():
     config.validate(made)
     made.model.update(width=None, stem=None)
     config.validate(made)
-
-
-def test_everything_that_is_wrong_is_told_at_once():
-    made = glyphs.get_config()
-    made.update_from_flattened_dict({path: value for path, (value, _) in BAD.items()})
-    with pytest.raises(ValueError) as error:
-        config.validate(made)
-    # Without MemVir its warm-up does not matter; the backbone has neither the width nor the stem.
-    assert len(str(error.value).splitlines()) == len(BAD)

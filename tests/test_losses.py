@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dml_jax import losses
+from dml_jax import losses, memvir, proxy_synthesis
 from tests.oracles import LOSSES, prepared
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "peer_losses.npz")
@@ -92,19 +92,9 @@ class TestEveryLoss:
         embeddings, proxies, labels = problem
         assert create(name)(embeddings.astype(jnp.bfloat16), proxies, labels).dtype == jnp.float32
 
-    @pytest.mark.parametrize("kind", ["zero", "identical", "opposite", "tiny"])
-    def test_is_finite_with_finite_gradients(self, name, kind, problem):
+    def test_is_nan_where_a_number_is(self, name, problem):
         embeddings, proxies, labels = problem
-        loss = create(name)
-        own = proxies.reshape(CLASSES, -1, DIM)[labels, 0]
-        embeddings = {
-            "zero": jnp.zeros_like(embeddings),
-            "identical": own,
-            "opposite": -own,
-            "tiny": 1e-30 * embeddings,
-        }[kind]
-        value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(embeddings, proxies, labels)
-        chex.assert_tree_all_finite((value, gradients))
+        assert np.isnan(create(name)(embeddings.at[2, 3].set(np.nan), proxies, labels))
 
     def test_gradient_is_that_of_finite_differences(self, name, problem):
         embeddings, proxies, labels = problem
@@ -120,16 +110,55 @@ class TestEveryLoss:
         )
 
 
-NORMALISING = [name for name in losses.NAMES if name not in ("softmax", "sphereface")]
+def degenerate(name, embeddings, proxies, labels):
+    """Embeddings and proxies that could go wrong."""
+    own = proxies.reshape(CLASSES, -1, DIM)[labels, 0]
+    one = jnp.zeros(BATCH, int)
+    embeddings, proxies = (x / jnp.max(jnp.abs(x)) for x in (embeddings, proxies))
+    yield "zero", 0 * embeddings, proxies
+    yield "zero proxies", embeddings, 0 * proxies
+    yield "all zero", 0 * embeddings, 0 * proxies
+    yield "identical", embeddings[one], proxies
+    yield "all identical", embeddings[one], jnp.ones_like(proxies) * embeddings[:1]
+    yield "each its proxy", own, proxies
+    yield "each opposite to its proxy", -own, proxies
+    yield "opposite", embeddings * jnp.where(one.at[::2].set(1), 1.0, -1.0)[:, None], proxies
+    yield "tiny", 1e-38 * embeddings, 1e-38 * proxies
+    yield "large", 1e30 * embeddings, proxies
+    if name != "softmax":  # Whose logits of huge proxies are beyond float32,
+        yield "huge proxies", embeddings, 1e38 * proxies
+    if name not in ("softmax", "sphereface"):  # and these two's of huge embeddings.
+        yield "huge", 1e38 * embeddings, proxies
+        yield "all huge", 1e38 * embeddings, 1e38 * proxies
 
 
-@pytest.mark.parametrize("name", NORMALISING)
-def test_huge_embeddings_are_finite(name, problem):
-    embeddings, proxies, labels = problem
-    value, gradients = jax.value_and_grad(create(name), argnums=(0, 1))(
-        1e30 * embeddings, proxies, labels
+@pytest.mark.parametrize("remembers", [False, True], ids=["", "memvir"])
+@pytest.mark.parametrize("mixes", [False, True], ids=["", "ps"])
+@pytest.mark.parametrize("name", losses.NAMES)
+def test_degenerate_vectors_leave_loss_and_gradients_finite(name, mixes, remembers, problem):
+    loss = create(name)
+    labels = problem[2]
+    lam, partner = proxy_synthesis.draw(jax.random.key(0), labels, alpha=0.4, ratio=1.0)
+    empty = memvir.init(
+        num_steps=2, step_gap=0, batch_size=BATCH, num_classes=CLASSES, dim=DIM, loss=loss
     )
-    chex.assert_tree_all_finite((value, gradients))
+
+    def objective(vectors, memory):
+        step = {"embeddings": vectors[0], "proxies": vectors[1], "labels": labels}
+        if mixes:
+            step = proxy_synthesis.synthesize(
+                **step, lam=lam, partner=partner, ratio=1.0, loss=loss
+            )._asdict()
+        if remembers:
+            return memvir.loss_and_update(loss, memory, **step)
+        return loss(**step), memory
+
+    compiled = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    for kind, *vectors in degenerate(name, *problem):
+        memory = empty
+        for _ in range(4 if remembers else 1):  # Until it is full, and what is in it as bad.
+            (value, memory), gradients = compiled(vectors, memory)
+            assert all(np.isfinite(x).all() for x in (value, *gradients)), kind
 
 
 @pytest.mark.parametrize("name", ["softmax"])

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dml_jax.data import epoch_order, steps_per_epoch
+from dml_jax.data import Order, epoch_order, steps_per_epoch
 
 
 @st.composite
@@ -85,3 +85,13 @@ def test_impossible_batches_are_refused(batch_size, n_instance, message):
         steps_per_epoch(labels, batch_size=batch_size, n_instance=n_instance)
     with pytest.raises(ValueError, match=message):
         epoch_order(labels, batch_size=batch_size, n_instance=n_instance, seed=0, epoch=0)
+
+
+def test_the_images_of_a_step_are_those_of_its_epoch():
+    labels = np.repeat(np.arange(5), 4)
+    order = Order(labels, batch_size=6, n_instance=2, seed=3)
+    epochs = [
+        epoch_order(labels, batch_size=6, n_instance=2, seed=3, epoch=epoch) for epoch in range(3)
+    ]
+    for step in (8, 0, 4, 3):
+        np.testing.assert_array_equal(order(step), np.concatenate(epochs)[step])

@@ -60,28 +60,87 @@ def test_the_loop_forbids_implicit_transfers(images, tmp_path, monkeypatch):
         loop.train(built, tmp_path / "run")
 
 
+@pytest.fixture
+def poison(monkeypatch):
+    """Spoils the batches of some steps, so that their losses are NaN; returns what they hold."""
+    batches, seen = loop.batches, {}
+
+    def poison_steps(*bad, killed_at=None):
+        def poisoned(experiment, start, total_steps):
+            for done, batch in batches(experiment, start, total_steps):
+                if done == killed_at:
+                    raise InterruptedError
+                if done in bad:
+                    seen[done] = jax.device_get(batch["label"])
+                    nowhere = np.full_like(seen[done], 10**6)
+                    batch["label"] = jax.device_put(nowhere, batch["label"].sharding)
+                yield done, batch
+
+        monkeypatch.setattr(loop, "batches", poisoned)
+        return seen
+
+    return poison_steps
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
-    images, tmp_path, monkeypatch
+    images, tmp_path, poison
 ):
     folder = tmp_path / "run"
     built = start(tiny.config(images), folder)
-    put_batch, calls = sharding.put_batch, []
-
-    def poisoned(mesh, batch):
-        calls.append(None)
-        batch = put_batch(mesh, batch)
-        if len(calls) == 7:  # the third step of the second epoch
-            batch["image"] = jax.device_put(
-                np.full(batch["image"].shape, np.nan, np.float32), sharding.by_row(mesh)
-            )
-        return batch
-
-    monkeypatch.setattr(sharding, "put_batch", poisoned)
-    with pytest.raises(FloatingPointError, match="step 7 is nan, .*checkpoint is that of step 4"):
+    seen = poison(7)  # the third step of the second epoch
+    with pytest.raises(FloatingPointError, match="step 7 .* nan, .*checkpoint is that of step 4"):
         loop.train(built, folder)
     with checkpoint.Checkpoints(folder) as checkpoints:
         assert checkpoints.latest == 4
     assert [line["step"] for line in workdir.read_lines(folder / workdir.METRICS)] == [4]
+
+    def strict(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    told = json.loads((folder / workdir.NOT_FINITE).read_text(), parse_constant=strict)
+    numbers = ("step", "epoch", "in_a_row", "loss")
+    assert [told[name] for name in numbers] == [7, 2, 1, "nan"]
+    assert (told["learning_rate"], told["proxy_learning_rate"]) == built.learning_rate(6)
+    assert [int(name.split("/")[1][-1]) for name in told["images"]] == seen[7].tolist()
+    assert len(set(told["images"])) == 8
+    assert len(told["norms"]) == len(jax.tree.leaves(built.state_shape.params))
+    gradients = [norms["gradient"] for norms in told["norms"].values()]
+    assert gradients == sorted(gradients, reverse=True)
+    np.testing.assert_allclose(told["gradient_norm"], np.linalg.norm(gradients), rtol=1e-5)
+    assert 0 < told["norms"]["proxies"]["parameter"] < 100
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted_however_a_run_is_interrupted(
+    images, tmp_path, poison
+):
+    config = tiny.config(images, "memvir", skip_nonfinite=2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    # The second of three in a row is an epoch's last: the count is in its checkpoint.
+    bad = (3, 4, 7)
+    poison(*bad)
+    result = loop.train(start(config, whole), whole)
+    lines = workdir.read_lines(whole / workdir.METRICS)
+    assert [line["skipped_steps"] for line in lines] == [2, 3, 3]
+    assert np.isfinite([line["loss"] for line in lines]).all()
+    assert result["skipped_steps"] == 3
+    assert json.loads((whole / workdir.NOT_FINITE).read_text())["step"] == 7
+
+    poison(*bad, killed_at=6)
+    with pytest.raises(InterruptedError):
+        loop.train(start(config, parts), parts)
+    poison(*bad)
+    assert loop.train(start(config, parts), parts) == result
+    assert (whole / workdir.METRICS).read_bytes() == (parts / workdir.METRICS).read_bytes()
+
+    # Steps 3 and 4 are in the checkpoint, so that step 5 is the third in a row.
+    given_up = tmp_path / "given_up"
+    poison(3, 4, 5, killed_at=5)
+    with pytest.raises(InterruptedError):
+        loop.train(start(config, given_up), given_up)
+    poison(3, 4, 5)
+    with pytest.raises(FloatingPointError, match="step 5 .*checkpoint is that of step 4"):
+        loop.train(start(config, given_up), given_up)
+    assert json.loads((given_up / workdir.NOT_FINITE).read_text())["in_a_row"] == 3
 
 
 def test_validation_classes_choose_the_epoch_and_test_classes_only_score_it(images, tmp_path):

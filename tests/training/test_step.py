@@ -75,6 +75,54 @@ def test_seed_decides_everything(images):
     assert (first != other).all()
 
 
+def test_a_step_that_is_not_finite_leaves_everything_as_it_was(images):
+    mesh = sharding.make_mesh(jax.devices()[:2])
+    config = tiny.config(images, "ps_memvir_proxy_anchor", optimizer__name="rmsprop")
+    built = experiment.build(config, mesh)
+    compiled = step.compile_step(built.recipe, built.state_sharding, sharding.by_row(mesh))
+
+    def as_float(batch):
+        return batch | {"image": batch["image"].astype(np.float32)}
+
+    state = built.init()
+    # The warm-up is 4 steps, and 6 later the memory is full.
+    *before, last = [as_float(batch) for _, batch in loop.batches(built, 0, 12)]
+    for batch in before:
+        state, _ = compiled(state, batch)
+    kept, bad = jax.tree.map(lambda x: x.copy(), (state, last))
+    bad["image"] = bad["image"].at[3, 0, 0, 0].set(np.nan)
+
+    skipped, observed = compiled(jax.tree.map(lambda x: x.copy(), state), bad)
+    assert np.isnan(observed.loss)
+    assert np.isnan(observed.gradient_norms).any() and np.isfinite(observed.parameter_norms).all()
+    assert int(skipped.step) == int(kept.step) + 1 == 12
+    assert (int(skipped.skipped.total), int(skipped.skipped.in_a_row)) == (1, 1)
+    for part in ("params", "batch_stats", "opt_state", "metrics"):
+        chex.assert_trees_all_equal(getattr(skipped, part), getattr(kept, part))
+
+    # The ring may have the latest entry already, which the next step would put there: what counts
+    # is that the next step is, bit for bit, the one that would have been.
+    again = skipped._replace(step=kept.step, skipped=kept.skipped)
+    again, _ = compiled(jax.tree.map(lambda x: x.copy(), again), last)
+    taken, observed = compiled(state, last)
+    assert np.isfinite(observed.loss) and int(taken.memory.steps) == 8
+    chex.assert_trees_all_equal(again, taken)
+
+
+def test_a_step_that_would_spoil_the_parameters_is_skipped_though_its_loss_is_finite(images):
+    # The gradient times this rate is beyond float32.
+    config = tiny.config(images, optimizer__name="sgd", optimizer__learning_rate=1e38)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    built = experiment.build(config, mesh)
+    compiled = step.compile_step(built.recipe, built.state_sharding, sharding.by_row(mesh))
+    before = jax.device_get(built.init().params)
+    [(_, batch)] = loop.batches(built, 0, 1)
+    state, observed = compiled(built.init(), batch)
+    assert np.isfinite(observed.loss) and np.isfinite(observed.gradient_norm)
+    assert int(state.skipped.total) == 1
+    chex.assert_trees_all_equal(state.params, before)
+
+
 def test_frozen_statistics_stay_and_scales_train(images):
     config = tiny.config(images, model__freeze_bn=True)
     before = experiment.build(config, sharding.make_mesh(jax.devices()[:1])).init()
