@@ -257,11 +257,12 @@ def test_a_step_neither_copies_the_ring_nor_grows():
     loss = losses.create("norm_softmax")
 
     def step(memory, embeddings, proxies, labels):
-        return jax.value_and_grad(
+        (value, update), gradients = jax.value_and_grad(
             lambda e, p: memvir.loss_and_update(loss, memory, e, p, labels),
             argnums=(0, 1),
             has_aux=True,
         )(embeddings, proxies)
+        return value, memvir.choose(jnp.isfinite(value), update, memory), gradients
 
     compiled = (
         jax.jit(step, donate_argnums=0)

@@ -147,7 +147,8 @@ BAD = {
     "unknown variant": (["--config=configs/folder.py:psi"], "unknown variant 'psi'"),
     "two bad values": (
         ["--config.model.stem=large", "--config.optimizer.eps=0"],
-        "config.model.stem is 'large'; choose one of imagenet, small\nconfig.optimizer.eps is 0",
+        "config.model.stem is 'large'; choose one of imagenet, small, or None\n"
+        "config.optimizer.eps is 0.0; it must be a finite number above 0",
     ),
     "missing folder": (["--config.data.root=nowhere"], "nowhere is not a directory"),
     "missing weights": (
@@ -168,6 +169,21 @@ def test_a_bad_setting_is_told_before_anything_is_written(images, tmp_path, name
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not folder.exists()
+
+
+def test_numbers_that_are_not_finite_end_a_run_with_an_exit_code_of_their_own(images, tmp_path):
+    folder = tmp_path / "run"
+    # The gradient times this rate is beyond float32.
+    wild = {"optimizer__name": "sgd", "optimizer__learning_rate": 1e38}
+    done = run("train.py", f"--workdir={folder}", *tiny.arguments(images, epochs=1, **wild))
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"{folder / workdir.NOT_FINITE} tells more; the last good checkpoint is none yet" in (
+        done.stderr
+    )
+    told = json.loads((folder / workdir.NOT_FINITE).read_text())
+    assert told["step"] == 1 and told["learning_rate"] == 1e38 and len(told["images"]) == 8
+    assert not (folder / workdir.RESULT).exists()
 
 
 def test_bad_images_are_told_by_path(tmp_path):

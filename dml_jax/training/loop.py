@@ -201,8 +201,9 @@ class _Watch:
         if sharding.is_first_process():
             workdir.write_json(file, bad)
         message = (
-            f"step {step} is not finite: its loss is {bad['loss']}, the norm of its gradient "
-            f"{bad['gradient_norm']} (learning rate {bad['learning_rate']:g}); {file} tells more"
+            f"step {step} leads to numbers that are not finite: its loss is {bad['loss']}, the "
+            f"norm of its gradient {bad['gradient_norm']} (learning rate "
+            f"{bad['learning_rate']:g}); {file} tells more"
         )
         if bad["in_a_row"] <= self._experiment.config.skip_nonfinite:
             logging.warning("%s; it is skipped", message)
