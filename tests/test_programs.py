@@ -173,7 +173,7 @@ def test_a_bad_setting_is_told_before_anything_is_written(images, tmp_path, name
 
 def test_numbers_that_are_not_finite_end_a_run_with_an_exit_code_of_their_own(images, tmp_path):
     folder = tmp_path / "run"
-    # The gradient times this rate is beyond float32.
+    # Loss and gradient are finite, but the gradient times this rate is not.
     wild = {"optimizer__name": "sgd", "optimizer__learning_rate": 1e38}
     done = run("train.py", f"--workdir={folder}", *tiny.arguments(images, epochs=1, **wild))
     assert done.returncode == 3, done.stderr
@@ -182,7 +182,8 @@ def test_numbers_that_are_not_finite_end_a_run_with_an_exit_code_of_their_own(im
         done.stderr
     )
     told = json.loads((folder / workdir.NOT_FINITE).read_text())
-    assert told["step"] == 1 and told["learning_rate"] == 1e38 and len(told["images"]) == 8
+    assert (told["step"], told["learning_rate"], len(told["images"])) == (1, 1e38, 8)
+    assert 0 < told["loss"] < 100 and 0 < told["gradient_norm"] < 1000
     assert not (folder / workdir.RESULT).exists()
 
 

@@ -113,7 +113,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 def test_steps_that_are_not_finite_are_skipped_and_counted_however_a_run_is_interrupted(
     images, tmp_path, poison
 ):
-    config = tiny.config(images, "memvir", skip_nonfinite=2)
+    config = tiny.config(images, skip_nonfinite=2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     # The second of three in a row is an epoch's last: the count is in its checkpoint.
     bad = (3, 4, 7)
