@@ -7,6 +7,8 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from dml_jax.training import stopping
+
 
 def run(main: Callable[..., None], *arguments: str) -> None:
     """Parses the flags and runs a program.
@@ -43,10 +45,13 @@ def mendable() -> Iterator[None]:
     """Around work in which an error is the user's to mend: tells it in short, with exit code 2.
 
     Settings, files and images are checked there. A loss that is no longer finite ends with exit
-    code 3. `--verbosity=1` adds the traceback.
+    code 3, a run that was asked to stop with 75. `--verbosity=1` adds the traceback.
     """
     try:
         yield
+    except stopping.Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopping.EXIT_CODE)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         _exit(f"{error}\n(--verbosity=1 shows where)", 2)
     except FloatingPointError as error:
