@@ -56,15 +56,23 @@ def workers(pid):
     return sum(b"spawn_main" in line for line in lines)
 
 
+def changed_since(path, begun):
+    try:
+        return path.stat().st_mtime_ns > begun
+    except FileNotFoundError:
+        return False
+
+
 def has_come(moment, process, folder, begun):
     if moment == "start":
         return True
     if moment == "loop":
         # The file is opened anew when the loop begins.
-        path = folder / workdir.METRICS
-        return path.exists() and path.stat().st_mtime_ns > begun
+        return changed_since(folder / workdir.METRICS, begun)
     if moment == "save":
-        return any((folder / workdir.CHECKPOINTS).glob("*orbax-checkpoint-tmp*"))
+        # Not one that an earlier kill has left.
+        unfinished = (folder / workdir.CHECKPOINTS).glob("*orbax-checkpoint-tmp*")
+        return any(changed_since(path, begun) for path in unfinished)
     return workers(process.pid) > 2
 
 
