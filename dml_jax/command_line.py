@@ -9,6 +9,8 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from dml_jax.training import stopping
+
 
 def run(main: Callable[..., None], *arguments: str) -> None:
     """Parses the flags and runs a program.
@@ -45,11 +47,15 @@ def mendable() -> Iterator[None]:
     """Around work in which an error is the user's to mend: tells it in short, with exit code 2.
 
     Settings, files and images are checked there. Steps that are no longer finite end with exit
-    code 3. `--verbosity=1` adds the traceback. A ValueError that nobody raised on purpose is ours
-    to mend: it passes, and ends with its traceback and exit code 1.
+    code 3, a run that was asked to stop with 75. `--verbosity=1` adds the traceback. A ValueError
+    that nobody raised on purpose is ours to mend: it passes, and ends with its traceback and exit
+    code 1.
     """
     try:
         yield
+    except stopping.Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopping.EXIT_CODE)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if isinstance(error, ValueError) and not _on_purpose(error):
             raise

@@ -4,10 +4,12 @@ Everything else in the state is on every device. The compiled step sees the glob
 losses, synthetic pairs and batch statistics are the same on any number of devices.
 """
 
-from collections.abc import Mapping, Sequence
+import collections
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -92,6 +94,64 @@ def from_first_process(values: Mapping[str, float]) -> dict[str, float]:
     with jax.transfer_guard("allow"):
         bits = multihost_utils.broadcast_one_to_all(bits)
     return dict(zip(values, np.asarray(bits).view(np.float64).tolist(), strict=True))
+
+
+def in_first_process(work: Callable[[], None]) -> None:
+    """Does something in the first process, while the others wait; fails in all if it fails.
+
+    Args:
+        work: what to do, on files that all processes share.
+
+    Raises:
+        ValueError: in the others, when the first has failed; in the first, whatever it raised.
+    """
+    failure: Exception | None = None
+    if is_first_process():
+        try:
+            work()
+        except (ValueError, OSError) as error:
+            failure = error
+    failed = from_first_process({"failed": float(failure is not None)})["failed"]
+    if failure is not None:
+        raise failure
+    if failed:
+        raise ValueError("the first process has stopped, and said why")
+
+
+class Agreement:
+    """Whether one process wants all to stop; all come to know it after the same step.
+
+    Every process says at every step whether it wants to. The devices find out whether any does, and
+    what they found is read a few steps later, so that nobody waits.
+    """
+
+    def __init__(self, mesh: Mesh, steps_late: int) -> None:
+        """Begins with nobody wanting to stop.
+
+        Args:
+            mesh: of all devices.
+            steps_late: after how many steps an answer is read.
+        """
+        self._mesh, self._steps_late = mesh, steps_late
+        self._answers: collections.deque[jax.Array] = collections.deque()
+        self._any = jax.jit(jnp.any, out_shardings=replicated(mesh))
+
+    def after(self, step: int, wanted: bool) -> bool:
+        """Whether to stop after a step; to be asked in every process, once a step.
+
+        Args:
+            step: steps done.
+            wanted: whether this process wants to stop.
+        """
+        if jax.process_count() == 1:
+            return wanted
+        # A preemption that JAX was told of before, or otherwise than by a signal.
+        wanted = wanted or multihost_utils.reached_preemption_sync_point(step)
+        said = put_batch(self._mesh, {"": np.full(len(self._mesh.local_devices), wanted)})
+        self._answers.append(self._any(said[""]))
+        if len(self._answers) <= self._steps_late:
+            return False
+        return bool(jax.device_get(self._answers.popleft()))
 
 
 def wait_for_all(what: str) -> None:

@@ -2,6 +2,8 @@
 
 python scripts/train.py --config=configs/glyphs.py:memvir --workdir=runs/memvir
 python scripts/train.py --config=configs/folder.py:ps --workdir=runs/mine --config.data.root=DIR
+
+Asked to stop (Ctrl-C, SIGTERM) it saves and ends with exit code 75: start it again to go on.
 """
 
 from pathlib import Path
@@ -15,6 +17,9 @@ from dml_jax.training import run, workdir
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE[:variant]")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; one of its own for each run.", required=True
+)
+_FORK_FROM = flags.DEFINE_string(
+    "fork_from", None, "Folder of another run, whose network in its last checkpoint to start from."
 )
 
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -38,13 +43,15 @@ def main() -> None:
             num_processes=_NUM_PROCESSES.value,
             process_id=_PROCESS_ID.value,
         )
-        result = run.run(_CONFIG.value, Path(_WORKDIR.value), overview=True)
+        fork_from = Path(_FORK_FROM.value) if _FORK_FROM.value else None
+        folder = Path(_WORKDIR.value)
+        result = run.run(_CONFIG.value, folder, overview=True, fork_from=fork_from)
     if not sharding.is_first_process():
         return
     print(f"last: {retrieval.summary(result['last'])}")
     best = f"epoch {result['best']['epoch']}, chosen on the {result['best_chosen_on']} classes"
     print(f"best: {retrieval.summary(result['best'])} ({best})")
-    print(f"results: {Path(_WORKDIR.value) / workdir.RESULT}")
+    print(f"results: {folder / workdir.RESULT}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from dml_jax import sharding
 from dml_jax.models import pretrained
 from dml_jax.retrieval import embed
-from dml_jax.training import checkpoint, experiment, workdir
+from dml_jax.training import experiment, workdir
 from tests import tiny, weights
 
 ROOT = Path(__file__).parents[1]
@@ -53,34 +53,6 @@ def finished(images, tmp_path_factory):
         *tiny.arguments(images, "ps_memvir", epochs=6, deterministic=True),
     )
     return folder
-
-
-def final_state(folder):
-    built = experiment.build(workdir.read_config(folder), sharding.make_mesh())
-    like = experiment.abstract_state(built)
-    with checkpoint.Checkpoints(folder) as checkpoints:
-        return checkpoints.restore(checkpoints.find("last"), like)
-
-
-def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(images, finished, tmp_path):
-    folder = tmp_path / "killed"
-    training = command(
-        "train.py",
-        f"--workdir={folder}",
-        *tiny.arguments(images, "ps_memvir", epochs=6, deterministic=True),
-    )
-    process = subprocess.Popen(training, cwd=ROOT, stdout=subprocess.DEVNULL)
-    # The warm-up is one epoch and the memory is full after one more: kill in a half-filled one.
-    while len(workdir.read_lines(folder / workdir.METRICS)) < 2 and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (folder / workdir.RESULT).exists()
-
-    subprocess.run(training, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-    chex.assert_trees_all_equal(final_state(folder), final_state(finished))
-    for name in (workdir.METRICS, workdir.RESULT):
-        assert (folder / name).read_bytes() == (finished / name).read_bytes()
 
 
 def test_a_finished_run_is_not_trained_again(images, finished):

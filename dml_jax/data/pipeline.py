@@ -236,7 +236,8 @@ def _start_worker(index: int, count: int) -> None:
     """Runs first in a worker: one core for it, and an end when the main process is killed."""
     del index, count
     cv2.setNumThreads(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process acts.
+    for number in (signal.SIGINT, signal.SIGTERM):  # They may reach all; the main process acts.
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -4,18 +4,27 @@ The input has no state of its own: batch t is a function of the seed and of t, s
 state is the input's position too.
 """
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
+from absl import logging
 
+from dml_jax import sharding
+from dml_jax.training import integrity
 from dml_jax.training import workdir as workdirs
 
 BEST = {"best_map": "map@r", "best_r1": "recall@1", "best_rp": "r_precision"}
 """Names of the best checkpoints, and the metric by which each is the best."""
 
-SKIPPED = ocp.PLACEHOLDER
+_DAMAGED = (
+    "{} is damaged: {}. Started again, the run sets what is damaged aside and goes on from the "
+    "newest sound checkpoint"
+)
 
 
 class Checkpoints:
@@ -24,11 +33,21 @@ class Checkpoints:
     def __init__(self, workdir: Path, *, keep_last: int | None = None) -> None:
         """Opens the checkpoints of a folder.
 
+        Whoever opens them for writing sets those aside that are damaged, so that none of the others
+        is deleted to make room for them.
+
         Args:
             workdir: the run's.
             keep_last: how many of the latest to keep; the best ones are kept besides. None opens
                 them for reading only.
+
+        Raises:
+            ValueError: there are some, but none that is sound; they are left as they are.
         """
+        self._directory = (workdir / workdirs.CHECKPOINTS).absolute()
+        self._writes, self._saving = keep_last is not None, 0
+        if self._writes:
+            sharding.in_first_process(lambda: _set_damaged_aside(workdir, self._directory))
         policies = ocp.training.preservation_policies
         best = [
             policies.BestN(
@@ -38,22 +57,40 @@ class Checkpoints:
             )
             for name in BEST.values()
         ]
-        self._checkpointer = ocp.training.Checkpointer(
-            (workdir / workdirs.CHECKPOINTS).absolute(),
-            preservation_policy=policies.AnyPreservationPolicy(
-                [policies.LatestN(keep_last), *best]
-            ),
-            # Whoever only reads must not clean up behind the run that is writing.
-            cleanup_tmp_directories=keep_last is not None,
-        )
+        context = ocp.Context()
+        # A function: orbax copies its options deeply, and would copy a method's object with it.
+        context.asynchronous.post_finalization_callback = lambda: self._seal()
+        # MemVir pads its classes to a multiple of the devices, which may be others than they were.
+        context.array.loading.enable_padding_and_truncation = True
+        context.pytree.loading.partial_load = not self._writes
+        try:
+            self._checkpointer = ocp.training.Checkpointer(
+                self._directory,
+                context=context,
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(keep_last), *best]
+                ),
+                # Whoever only reads must not clean up behind the run that is writing.
+                cleanup_tmp_directories=self._writes,
+            )
+        except ValueError as error:  # It reads all scores.
+            raise ValueError(_DAMAGED.format(self._directory, error)) from error
 
     def __enter__(self) -> "Checkpoints":
         """Opens nothing more."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Waits until what was saved is on disk."""
-        self._checkpointer.close()
+        """Waits until what was saved is on disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        try:
+            with self._telling():
+                self._checkpointer.wait()
+        finally:
+            self._checkpointer.close()
 
     def save(self, step: int, state: Any, metrics: dict[str, float] | None) -> None:
         """Saves a state; returns once it is copied from the devices, to be written meanwhile.
@@ -62,9 +99,33 @@ class Checkpoints:
             step: the state's.
             state: what to save.
             metrics: of the evaluation at this step; None if there was none.
+
+        Raises:
+            OSError: this state, or the one before, could not be written; earlier ones are kept.
         """
-        with jax.transfer_guard("allow"):  # The copy to the host counts as an implicit one.
+        with self._telling():
+            self._checkpointer.wait()
+        self._saving = step
+        # The copy to the host counts as an implicit one.
+        with self._telling(), jax.transfer_guard("allow"):
             self._checkpointer.save_async(step, state, force=True, metrics=metrics)
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Tells what orbax could not do; it passes on whatever its storage raises."""
+        try:
+            yield
+        except Exception as error:
+            raise OSError(
+                f"the checkpoint of step {self._saving} could not be written; those of before are "
+                f"kept. Mend this and start again: {str(error).splitlines()[0]:.300}"
+            ) from error
+
+    def _seal(self) -> None:
+        """Completes the checkpoint that orbax has written, before it gets its name."""
+        if sharding.is_first_process():
+            (written,) = self._directory.glob(f"{self._saving}.*")
+            integrity.seal(written)
 
     @property
     def latest(self) -> int | None:
@@ -87,7 +148,7 @@ class Checkpoints:
             if checkpoint.metrics or name not in BEST
         ]
         if not candidates:
-            raise FileNotFoundError(f"{self._checkpointer.directory} holds no {name} checkpoint")
+            raise FileNotFoundError(f"{self._directory} holds no {name} checkpoint")
         return max(candidates)[1]
 
     def restore(self, step: int, like: Any) -> Any:
@@ -95,14 +156,37 @@ class Checkpoints:
 
         Args:
             step: of the checkpoint.
-            like: a state of the same structure, of `jax.ShapeDtypeStruct`s with shardings, and of
-                `SKIPPED` for what is not wanted.
+            like: a state of the same structure, of `jax.ShapeDtypeStruct`s with shardings. Where
+                checkpoints are open for reading only, it may be a dictionary of some of its fields.
 
         Returns:
             The state, sharded as `like` is, which may be over other devices than it was saved from.
+
+        Raises:
+            ValueError: the checkpoint is damaged.
         """
-        # MemVir pads its classes to a multiple of the devices, which may be others than they were.
-        context = ocp.Context()
-        context.array.loading.enable_padding_and_truncation = True
-        with context:
-            return self._checkpointer.load(step, like)
+        folder = self._directory / str(step)
+        if not self._writes and (damage := integrity.damage(folder)):
+            raise ValueError(_DAMAGED.format(folder, damage))
+        return self._checkpointer.load(step, like)
+
+
+def _set_damaged_aside(workdir: Path, directory: Path) -> None:
+    steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
+    damaged = {
+        step: damage for step in steps if (damage := integrity.damage(directory / str(step)))
+    }
+    sound = [step for step in steps if step not in damaged]
+    if damaged and not sound:
+        raise ValueError(
+            f"no checkpoint in {directory} is sound; to train from the beginning, delete it:\n"
+            + "\n".join(f"  step {step}: {damage}" for step, damage in damaged.items())
+        )
+    for step, damage in damaged.items():
+        aside = workdir / workdirs.DAMAGED / str(step)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(exist_ok=True)
+        (directory / str(step)).rename(aside)
+        logging.warning("the checkpoint of step %d is damaged: %s; see %s", step, damage, aside)
+    if damaged:
+        logging.warning("the newest sound checkpoint is that of step %d", sound[-1])

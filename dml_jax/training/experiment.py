@@ -15,7 +15,7 @@ from dml_jax import config as configs
 from dml_jax import data, losses, memvir, retrieval, sharding
 from dml_jax.models import create_embedder, pretrained
 from dml_jax.retrieval import embed
-from dml_jax.training import checkpoint, optimizer, state, step
+from dml_jax.training import checkpoint, optimizer, state, step, workdir
 
 
 class Experiment(NamedTuple):
@@ -230,13 +230,34 @@ def load_network(experiment: Experiment, folder: Path, name: str) -> dict[str, P
         FileNotFoundError: there is no such checkpoint.
     """
     everything = abstract_state(experiment)
-    skipped = jax.tree.map(lambda _: checkpoint.SKIPPED, everything)
-    wanted = skipped._replace(
-        params={**skipped.params, "embedder": everything.params["embedder"]},
-        batch_stats=everything.batch_stats,
-    )
+    wanted = {
+        "params": {"embedder": everything.params["embedder"]},
+        "batch_stats": everything.batch_stats,
+    }
     with checkpoint.Checkpoints(folder) as checkpoints:
-        return network(checkpoints.restore(checkpoints.find(name), wanted))
+        restored = checkpoints.restore(checkpoints.find(name), wanted)
+    return {"params": restored["params"]["embedder"], "batch_stats": restored["batch_stats"]}
+
+
+def load_fork(experiment: Experiment, folder: Path) -> dict[str, PyTree]:
+    """The network's variables in the last checkpoint of another run.
+
+    Args:
+        experiment: that is to start with them.
+        folder: the other run's.
+
+    Raises:
+        FileNotFoundError: there is no such run, or no checkpoint in it.
+        ValueError: it trains another network.
+    """
+    there, here = workdir.read_config(folder).model, experiment.config.model
+    for name in ("backbone", "width", "stem", "dim"):
+        if there[name] != here[name]:
+            raise ValueError(
+                f"config.model.{name} is {here[name]!r}, but {folder}, from which to fork, has "
+                f"{there[name]!r}"
+            )
+    return load_network(experiment, folder, "last")
 
 
 def embed_images(

@@ -2,6 +2,7 @@
 
 import collections
 import math
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +15,12 @@ from jaxtyping import Array
 
 from dml_jax import data, sharding
 from dml_jax.retrieval import embed
-from dml_jax.training import bad_numbers, checkpoint, workdir
+from dml_jax.training import bad_numbers, checkpoint, stopping, workdir
 from dml_jax.training.experiment import (
     Experiment,
     abstract_state,
     embed_split,
+    load_fork,
     load_network,
     network,
     score,
@@ -30,24 +32,28 @@ from dml_jax.training.writer import Silence, Writer
 _STEPS_IN_FLIGHT = 4
 
 
-def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
+def train(
+    experiment: Experiment, folder: Path, asked: threading.Event | None = None
+) -> dict[str, Any]:
     """Trains to the end, from the beginning or from the latest checkpoint in the folder.
 
     Args:
         experiment: what to train.
         folder: the run's, claimed for this experiment.
+        asked: set when this process is asked to stop; see `stopping.listening`.
 
     Returns:
         The contents of `result.json`.
 
     Raises:
+        Stopped: one of the processes was asked to.
         FloatingPointError: more steps in a row than the config lets pass were not finite;
             checkpoints of before are kept.
     """
     config, steps_per_epoch = experiment.config, experiment.steps_per_epoch
     total_steps = config.epochs * steps_per_epoch
     with checkpoint.Checkpoints(folder, keep_last=config.checkpoint.keep_last) as checkpoints:
-        state, start = _start(experiment, checkpoints)
+        state, start = _start(experiment, folder, checkpoints)
         compiled = compile_step(
             experiment.recipe, experiment.state_sharding, sharding.by_row(experiment.mesh)
         )
@@ -58,7 +64,13 @@ def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
             for line in workdir.read_lines(folder / workdir.METRICS)
             if "map@r" in line and line["step"] <= start
         ]
+        if start > total_steps or start == total_steps and _step(evaluated) < start:
+            raise ValueError(
+                f"config.epochs is {config.epochs}, but the run has done "
+                f"{start / steps_per_epoch:.4g}; choose more"
+            )
         embeddings = None
+        agreement = sharding.Agreement(experiment.mesh, _STEPS_IN_FLIGHT)
         with (
             Writer.of_this_process(
                 folder, step=start, total_steps=total_steps, batch_size=config.batch_size
@@ -67,11 +79,16 @@ def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
         ):
             watch = _Watch(experiment, folder, writer, checkpoints)
             end = start if _has_stopped(experiment, evaluated) else total_steps
-            epoch_began = time.perf_counter()
+            epoch_began, first_step = time.perf_counter(), start
             for step, batch in batches(experiment, start, end):
                 state, observed = compiled(state, batch)
                 watch.put(step, observed)
+                stops = agreement.after(step, asked is not None and asked.is_set())
                 if step % steps_per_epoch:
+                    if stops:
+                        watch.drain()
+                        checkpoints.save(step, state, None)
+                        raise _stopped(step)
                     continue
                 watch.drain()
                 metrics = _epoch_metrics(experiment, state, step)
@@ -85,17 +102,19 @@ def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
                     "step": step,
                     "epoch": metrics["epoch"],
                     "images_per_second": (
-                        steps_per_epoch * config.batch_size / (trained - epoch_began)
+                        (step - first_step) * config.batch_size / (trained - epoch_began)
                     ),
                     "train_seconds": trained - epoch_began,
                     "evaluation_seconds": time.perf_counter() - trained,
                 }
                 writer.epoch(metrics | scores, timings)
-                if scores or metrics["epoch"] % config.checkpoint.every_epochs == 0:
+                if scores or stops or metrics["epoch"] % config.checkpoint.every_epochs == 0:
                     checkpoints.save(step, state, scores or None)
+                if stops:
+                    raise _stopped(step)
                 if _has_stopped(experiment, evaluated):
                     break
-                epoch_began = time.perf_counter()
+                epoch_began, first_step = time.perf_counter(), step
     if embeddings is None or experiment.chosen_on != "test":
         embeddings = embed_split(experiment, network(state), "test")
     return _finish(experiment, folder, evaluated, embeddings)
@@ -116,11 +135,30 @@ def _has_stopped(experiment: Experiment, evaluated: Sequence[Mapping[str, Any]])
     return 0 < experiment.config.evaluation.patience <= waited
 
 
-def _start(experiment: Experiment, checkpoints: checkpoint.Checkpoints) -> tuple[TrainState, int]:
+def _step(evaluated: Sequence[Mapping[str, Any]]) -> int:
+    return evaluated[-1]["step"] if evaluated else 0
+
+
+def _stopped(step: int) -> stopping.Stopped:
+    return stopping.Stopped(f"stopped after step {step}, which is saved: start again to go on")
+
+
+def _start(
+    experiment: Experiment, folder: Path, checkpoints: checkpoint.Checkpoints
+) -> tuple[TrainState, int]:
     latest = checkpoints.latest
     if latest is not None:
         return checkpoints.restore(latest, abstract_state(experiment)), latest
-    return experiment.init(), 0
+    state = experiment.init()
+    fork = workdir.forked_from(folder, None)
+    if fork is not None:
+        forked = load_fork(experiment, fork)
+        state = state._replace(
+            params={**state.params, "embedder": forked["params"]},
+            batch_stats=forked["batch_stats"],
+        )
+        checkpoints.save(0, state, None)  # From here on the other run is not needed.
+    return state, 0
 
 
 def batches(
@@ -246,9 +284,13 @@ def _finish(
     }
     if experiment.chosen_on != "test":
         last = _place(last) | score(experiment, embeddings)
+        with checkpoint.Checkpoints(folder) as saved:
+            # Where the best one was damaged, the best of the others.
+            steps = {name: saved.find(name) for name in checkpoint.BEST}
         for name, metric in checkpoint.BEST.items():
+            (line,) = (line for line in evaluated if line["step"] == steps[name])
             chosen = embed_split(experiment, load_network(experiment, folder, name), "test")
-            best[metric] = _place(best[metric]) | score(experiment, chosen)
+            best[metric] = _place(line) | score(experiment, chosen)
     result = {
         "last": last,
         "best": best["map@r"],

@@ -1,5 +1,6 @@
 """A whole run, from a configuration to its result."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -9,34 +10,36 @@ from ml_collections import ConfigDict
 from dml_jax import config as configs
 from dml_jax import sharding
 from dml_jax.models import pretrained
-from dml_jax.training import experiment, loop, workdir
+from dml_jax.training import experiment, loop, stopping, workdir
 
 
-def run(config: ConfigDict, folder: Path, *, overview: bool = False) -> dict[str, Any]:
+def run(
+    config: ConfigDict, folder: Path, *, overview: bool = False, fork_from: Path | None = None
+) -> dict[str, Any]:
     """Trains what a configuration says, goes on with it, or finds that it is done.
 
     Args:
         config: a whole config.
         folder: the run's, new or with an earlier part of this run in it.
         overview: whether to print the network's parameters first.
+        fork_from: another run's folder: a new run starts with its network, from its last
+            checkpoint, and with nothing else of it.
 
     Returns:
         The contents of `result.json`.
 
     Raises:
-        ValueError: a setting or an image is wrong, or the folder holds another run.
+        Stopped: the process was asked to; started again, the run goes on.
+        ValueError: a setting or an image is wrong, or the folder holds another run, or another
+            process trains in it.
         FileNotFoundError: images or weights are not where the config says.
         FloatingPointError: the loss is no longer finite.
     """
     configs.validate(config)
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        # So that the run can be resumed and evaluated from any directory.
-        config.model.pretrained = pretrained.absolute(config.model.pretrained)
-        if config.data.root:
-            config.data.root = str(Path(config.data.root).absolute())
+    fork = workdir.forked_from(folder, fork_from)
+    config = _resolved(config, forked=fork is not None)
     workdir.check(folder, config)
-    result = workdir.read_result(folder)
+    result = workdir.finished(folder, config)
     if result is not None:
         return result
     if config.deterministic:
@@ -44,13 +47,35 @@ def run(config: ConfigDict, folder: Path, *, overview: bool = False) -> dict[str
         wanted, given = "--xla_gpu_deterministic_ops=true", os.environ.get("XLA_FLAGS", "")
         if wanted not in given:
             os.environ["XLA_FLAGS"] = f"{given} {wanted}"
-    built = experiment.build(config, sharding.make_mesh())
-    if overview and sharding.is_first_process():
-        print(experiment.parameter_overview(built))
-    if not (folder / workdir.CONFIG).exists():
-        experiment.load_weights(config)  # So that bad ones are told before anything is written.
-    sharding.wait_for_all("checked")
-    if sharding.is_first_process():
-        workdir.claim(folder, config)
-    sharding.wait_for_all("claimed")
-    return loop.train(built, folder)
+    with stopping.listening() as asked, contextlib.ExitStack() as held:
+        built = experiment.build(config, sharding.make_mesh())
+        if overview and sharding.is_first_process():
+            print(experiment.parameter_overview(built))
+        images = workdir.fingerprints(built.sources)
+        workdir.check_images(folder, images)
+        if not (folder / workdir.CONFIG).exists():
+            # So that bad ones are told before anything is written.
+            experiment.load_weights(config)
+            if fork is not None:
+                experiment.load_fork(built, fork)
+
+        sharding.wait_for_all("checked")
+
+        def claim() -> None:
+            held.enter_context(workdir.locked(folder))
+            workdir.claim(folder, config, images, fork)
+
+        sharding.in_first_process(claim)
+        return loop.train(built, folder, asked)
+
+
+def _resolved(config: ConfigDict, *, forked: bool) -> ConfigDict:
+    """The config as it is recorded: it means the same in any directory."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model.pretrained = (
+            pretrained.NONE if forked else pretrained.absolute(config.model.pretrained)
+        )
+        if config.data.root:
+            config.data.root = str(Path(config.data.root).absolute())
+    return config

@@ -1,6 +1,7 @@
 """What a run tells: a line of metrics an epoch, in files, in TensorBoard and on the terminal."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ class Writer:
         for file, line in zip(self._files, (metrics, timings), strict=True):
             file.write(json.dumps(line) + "\n")
             file.flush()
+            os.fsync(file.fileno())  # Before the checkpoint, which it belongs to.
         for name, value in (metrics | timings).items():
             if name not in ("step", "epoch"):
                 self._events.add_scalar(name, value, metrics["step"])

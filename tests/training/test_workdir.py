@@ -1,10 +1,13 @@
 import json
+import os
 
 import pytest
 
 from configs import glyphs
+from dml_jax import data
 from dml_jax.training import workdir
 from dml_jax.training.writer import Writer
+from tests import tiny
 
 
 def test_a_run_of_another_configuration_is_refused_with_every_difference(tmp_path):
@@ -43,3 +46,110 @@ def test_lines_behind_the_step_of_a_resumed_run_are_dropped(tmp_path):
             {"step": 3, "epoch": 3, "images_per_second": 1.0},
         )
     assert [line["loss"] for line in workdir.read_lines(path)] == [1.5, 1.5, 0.5]
+
+
+def changed(**settings):
+    config = glyphs.get_config("ps")
+    config.update_from_flattened_dict(settings)
+    return config
+
+
+FREE = {
+    "epochs": 9,
+    "evaluation.every_epochs": 7,
+    "evaluation.patience": 3,
+    "checkpoint.keep_last": 5,
+    "data.num_workers": 1,
+}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_what_changes_no_step_may_change_and_is_written_down(tmp_path, name, caplog):
+    workdir.claim(tmp_path, changed())
+    (tmp_path / workdir.RESULT).write_text("{}")
+    config = changed(**{name: FREE[name]})
+    (difference,) = workdir.check(tmp_path, config)
+    assert difference.startswith(f"config.{name}: ") and difference.endswith(f" {FREE[name]} now")
+    workdir.claim(tmp_path, config)
+    assert difference in caplog.text
+    assert workdir.check(tmp_path, config) == []
+    assert not (tmp_path / workdir.RESULT).exists()
+
+
+FIXED = {
+    "seed": 1,
+    "batch_size": 4,
+    "model.dim": 8,
+    "memvir.num_steps": 3,
+    "memvir.step_gap": 1,
+    "optimizer.learning_rate": 1.0,
+    "proxy_synthesis.ratio": 0.5,
+    "data.image_size": 8,
+    "data.validation_classes": 0.5,
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_what_a_step_depends_on_may_not_change(tmp_path, name):
+    workdir.claim(tmp_path, changed())
+    with pytest.raises(ValueError, match=rf"another configuration.*\n  config\.{name}: "):
+        workdir.check(tmp_path, changed(**{name: FIXED[name]}))
+
+
+def test_a_finished_run_goes_on_only_when_it_may_train_longer(tmp_path):
+    workdir.claim(tmp_path, changed(epochs=5))
+    result = {"last": {"epoch": 5}}
+    workdir.write_json(tmp_path / workdir.RESULT, result)
+    assert workdir.finished(tmp_path, changed(epochs=5)) == result
+    assert workdir.finished(tmp_path, changed(epochs=3)) == result
+    assert workdir.finished(tmp_path, changed(epochs=6)) is None
+    # It had lost its patience.
+    workdir.write_json(tmp_path / workdir.RESULT, {"last": {"epoch": 4}})
+    assert workdir.finished(tmp_path, changed(epochs=5)) is not None
+    longer = changed(**{"epochs": 5, "evaluation.patience": 9})
+    assert workdir.finished(tmp_path, longer) is None
+
+
+def test_other_images_are_refused(tmp_path):
+    images = tiny.write_images(tmp_path / "images")
+    folder = tmp_path / "run"
+    there = workdir.fingerprints(data.create("folder", root=images))
+    workdir.claim(folder, glyphs.get_config(), there)
+    moved = images.rename(tmp_path / "elsewhere")
+    same = workdir.fingerprints(data.create("folder", root=moved))
+    assert same == there
+    workdir.check_images(folder, same)
+    file = moved / "train" / "class1" / "2.png"
+    file.write_bytes(file.read_bytes() + b"\0")
+    with pytest.raises(
+        ValueError, match=r"another set of images.*\n  images.train.digest"
+    ) as error:
+        workdir.check_images(folder, workdir.fingerprints(data.create("folder", root=moved)))
+    assert "images.test" not in str(error.value)
+    file.unlink()
+    with pytest.raises(ValueError, match="images.train.images: 36 there, 35 now"):
+        workdir.check_images(folder, workdir.fingerprints(data.create("folder", root=moved)))
+
+
+def test_one_process_at_a_time(tmp_path):
+    with (
+        workdir.locked(tmp_path / "run"),
+        pytest.raises(ValueError, match=rf"another process is training.*process {os.getpid()}"),
+        workdir.locked(tmp_path / "run"),
+    ):
+        pass
+    with workdir.locked(tmp_path / "run"):
+        workdir.check(tmp_path / "run", glyphs.get_config())
+
+
+def test_how_a_run_began_is_written_down(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    assert workdir.forked_from(new, old) == old
+    workdir.claim(new, glyphs.get_config(), fork_from=old)
+    assert workdir.forked_from(new, None) == old
+    assert workdir.forked_from(new, old) == old
+    with pytest.raises(ValueError, match="forked from .*old, not from .*other"):
+        workdir.forked_from(new, tmp_path / "other")
+    workdir.claim(old, glyphs.get_config())
+    with pytest.raises(ValueError, match="forked from None"):
+        workdir.forked_from(old, new)

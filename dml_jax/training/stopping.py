@@ -1,0 +1,63 @@
+"""Asked to stop: SIGTERM, as schedulers and preempted machines send it, or SIGINT (Ctrl-C)."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+from absl import logging
+
+EXIT_CODE = 75
+"""Of a program that was asked to stop, and goes on when it is started again (EX_TEMPFAIL)."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_ONE_REQUEST = 1.0  # Seconds. `timeout` and some schedulers signal a process and then its group.
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved its state."""
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[threading.Event]:
+    """Takes the first signal for a request, and ends the process at the second, wherever it is.
+
+    Must be entered in the main thread.
+
+    Yields:
+        An event that is set by the first signal.
+    """
+    asked = threading.Event()
+    # Python calls its handlers between two steps of the main thread, which may be compiling for
+    # minutes; but the number of a signal is in this pipe at once.
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    watcher = threading.Thread(target=_watch, args=(reading, asked), daemon=True)
+    watcher.start()
+    pipe = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+    try:
+        yield asked
+    finally:
+        for number, handler in handlers.items():
+            # None was no handler of Python's: JAX's own, which has nothing left to tell.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(pipe)
+        os.close(writing)
+        watcher.join()
+        os.close(reading)
+
+
+def _watch(pipe: int, asked: threading.Event) -> None:
+    first = 0.0
+    while number := os.read(pipe, 1):
+        if number[0] not in _SIGNALS:
+            continue
+        if not asked.is_set():
+            first = time.monotonic()
+            asked.set()
+            logging.warning("asked to stop: finishes the step and saves; once more stops at once")
+        elif time.monotonic() - first > _ONE_REQUEST:
+            os._exit(128 + number[0])

@@ -1,0 +1,130 @@
+"""A run that is killed at many moments, again and again, is the run that was not."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import chex
+import pytest
+
+from dml_jax import sharding
+from dml_jax.training import checkpoint, experiment, workdir
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+SHARED_MEMORY = Path("/dev/shm")
+PATIENCE = 120  # Seconds that anything may take on a busy machine.
+
+# What to wait for before the kill, and for how many seconds after it at most.
+MOMENTS = [
+    *[("start", 3.0)] * 10,
+    *[("loop", 4.0)] * 4,
+    *[("save", 0.05)] * 4,
+    *[("evaluation", 2.0)] * 2,
+]
+
+
+def training(images, folder):
+    settings = {"epochs": 6, "evaluation__every_epochs": 3, "data__num_workers": 2}
+    arguments = tiny.arguments(images, "ps_memvir", deterministic=True, **settings)
+    return [sys.executable, "scripts/train.py", f"--workdir={folder}", *arguments]
+
+
+def marked(mark):
+    """The processes that have a mark in their environment, as all children of a run do."""
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            if process.name.isdecimal() and mark.encode() in (process / "environ").read_bytes():
+                found.append(int(process.name))
+        except OSError:
+            continue  # It has ended.
+    return found
+
+
+def workers(pid):
+    """A run's worker processes."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        lines = [Path(f"/proc/{child}/cmdline").read_bytes() for child in children]
+    except OSError:
+        return 0
+    return sum(b"spawn_main" in line for line in lines)
+
+
+def changed_since(path, begun):
+    try:
+        return path.stat().st_mtime_ns > begun
+    except FileNotFoundError:
+        return False
+
+
+def has_come(moment, process, folder, begun):
+    if moment == "start":
+        return True
+    if moment == "loop":
+        # The file is opened anew when the loop begins.
+        return changed_since(folder / workdir.METRICS, begun)
+    if moment == "save":
+        # Not one that an earlier kill has left.
+        unfinished = (folder / workdir.CHECKPOINTS).glob("*orbax-checkpoint-tmp*")
+        return any(changed_since(path, begun) for path in unfinished)
+    return workers(process.pid) > 2
+
+
+def unmapped(names):
+    """Of shared memory, what no process has."""
+    maps = ""
+    for process in Path("/proc").iterdir():
+        try:
+            maps += (process / "maps").read_text() if process.name.isdecimal() else ""
+        except OSError:
+            continue
+    return [name for name in names if name not in maps]
+
+
+def final_state(folder):
+    built = experiment.build(workdir.read_config(folder), sharding.make_mesh())
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        return checkpoints.restore(checkpoints.find("last"), experiment.abstract_state(built))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_run_that_is_killed_at_twenty_moments_ends_bit_for_bit_like_one_that_was_not(tmp_path):
+    images = tiny.write_images(tmp_path / "images")
+    undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
+    quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL}
+    subprocess.run(training(images, undisturbed), check=True, **quiet)
+
+    mark = f"DML_JAX_TEST={uuid.uuid4()}"
+    environment = os.environ | dict([mark.split("=")])
+    shared = set(SHARED_MEMORY.iterdir())
+    rng = random.Random(0)
+    moments = rng.sample(MOMENTS, len(MOMENTS))
+    killed = []
+    for moment, spread in moments:
+        begun = time.time_ns()
+        process = subprocess.Popen(training(images, folder), env=environment, **quiet)
+        while not has_come(moment, process, folder, begun) and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, spread))
+        process.kill()
+        killed.append(process.wait() != 0)
+        # Started again at once, while the workers of the last one are ending.
+    assert sum(killed) == len(moments) and not (folder / workdir.RESULT).exists()
+
+    subprocess.run(training(images, folder), env=environment, check=True, **quiet)
+    chex.assert_trees_all_equal(final_state(folder), final_state(undisturbed))
+    for name in (workdir.METRICS, workdir.RESULT):
+        assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert not (folder / workdir.DAMAGED).exists()
+
+    deadline = time.monotonic() + PATIENCE
+    while marked(mark) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not marked(mark)
+    assert not unmapped(path.name for path in set(SHARED_MEMORY.iterdir()) - shared)

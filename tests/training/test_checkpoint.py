@@ -1,0 +1,129 @@
+import os
+import resource
+import shutil
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from dml_jax.training import checkpoint, workdir
+
+SCORES = {"recall@1": 0.5, "r_precision": 0.5, "map@r": 0.5}
+STATE = {"x": jax.numpy.asarray(np.random.default_rng(0).normal(size=(40, 50)), "float32")}
+LIKE = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), STATE)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    with checkpoint.Checkpoints(folder, keep_last=2) as checkpoints:
+        for step, scores in ((1, SCORES), (2, None), (3, SCORES)):
+            checkpoints.save(step, STATE, scores)
+    return folder
+
+
+def steps(folder):
+    return sorted(int(path.name) for path in (folder / workdir.CHECKPOINTS).iterdir())
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped": flip,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_any_damaged_file_is_found_and_the_newest_sound_checkpoint_taken(
+    saved, tmp_path, damage, caplog
+):
+    names = [
+        path.relative_to(saved)
+        for path in (saved / workdir.CHECKPOINTS / "3").glob("*/**/*")
+        if path.is_file()
+    ]
+    assert len(names) > 8
+    for number, name in enumerate(names):
+        folder = tmp_path / str(number)
+        shutil.copytree(saved, folder)
+        DAMAGES[damage](folder / name)
+        with (
+            pytest.raises(ValueError, match="is damaged"),
+            checkpoint.Checkpoints(folder) as checkpoints,
+        ):
+            checkpoints.restore(3, LIKE)
+        assert steps(folder) == [2, 3]  # Whoever reads changes nothing.
+        caplog.clear()
+        with checkpoint.Checkpoints(folder, keep_last=2) as checkpoints:
+            assert checkpoints.latest == 2
+            chex.assert_trees_all_equal(checkpoints.restore(2, LIKE), STATE)
+        assert (
+            name.name in caplog.text and "newest sound checkpoint is that of step 2" in caplog.text
+        )
+        assert steps(folder) == [2]
+        assert (folder / workdir.DAMAGED / "3").is_dir()
+
+
+def test_no_sound_checkpoint_makes_room_for_a_damaged_one(saved, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder)
+    flip(next((folder / workdir.CHECKPOINTS / "3").glob("state/d/*")))
+    # Of the latest two, 3 would be one, and 2 would be deleted.
+    with checkpoint.Checkpoints(folder, keep_last=2) as checkpoints:
+        checkpoints.save(4, STATE, SCORES)
+    assert steps(folder) == [2, 4]
+
+
+def test_where_no_checkpoint_is_sound_nothing_is_changed(saved, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder)
+    for step in (2, 3):
+        (folder / workdir.CHECKPOINTS / str(step) / "digests.json").unlink()
+    with pytest.raises(ValueError, match="no checkpoint in .* is sound.*\n.*step 2: digests.json"):
+        checkpoint.Checkpoints(folder, keep_last=2)
+    assert steps(folder) == [2, 3]
+
+
+def test_a_full_disk_ends_a_save_and_keeps_what_was_saved(saved, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder)
+    large = {"x": jax.numpy.asarray(np.random.default_rng(1).normal(size=(400, 500)), "float32")}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with (
+            pytest.raises(OSError, match="checkpoint of step 4 could not be written; those of"),
+            checkpoint.Checkpoints(folder, keep_last=1) as checkpoints,
+        ):
+            checkpoints.save(4, large, SCORES)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with checkpoint.Checkpoints(folder, keep_last=1) as checkpoints:
+        assert checkpoints.latest == 3
+        chex.assert_trees_all_equal(checkpoints.restore(3, LIKE), STATE)
+        checkpoints.save(4, large, SCORES)
+    assert steps(folder) == [4]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else, and back")
+def test_a_folder_that_must_not_be_written_is_told(saved, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder)
+    for path in (tmp_path, *tmp_path.parents[:3]):
+        path.chmod(0o755)
+    (folder / workdir.CHECKPOINTS).chmod(0o555)
+    with pytest.raises(OSError, match="ermission denied"):
+        os.seteuid(65534)
+        try:
+            with checkpoint.Checkpoints(folder, keep_last=2) as checkpoints:
+                checkpoints.save(4, STATE, SCORES)
+        finally:
+            os.seteuid(0)
+    assert steps(folder) == [2, 3]

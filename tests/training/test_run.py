@@ -1,0 +1,79 @@
+import shutil
+
+import chex
+import jax
+import pytest
+
+from dml_jax import sharding
+from dml_jax.training import checkpoint, experiment, run, workdir
+from tests import tiny
+
+NETWORK = {"model__backbone": "colours", "model__width": None, "model__stem": None}
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return tiny.write_images(tmp_path_factory.mktemp("images"))
+
+
+def test_a_finished_run_that_gets_more_epochs_is_the_longer_run(images, tmp_path):
+    short, long = (tiny.config(images, epochs=epochs, **NETWORK) for epochs in (1, 3))
+    folder, expected = tmp_path / "grown", tmp_path / "long"
+    run.run(short, folder)
+    assert run.run(long, folder) == run.run(long, expected)
+    for name in (workdir.METRICS, workdir.RESULT, workdir.CONFIG):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes()
+    assert run.run(short, folder)["last"]["epoch"] == 3  # It has done more than that.
+
+    (folder / workdir.RESULT).unlink()
+    with pytest.raises(ValueError, match="config.epochs is 1, but the run has done 3"):
+        run.run(short, folder)
+
+
+def test_a_fork_starts_with_the_network_of_another_run_and_needs_it_no_more(images, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    run.run(tiny.config(images, "ps_memvir", epochs=2, **NETWORK), old)
+    # Another loss, without MemVir, with another seed: of the old run it takes the network alone.
+    config = tiny.config(images, "proxy_nca", epochs=1, seed=3, checkpoint__keep_last=9, **NETWORK)
+    result = run.run(config, new, fork_from=old)
+    built = experiment.build(config, sharding.make_mesh())
+    like = experiment.abstract_state(built)
+    with checkpoint.Checkpoints(new) as checkpoints:
+        started = experiment.network(checkpoints.restore(0, like))
+    chex.assert_trees_all_equal(started, experiment.load_network(built, old, "last"))
+
+    shutil.rmtree(old)
+    (new / workdir.RESULT).unlink()
+    shutil.rmtree(new / workdir.CHECKPOINTS / "4")
+    assert run.run(config, new) == result
+    assert workdir.read_config(new).model.pretrained == "none"
+
+
+def test_a_fork_of_another_network_is_refused_before_anything_is_written(images, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    workdir.claim(old, tiny.config(images, **NETWORK))
+    with pytest.raises(ValueError, match="config.model.dim is 8, but .* has 16"):
+        run.run(tiny.config(images, model__dim=8, **NETWORK), new, fork_from=old)
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        run.run(tiny.config(images, **NETWORK), new, fork_from=tmp_path / "nowhere")
+    assert not new.exists()
+
+
+def test_a_damaged_checkpoint_costs_an_epoch_and_changes_nothing(images, tmp_path, caplog):
+    config = tiny.config(images, "ps_memvir", epochs=3, **NETWORK)
+    expected = run.run(config, tmp_path)
+    metrics = (tmp_path / workdir.METRICS).read_bytes()
+    (tmp_path / workdir.RESULT).unlink()
+    (file,) = (tmp_path / workdir.CHECKPOINTS / "12" / "state" / "ocdbt.process_0" / "d").iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    assert run.run(config, tmp_path) == expected
+    assert (tmp_path / workdir.METRICS).read_bytes() == metrics
+    assert (
+        "step 12 is damaged" in caplog.text and "sound checkpoint is that of step 8" in caplog.text
+    )

@@ -1,0 +1,138 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from dml_jax import sharding
+from dml_jax.training import checkpoint, experiment, loop, stopping, workdir
+from tests import tiny
+
+NETWORK = {"model__backbone": "colours", "model__width": None, "model__stem": None}
+
+
+def train(config, folder):
+    built = experiment.build(config, sharding.make_mesh(jax.devices()[:1]))
+    workdir.claim(folder, config)
+    with stopping.listening() as asked:
+        return loop.train(built, folder, asked)
+
+
+def final_state(config, folder):
+    built = experiment.build(config, sharding.make_mesh(jax.devices()[:1]))
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        return checkpoints.restore(checkpoints.find("last"), experiment.abstract_state(built))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    images = tiny.write_images(tmp_path_factory.mktemp("images"))
+    return tiny.config(images, "ps_memvir", epochs=3, **NETWORK)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(config, folder)
+    return folder
+
+
+@pytest.mark.parametrize("step", [6, 8])  # In the middle of an epoch, and at its end.
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_with_the_same_bytes(
+    config, undisturbed, tmp_path, monkeypatch, step
+):
+    put_batch, sent = sharding.put_batch, []
+
+    def asking(mesh, batch):
+        sent.extend(name for name in batch if name == "label")
+        if len(sent) == step + 1:  # One batch is sent ahead.
+            sent.append("asked")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)  # The watcher's turn.
+        return put_batch(mesh, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sharding, "put_batch", asking)
+        with pytest.raises(stopping.Stopped, match=f"stopped after step {step}, which is saved"):
+            train(config, tmp_path)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest == step
+    assert not (tmp_path / workdir.RESULT).exists()
+    train(config, tmp_path)
+    chex.assert_trees_all_equal(final_state(config, tmp_path), final_state(config, undisturbed))
+    for name in (workdir.METRICS, workdir.RESULT):
+        assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+LISTENER = """
+import hashlib
+from dml_jax.training import stopping
+with stopping.listening() as asked:
+    print("listening", flush=True)
+    asked.wait()
+    print("asked", flush=True)
+    # As busy as a compiler: no handler of Python's has its turn.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
+"""
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_at_once(second):
+    process = subprocess.Popen([sys.executable, "-c", LISTENER], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)  # As some schedulers do: one request.
+    assert process.stdout.readline() == b"asked\n"
+    time.sleep(stopping._ONE_REQUEST + 0.1)
+    assert process.poll() is None
+    process.send_signal(second)
+    assert process.wait(timeout=60) == 128 + second
+    process.stdout.close()
+
+
+def test_signals_mean_afterwards_what_they_meant_before():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with stopping.listening() as asked:
+        assert not asked.is_set()
+    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+def test_several_processes_learn_late_what_one_wants(monkeypatch):
+    mesh = sharding.make_mesh(jax.devices()[:2])
+    agreement = sharding.Agreement(mesh, steps_late=3)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        sharding,
+        "put_batch",
+        lambda mesh, rows: {
+            # This process, which says nothing, and another.
+            name: jax.device_put(np.array([False, len(said) == 2]), sharding.by_row(mesh))
+            for name in rows
+        },
+    )
+    said = []
+    stops = []
+    for step in range(1, 8):
+        stops.append(agreement.after(step, wanted=False))
+        said.append(step)
+    assert stops == [False] * 5 + [True, False]
+
+
+def test_a_notice_of_preemption_from_jax_stops(monkeypatch):
+    mesh = sharding.make_mesh(jax.devices()[:2])
+    agreement = sharding.Agreement(mesh, steps_late=0)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        sharding.multihost_utils, "reached_preemption_sync_point", lambda step: step == 2
+    )
+    monkeypatch.setattr(
+        sharding,
+        "put_batch",
+        lambda mesh, rows: jax.device_put(dict(rows), sharding.by_row(mesh)),
+    )
+    assert [agreement.after(step, wanted=False) for step in (1, 2, 3)] == [False, True, False]
