@@ -24,6 +24,8 @@ def default() -> ConfigDict:
             "data": {
                 "name": "folder",
                 "root": "",
+                # What to do about images that cannot be read: "fail", or "skip" and count them.
+                "unreadable": "fail",
                 # Share of the training classes that is held out to choose the best epoch by.
                 "validation_classes": 0.0,
                 # Images of each class in a batch; 1 draws images without regard to class.
@@ -161,6 +163,7 @@ def validate(config: ConfigDict) -> None:
             if not _at(config, path) > 0:
                 wrong.append(f"config.{path} is {_at(config, path)}; it must be above 0")
 
+    one_of("data.unreadable", data.POLICIES)
     one_of("model.backbone", BACKBONES)
     if config.model.stem is not None:
         one_of("model.stem", STEMS)

@@ -1,20 +1,25 @@
 """From image files to batches: sources of encoded images, sampling, decoding, the pipeline."""
 
 from dml_jax.data.images import Augmentation, decode
+from dml_jax.data.inspection import POLICIES, Findings, accept, inspect, report
 from dml_jax.data.pipeline import TestBatch, TrainBatch, test_batches, train_batches
 from dml_jax.data.sampling import epoch_order, steps_per_epoch
-from dml_jax.data.sources import Source, check, create, images_below, split_classes
+from dml_jax.data.sources import Source, create, images_below, split_classes
 
 __all__ = [
     "Augmentation",
     "Source",
     "TestBatch",
     "TrainBatch",
-    "check",
+    "POLICIES",
+    "Findings",
+    "accept",
     "create",
     "decode",
     "epoch_order",
     "images_below",
+    "inspect",
+    "report",
     "split_classes",
     "steps_per_epoch",
     "test_batches",

@@ -186,7 +186,7 @@ class _TrainLoader:
             # A counter-based generator: its stream is given by the two numbers of its key.
             key = np.array([self.seed, step * self.batch_size + row], np.uint64)
             image[i] = images.random_view(
-                images.decode(self.source[index], self.source.names[index]),
+                images.decode(self.source[index], self.source.where(index)),
                 np.random.Generator(np.random.Philox(key=key)),
                 size=self.image_size,
                 augmentation=self.augmentation,
@@ -223,7 +223,7 @@ class _TestLoader:
         index[index >= len(self.source)] = -1
         for view, i in zip(image, index.tolist(), strict=True):
             if i >= 0:
-                decoded = images.decode(self.source[i], self.source.names[i])
+                decoded = images.decode(self.source[i], self.source.where(i))
                 view[:] = images.centre_view(decoded, size=self.image_size, resize_to=self.resize)
         return {"image": image, "index": index}
 

@@ -233,6 +233,7 @@ def _finish(
         "best_chosen_on": experiment.chosen_on,
         "images": {split: len(source) for split, source in experiment.sources.items()},
         "classes": {split: len(source.class_names) for split, source in experiment.sources.items()},
+        **experiment.findings.counts(),
     }
     if sharding.is_first_process():
         for split, file in (("test", workdir.EMBEDDINGS), ("gallery", workdir.GALLERY)):

@@ -42,7 +42,7 @@ def run(config: ConfigDict, folder: Path, *, overview: bool = False) -> dict[str
         wanted, given = "--xla_gpu_deterministic_ops=true", os.environ.get("XLA_FLAGS", "")
         if wanted not in given:
             os.environ["XLA_FLAGS"] = f"{given} {wanted}"
-    built = experiment.build(config, sharding.make_mesh())
+    built = experiment.build(config, sharding.make_mesh(), workdir.read_findings(folder))
     if overview and sharding.is_first_process():
         print(experiment.parameter_overview(built))
     if not (folder / workdir.CONFIG).exists():
@@ -50,5 +50,6 @@ def run(config: ConfigDict, folder: Path, *, overview: bool = False) -> dict[str
     sharding.wait_for_all("checked")
     if sharding.is_first_process():
         workdir.claim(folder, config)
+        workdir.write_json(folder / workdir.IMAGES, built.findings._asdict())
     sharding.wait_for_all("claimed")
     return loop.train(built, folder)

@@ -8,7 +8,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dml_jax import data
+
 CONFIG = "config.json"
+IMAGES = "images.json"
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -40,6 +43,14 @@ def read_result(workdir: Path) -> dict[str, Any] | None:
     """The result of a finished run; None if there is none."""
     path = workdir / RESULT
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def read_findings(workdir: Path) -> data.Findings | None:
+    """What the run found in its images before it began; None if it has not begun."""
+    path = workdir / IMAGES
+    if not path.exists():
+        return None
+    return data.Findings.from_json(json.loads(path.read_text(encoding="utf-8")))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
