@@ -9,9 +9,11 @@ Worker processes are spawned: a program that asks for them needs the usual
 `if __name__ == "__main__":`, and the first batch waits some seconds for their imports.
 """
 
+import atexit
 import dataclasses
 import gc
 import multiprocessing
+import multiprocessing.util
 import os
 import queue
 import signal
@@ -51,11 +53,6 @@ class TestBatch(TypedDict):
     index: Int32[np.ndarray, " b"]
 
 
-# Iterators whose workers died. They wait for the dead, and to close or to free them would mean to
-# wait with them.
-_abandoned: list[list[grain.DatasetIterator]] = []
-
-
 class Batches(Iterator[T]):
     """Iterator over batches that are read ahead.
 
@@ -84,8 +81,7 @@ class Batches(Iterator[T]):
             return self._workers.watch(self._iterators[0])
         except ChildProcessError:
             self.close.detach()
-            _abandoned.append(self._iterators)
-            self._workers.kill()
+            _abandon(self._iterators)
             raise
 
 
@@ -131,10 +127,17 @@ class _Workers:
                 "memory, lower config.data.num_workers"
             ) from error
 
-    def kill(self) -> None:
-        """Ends them all, at once."""
-        for process in self._own.values():
-            process.kill()
+
+def _abandon(iterators: list[grain.DatasetIterator]) -> None:
+    """Lets nobody close or free iterators of dead workers, not even at the program's end.
+
+    They wait for what the dead did not send, and so would whoever closes them. multiprocessing
+    still ends the workers that live.
+    """
+    # A thread that never ends keeps its arguments for ever.
+    forever = threading.Event()
+    threading.Thread(target=lambda _: forever.wait(), args=(iterators,), daemon=True).start()
+    atexit.register(multiprocessing.util._finalizer_registry.clear)  # type: ignore[attr-defined]
 
 
 def _answer(iterator: Iterator[T], answers: "queue.SimpleQueue[Future[T]]") -> None:

@@ -118,9 +118,14 @@ def images_below(root: str | os.PathLike[str]) -> Source:
     Raises:
         FileNotFoundError: there is no such directory, or no image in it.
     """
-    classes = {}
+    classes, seen = {}, set()
     for directory, below, _ in os.walk(root, followlinks=True):
         below[:] = sorted(name for name in below if not name.startswith("."))
+        real = os.path.realpath(directory)
+        if real in seen:  # A link back up would be followed for ever.
+            below.clear()
+            continue
+        seen.add(real)
         members = [
             (str(path.relative_to(root)), str(path))
             for path in visible(Path(directory))

@@ -277,8 +277,7 @@ if __name__ == "__main__":
     batches.close()
     del batches
     gc.collect()
-    time.sleep(0.5)
-    print([child.is_alive() for child in multiprocessing.active_children()], flush=True)
+    print([child.pid for child in multiprocessing.active_children()], flush=True)
 """
 
 
@@ -289,7 +288,7 @@ def test_a_worker_that_dies_is_reported_and_never_waited_for(tmp_path, how):
         [sys.executable, tmp_path / "program.py", how],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         env=os.environ | {"JAX_PLATFORMS": "none", "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert program.returncode == 0, program.stderr
@@ -300,4 +299,4 @@ def test_a_worker_that_dies_is_reported_and_never_waited_for(tmp_path, how):
     else:  # With the worker's own lines in the traceback.
         assert "LookupError: this disk is from another planet" in program.stderr
         assert "raise LookupError(" in program.stderr
-    assert program.stdout.splitlines()[1] == "[]"
+    assert not any(map(running, json.loads(program.stdout.splitlines()[1])))

@@ -11,10 +11,12 @@ import tarfile
 import urllib.request
 import zipfile
 import zlib
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.progress import Progress
+
+from dml_jax.data import records
 
 SUFFIXES = (".zip", ".tgz", ".tar.gz", ".tar")
 """What the names of archives end in, in lower case."""
@@ -184,8 +186,7 @@ def _check_size(archive: Path, size: int, directory: Path) -> None:
 
 
 def _check_path(archive: Path, name: str) -> None:
-    path = PureWindowsPath(name)  # Knows both kinds of slashes, and drives.
-    if path.anchor or ".." in path.parts:
+    if records.leads_elsewhere(name):
         raise _refusal(archive, name, "would lie outside the directory it is unpacked into")
 
 
