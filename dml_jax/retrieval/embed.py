@@ -1,5 +1,6 @@
 """Embeddings of a whole data set: compute them over the mesh, save and load them."""
 
+import io
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -149,14 +150,14 @@ def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            _check_size(archive, path)
-            arrays = {key: archive[key] for key in Embeddings._fields if key in archive}
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no embeddings file {path}") from error
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            _check_size(archive, len(content))
+            arrays = {key: archive[key] for key in Embeddings._fields if key in archive}
     except Exception as error:  # numpy's and zipfile's parsers raise nearly anything.
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # The disk's fault, not the file's.
         raise ValueError(f"{path} is no embeddings file (.npz without pickles): {error}") from error
     _check(arrays, path)
     return Embeddings(
@@ -167,9 +168,9 @@ def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:
     )
 
 
-def _check_size(archive: Any, path: Path) -> None:
-    """Raise ValueError if a small file would become arrays that fill the memory."""
-    size, unpacked = path.stat().st_size, sum(file.file_size for file in archive.zip.infolist())
+def _check_size(archive: Any, size: int) -> None:
+    """Raise ValueError if a file of few bytes would become arrays that fill the memory."""
+    unpacked = sum(file.file_size for file in archive.zip.infolist())
     if unpacked > max(_HARMLESS, _RATIO * size):
         raise ValueError(f"its {size} bytes become {unpacked}, as no embeddings do")
 

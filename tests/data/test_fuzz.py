@@ -57,7 +57,7 @@ TREES = st.dictionaries(
 )
 
 
-@fuzzed
+@settings(max_examples=EXAMPLES // 2)
 @given(tree=TREES)
 def test_folders(tree, tmp_path_factory):
     root = tmp_path_factory.mktemp("tree")

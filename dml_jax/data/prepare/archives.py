@@ -1,5 +1,6 @@
 """Archives: downloaded whole or not at all, unpacked nowhere but where they should be."""
 
+import errno
 import gzip
 import hashlib
 import http.client
@@ -108,8 +109,8 @@ def unpack(archive: Path, directory: Path, progress: Progress) -> None:
         else:
             _unpack_tar(archive, directory, progress)
     except _BROKEN as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # The disk's fault, not the archive's.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # The disk's fault. EINVAL is the archive's, which sends its reader nowhere.
         raise ValueError(f"{archive} cannot be unpacked ({error}); get it again") from error
 
 
