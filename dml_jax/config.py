@@ -36,6 +36,8 @@ def default() -> ConfigDict:
             "data": {
                 "name": "folder",
                 "root": "",
+                # What to do about images that cannot be read: "fail", or "skip" and count them.
+                "unreadable": "fail",
                 # Share of the training classes that is held out to choose the best epoch by.
                 "validation_classes": 0.0,
                 # Images of each class in a batch; 1 draws images without regard to class.
@@ -164,6 +166,7 @@ RULES = {
     "batch_size": rules.whole(1),
     "data.name": rules.choice(data.NAMES),
     "data.root": rules.text("it must be the path of a directory", lambda _: True),
+    "data.unreadable": rules.choice(data.POLICIES),
     "data.validation_classes": rules.number(least=0.0, below=1.0),
     "data.n_instance": rules.whole(1),
     "data.image_size": rules.whole(1, 2**16),

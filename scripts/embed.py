@@ -26,10 +26,12 @@ def main() -> None:
     with command_line.mendable():
         if not Path(_OUT.value).absolute().parent.is_dir():
             raise FileNotFoundError(f"there is no folder to write {_OUT.value} into")
-        images = data.images_below(_IMAGES.value)
-        data.check(images)
         folder = Path(_WORKDIR.value)
-        built = experiment.build(workdir.read_config(folder), sharding.make_mesh())
+        config, given = workdir.read_config(folder), {"images": data.images_below(_IMAGES.value)}
+        findings = data.inspect(given)
+        images = data.accept(given, findings, config.data.unreadable)["images"]
+        data.report(findings)
+        built = experiment.build(config, sharding.make_mesh(), workdir.read_findings(folder))
         variables = experiment.load_network(built, folder, _CHECKPOINT.value)
         embeddings = experiment.embed_images(built, variables, images)
         embed.save_embeddings(

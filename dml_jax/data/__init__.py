@@ -1,13 +1,13 @@
 """From image files to batches: sources of encoded images, sampling, decoding, the pipeline."""
 
 from dml_jax.data.images import Augmentation, decode
+from dml_jax.data.inspection import POLICIES, Findings, accept, inspect, report
 from dml_jax.data.pipeline import TestBatch, TrainBatch, test_batches, train_batches
 from dml_jax.data.sampling import Order, epoch_order, steps_per_epoch
 from dml_jax.data.sources import (
     NAMES,
     WITH_IMAGES,
     Source,
-    check,
     create,
     images_below,
     split_classes,
@@ -21,11 +21,15 @@ __all__ = [
     "Source",
     "TestBatch",
     "TrainBatch",
-    "check",
+    "POLICIES",
+    "Findings",
+    "accept",
     "create",
     "decode",
     "epoch_order",
     "images_below",
+    "inspect",
+    "report",
     "split_classes",
     "steps_per_epoch",
     "test_batches",

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+import warnings
 from collections.abc import Sequence
 
 import cv2
@@ -13,6 +14,14 @@ from PIL import ExifTags, Image, ImageOps
 
 CROP_RATIO = (3 / 4, 4 / 3)
 """Range of width / height of a random crop."""
+
+MAX_PIXELS = 1 << 26
+"""The largest image that is decoded, 8192 x 8192; a small file may claim to be far larger."""
+
+_LONGEST = 32  # Longer side of a test image over its shorter one, beyond which it is cut first.
+
+# MAX_PIXELS is lower, and an error.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +64,7 @@ def decode(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
 
     Grey becomes RGB, 16-bit grey is scaled to 8 bits, transparent pixels show white behind them,
     CMYK and palettes are converted, an EXIF orientation is applied, and of an animation the first
-    frame is taken.
+    frame is taken. Images of more than `MAX_PIXELS` are refused before they are decoded.
 
     Args:
         data: the encoded image, any format that Pillow reads.
@@ -66,6 +75,8 @@ def decode(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
     """
     try:
         image = Image.open(io.BytesIO(data))
+        if not 0 < image.width * image.height <= MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels; up to {MAX_PIXELS} are read")
         upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
         if image.format == "JPEG" and image.mode in ("L", "RGB") and upright:
             return _decode_jpeg(data, image)
@@ -186,8 +197,17 @@ def centre_view(
         size: side of the crop, pixels.
         resize_to: length of the shorter side before the crop, at least `size`.
     """
+    shorter = min(image.shape[:2])
+    # Resized whole, a line of 60,000 x 1 pixels would fill gigabytes, of which the centre is kept.
+    image = _middle(image, _LONGEST * shorter)
     height, width = image.shape[:2]
-    shorter = min(height, width)
     height, width = height * resize_to // shorter, width * resize_to // shorter
     top, left = round((height - size) / 2), round((width - size) / 2)
     return resize(image, height, width)[top : top + size, left : left + size]
+
+
+def _middle(image: UInt8[np.ndarray, "h w 3"], longest: int) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """The image's centre, no side of it above a length."""
+    height, width = image.shape[:2]
+    top, left = max(height - longest, 0) // 2, max(width - longest, 0) // 2
+    return image[top : top + longest, left : left + longest]

@@ -9,15 +9,20 @@ Worker processes are spawned: a program that asks for them needs the usual
 `if __name__ == "__main__":`, and the first batch waits some seconds for their imports.
 """
 
+import atexit
 import dataclasses
 import gc
 import multiprocessing
+import multiprocessing.util
 import os
+import queue
 import signal
 import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import Future
+from multiprocessing.process import BaseProcess
 from typing import TypedDict, TypeVar
 
 import cv2
@@ -30,6 +35,7 @@ from dml_jax.data import images, sampling
 from dml_jax.data.sources import Source
 
 T = TypeVar("T")
+_PATIENCE = 1  # Seconds without a batch, after which the workers are looked at.
 _THREADS = 2  # Decoders let go of Python's lock, so a second one gains.
 
 
@@ -53,16 +59,94 @@ class Batches(Iterator[T]):
     Its worker processes end with `close()`, with the last reference to it, or with the program.
     """
 
-    def __init__(self, dataset: grain.IterDataset):
-        """Begins with the first batch of `dataset`."""
+    def __init__(self, dataset: grain.IterDataset, num_workers: int):
+        """Begins with the first batch of `dataset`, which that many processes read."""
         self._iterators = [iter(dataset)]
+        self._workers = _Workers(num_workers) if num_workers else None
         self.close = weakref.finalize(self, _close, self._iterators)
 
     def __next__(self) -> T:
-        """The next batch; a ValueError that names an image if that cannot be decoded."""
+        """The next batch.
+
+        Raises:
+            ValueError: an image cannot be decoded; the message has its path.
+            OSError: an image cannot be read; the message has its path.
+            ChildProcessError: a worker process died.
+        """
         if not self._iterators:
             raise StopIteration
-        return next(self._iterators[0])
+        if self._workers is None:
+            return next(self._iterators[0])
+        try:
+            return self._workers.watch(self._iterators[0])
+        except ChildProcessError:
+            self.close.detach()
+            _abandon(self._iterators)
+            raise
+
+
+class _Workers:
+    """Knows the processes that an iterator starts, and waits for its elements while they live.
+
+    Grain notices that a worker is gone only between two batches. One that is killed while it sends
+    a batch, and a worker mostly waits to send, would let the reader wait for the rest for ever.
+    """
+
+    def __init__(self, count: int):
+        self._count = count
+        self._others = {process.pid for process in multiprocessing.active_children()}
+        self._own: dict[int | None, BaseProcess] = {}
+
+    def watch(self, iterator: Iterator[T]) -> T:
+        """The next element; ChildProcessError if a worker died."""
+        answers: queue.SimpleQueue[Future[T]] = queue.SimpleQueue()
+        threading.Thread(target=_answer, args=(iterator, answers), daemon=True).start()
+        while True:
+            self._find()
+            try:
+                return answers.get(timeout=_PATIENCE).result()
+            except queue.Empty:
+                self._check(None)
+            except RuntimeError as error:  # What Grain raises when it notices itself.
+                self._check(error)
+                raise
+
+    def _find(self) -> None:
+        if len(self._own) < self._count:
+            found = {process.pid: process for process in multiprocessing.active_children()}
+            self._own |= {pid: found[pid] for pid in found.keys() - self._others}
+
+    def _check(self, error: RuntimeError | None) -> None:
+        for pid, process in self._own.items():
+            code = process.exitcode
+            if not code:
+                continue
+            by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            raise ChildProcessError(
+                f"process {pid}, which read images, was ended by {by}; if the machine ran out of "
+                "memory, lower config.data.num_workers"
+            ) from error
+
+
+def _abandon(iterators: list[grain.DatasetIterator]) -> None:
+    """Lets nobody close or free iterators of dead workers, not even at the program's end.
+
+    They wait for what the dead did not send, and so would whoever closes them. multiprocessing
+    still ends the workers that live.
+    """
+    # A thread that never ends keeps its arguments for ever.
+    forever = threading.Event()
+    threading.Thread(target=lambda _: forever.wait(), args=(iterators,), daemon=True).start()
+    atexit.register(multiprocessing.util._finalizer_registry.clear)  # type: ignore[attr-defined]
+
+
+def _answer(iterator: Iterator[T], answers: "queue.SimpleQueue[Future[T]]") -> None:
+    answer: Future[T] = Future()
+    try:
+        answer.set_result(next(iterator))
+    except BaseException as error:  # Raised where the batch is waited for.
+        answer.set_exception(error)
+    answers.put(answer)
 
 
 def _close(iterators: list[grain.DatasetIterator]) -> None:
@@ -183,7 +267,7 @@ class _TrainLoader:
             # A counter-based generator: its stream is given by the two numbers of its key.
             key = np.array([self.order.seed, step * self.order.batch_size + row], np.uint64)
             image[i] = images.random_view(
-                images.decode(self.source[index], self.source.names[index]),
+                images.decode(self.source[index], self.source.where(index)),
                 np.random.Generator(np.random.Philox(key=key)),
                 size=self.image_size,
                 augmentation=self.augmentation,
@@ -207,7 +291,7 @@ class _TestLoader:
         index[index >= len(self.source)] = -1
         for view, i in zip(image, index.tolist(), strict=True):
             if i >= 0:
-                decoded = images.decode(self.source[i], self.source.names[i])
+                decoded = images.decode(self.source[i], self.source.where(i))
                 view[:] = images.centre_view(decoded, size=self.image_size, resize_to=self.resize)
         return {"image": image, "index": index}
 
@@ -218,7 +302,7 @@ def _read(batches: grain.MapDataset, num_workers: int) -> Batches:
         raise ValueError(f"num_workers must not be negative, got {num_workers}")
     if num_workers == 0:
         ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
-        return Batches(batches.to_iter_dataset(ahead))
+        return Batches(batches.to_iter_dataset(ahead), num_workers)
     if not flags.FLAGS.is_parsed():  # Grain reads its flags, also in programs that parse none.
         flags.FLAGS.mark_as_parsed()
     # Batches come through pipes. Grain's shared memory would save a copy, but a container may
@@ -229,7 +313,7 @@ def _read(batches: grain.MapDataset, num_workers: int) -> Batches:
     )
     options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)
     gc.collect()  # Python can warn if it frees an old iterator while it makes a new one.
-    return Batches(dataset.mp_prefetch(options, worker_init_fn=_start_worker))
+    return Batches(dataset.mp_prefetch(options, worker_init_fn=_start_worker), num_workers)
 
 
 def _start_worker(index: int, count: int) -> None:

@@ -5,9 +5,10 @@ index lets a run know all labels and names without reading images, or importing 
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
@@ -55,6 +56,7 @@ def read_index(directory: Path) -> Index:
 
     Raises:
         FileNotFoundError: there is no prepared data set in the directory.
+        ValueError: its index is damaged.
     """
     try:
         text = (directory / INDEX).read_text(encoding="utf-8")
@@ -63,12 +65,51 @@ def read_index(directory: Path) -> Index:
             f"{directory} holds no prepared data set (there is no {INDEX} in it); "
             "scripts/prepare_data.py makes one"
         ) from None
-    index = json.loads(text)
-    splits = {
-        name: Split(tuple(split["files"]), tuple(split["labels"]), tuple(split["names"]))
-        for name, split in index["splits"].items()
-    }
-    return Index(index["data_set"], tuple(index["class_names"]), splits)
+    except UnicodeDecodeError as error:
+        raise _damaged(directory, error) from None
+    try:
+        index = json.loads(text)
+        splits = {
+            name: Split(tuple(split["files"]), tuple(split["labels"]), tuple(split["names"]))
+            for name, split in index["splits"].items()
+        }
+        read = Index(index["data_set"], tuple(index["class_names"]), splits)
+        _check(read)
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise _damaged(directory, error) from None
+    return read
+
+
+def _check(index: Index) -> None:
+    """Raises ValueError or TypeError unless everything is of its type and in its range."""
+    if not {"train", "test"} <= index.splits.keys() <= {"train", "test", "gallery"}:
+        raise ValueError(f"its splits are {sorted(index.splits)}")
+    for split in index.splits.values():
+        labels = split.labels
+        if not labels or not all(type(label) is int for label in labels):
+            raise ValueError("labels that are no whole numbers")
+        if not 0 <= min(labels) <= max(labels) < len(index.class_names):
+            raise ValueError("labels without a class")
+        if len(set(split.names)) != len(split.names):
+            raise ValueError("names that are not unique")
+    split_strings = [[*split.files, *split.names] for split in index.splits.values()]
+    if not all(isinstance(s, str) for s in itertools.chain(index.class_names, *split_strings)):
+        raise ValueError("names that are no text")
+    if any(leads_elsewhere(file) for split in index.splits.values() for file in split.files):
+        raise ValueError("files in other directories")
+
+
+def _damaged(directory: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{directory / INDEX} is damaged: {error!r}; remove {directory} and prepare the data set "
+        "again"
+    )
+
+
+def leads_elsewhere(name: str) -> bool:
+    """Whether a relative path, from a file that may be anybody's, leaves the directory it is in."""
+    path = PureWindowsPath(name)  # Knows both kinds of slashes, and drives.
+    return bool(path.anchor) or ".." in path.parts or "\0" in name
 
 
 class Images(Sequence[bytes]):

@@ -5,11 +5,11 @@ two splits and name it in `_BUILT_IN`. One that is large may be prepared: see `d
 """
 
 import dataclasses
-import io
 import itertools
 import os
+import stat
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -50,17 +50,31 @@ class Source:
         return len(self.records)
 
     def __getitem__(self, index: int) -> bytes:
-        """The encoded image at `index`."""
-        with self.open(index) as file:
+        """The encoded image at `index`.
+
+        Raises:
+            OSError: its file cannot be read, or is no regular one; the message has its path.
+            ValueError: the prepared data set that holds it is damaged.
+        """
+        record = self.records[index]
+        if isinstance(record, bytes):
+            return record
+        if not stat.S_ISREG(os.stat(record).st_mode):  # A pipe or a device may never end.
+            raise OSError(f"{record} is no regular file")
+        with open(record, "rb") as file:
             return file.read()
 
-    def open(self, index: int) -> io.BytesIO | io.BufferedReader:
-        """The encoded image at `index` as a binary file, to read no more of it than needed."""
+    def where(self, index: int) -> str:
+        """What to call an image in an error: its path, or its name where it has no file."""
         record = self.records[index]
-        return io.BytesIO(record) if isinstance(record, bytes) else open(record, "rb")
+        return record if isinstance(record, str) else self.names[index]
 
 
-def create(name: str, *, root: str | os.PathLike[str] | None = None) -> dict[str, Source]:
+Sources = dict[str, Source]
+"""Splits by name."""
+
+
+def create(name: str, *, root: str | os.PathLike[str] | None = None) -> Sources:
     """Creates the splits of a data set; their classes are disjoint in the built-in ones.
 
     Args:
@@ -103,9 +117,14 @@ def images_below(root: str | os.PathLike[str]) -> Source:
     Raises:
         FileNotFoundError: there is no such directory, or no image in it.
     """
-    classes = {}
+    classes, seen = {}, set()
     for directory, below, _ in os.walk(root, followlinks=True):
         below[:] = sorted(name for name in below if not name.startswith("."))
+        real = os.path.realpath(directory)
+        if real in seen:  # A link back up would be followed for ever.
+            below.clear()
+            continue
+        seen.add(real)
         members = [
             (str(path.relative_to(root)), str(path))
             for path in visible(Path(directory))
@@ -118,27 +137,6 @@ def images_below(root: str | os.PathLike[str]) -> Source:
             f"found no images in {root}; their names end in one of {', '.join(IMAGE_EXTENSIONS)}"
         )
     return _source(classes)
-
-
-def check(source: Source) -> None:
-    """Reads every image's header, thousands a second, so that a bad file is found beforehand.
-
-    Raises:
-        ValueError: some records are no images; the message names the first few.
-    """
-    bad = []
-    for index, name in enumerate(source.names):
-        try:
-            with source.open(index) as file, Image.open(file):
-                pass
-        except Exception:  # Pillow's parsers raise nearly anything on broken input.
-            bad.append(name)
-    if bad:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise ValueError(
-            f"{len(bad)} of {len(source)} records are not readable images: "
-            f"{', '.join(bad[:5])}{more}"
-        )
 
 
 def split_classes(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
@@ -169,7 +167,42 @@ def split_classes(source: Source, fraction: float, seed: int) -> tuple[Source, S
 
 def _of_classes(source: Source, chosen: Bool[np.ndarray, " c"]) -> Source:
     """The images of some of a source's classes."""
-    indices = np.flatnonzero(chosen[source.labels])
+    return _taken(source, np.flatnonzero(chosen[source.labels]), chosen)
+
+
+def leave_out(sources: Mapping[str, Source], names: Mapping[str, Collection[str]]) -> Sources:
+    """Splits without some of their images, and without the classes that lose all of theirs.
+
+    Args:
+        sources: by split. All but "train" number their classes alike, and still do so after.
+        names: of the images to leave out, by split.
+
+    Returns:
+        The splits by name, in the same order.
+
+    Raises:
+        ValueError: nothing is left of a split.
+    """
+    kept = {
+        split: np.flatnonzero([name not in names.get(split, ()) for name in source.names])
+        for split, source in sources.items()
+    }
+    for split, indices in kept.items():
+        if not len(indices):
+            raise ValueError(f"none of the {len(sources[split])} images of {split!r} can be read")
+
+    def present(split: str) -> Bool[np.ndarray, " c"]:
+        alike = [other for other in sources if (other == "train") == (split == "train")]
+        labels = np.concatenate([sources[other].labels[kept[other]] for other in alike])
+        return np.bincount(labels, minlength=len(sources[split].class_names)) > 0
+
+    return {split: _taken(source, kept[split], present(split)) for split, source in sources.items()}
+
+
+def _taken(
+    source: Source, indices: Int64[np.ndarray, " n"], chosen: Bool[np.ndarray, " c"]
+) -> Source:
+    """Some of a source's images, all of them of the chosen classes, which are numbered anew."""
     return Source(
         records=_Chosen(source.records, indices),
         labels=(np.cumsum(chosen) - 1).astype(np.int32)[source.labels[indices]],

@@ -32,7 +32,10 @@ _LEAVES = {
 
 _CLASSIFIERS = ("fc.", "last_linear.", "classifier.")
 
-_HUB = re.compile(r"hf:(?P<repo_id>[\w.-]+/[\w.-]+)(?:@(?P<revision>.+))?")
+# A revision with ".." in it would be looked for outside the hub's cache.
+_HUB = re.compile(r"hf:(?P<repo_id>[\w.-]+/[\w.-]+)(?:@(?P<revision>(?!.*\.\.)\w[\w./-]*))?")
+
+_LISTED = 50  # Tensors that an error names.
 
 NONE = "none"
 """The place of weights that are drawn at random."""
@@ -75,13 +78,15 @@ def load(name: str, where: str) -> dict[str, Any]:
         raise FileNotFoundError(f"there are no weights at {path}")
     try:
         return convert(name, safetensors.numpy.load_file(path))
-    except safetensors.SafetensorError as error:
+    except OSError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except Exception as error:  # SafetensorError, and others where its header lies.
         raise ValueError(
             f"{path} is damaged or no safetensors file ({error}); "
             "scripts/convert_weights.py makes one of a .pth"
         ) from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _download(where: str, repo_id: str, revision: str | None) -> Path:
@@ -140,8 +145,12 @@ def convert(name: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
             problems.append(f"{key} is {_torch(shape)}, but should be {_torch(expected)}")
         if not jnp.issubdtype(arrays[key].dtype, jnp.floating):
             problems.append(f"{key} is {arrays[key].dtype}, but should be floating-point")
+        elif not np.isfinite(arrays[key].astype(np.float32)).all():
+            problems.append(f"{key} is not finite")
     if problems:
-        raise ValueError(f"these are no weights of {name}: {'; '.join(sorted(problems))}")
+        listed = sorted(problems)[:_LISTED]
+        more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+        raise ValueError(f"these are no weights of {name}: {'; '.join(listed + more)}")
     return flax.traverse_util.unflatten_dict(
         {path: jnp.array(arrays[key], jnp.float32) for key, path in paths.items()}
     )

@@ -56,7 +56,7 @@ def evaluate(
     Raises:
         ValueError: if shapes disagree, something is empty or not finite, a k is below 1 or larger
             than the gallery, no query has a match at all, or the backend is not to be had.
-        TypeError: if labels are not integers.
+        TypeError: if labels or recall_at are not integers, or embeddings no real numbers.
     """
     queries, query_labels = _checked(embeddings, labels, "")
     itself = gallery is None
@@ -68,6 +68,8 @@ def evaluate(
             f"embeddings have {queries.shape[1]} dimensions, the gallery's {targets.shape[1]}"
         )
     available = len(targets) - itself
+    if not all(isinstance(k, int | np.integer) for k in recall_at):
+        raise TypeError(f"recall_at={tuple(recall_at)} must be whole numbers")
     if not all(1 <= k <= available for k in recall_at):
         raise ValueError(
             f"recall_at={tuple(recall_at)} must lie in 1..{available}, "
@@ -116,13 +118,23 @@ def _blocks(
         start = stop
 
 
+def _array(embeddings: ArrayLike, what: str) -> Float32[np.ndarray, "..."]:
+    """Real numbers in float32, where those that are too large become infinite."""
+    try:
+        given = np.asarray(embeddings)
+    except ValueError as error:  # Rows of different lengths.
+        raise ValueError(f"{what}embeddings are no array: {error}") from None
+    if not (np.issubdtype(given.dtype, np.floating) or np.issubdtype(given.dtype, np.integer)):
+        raise TypeError(f"{what}embeddings must be real numbers, got {given.dtype}")
+    with np.errstate(over="ignore"):
+        return given.astype(np.float32)
+
+
 def _checked(
     embeddings: ArrayLike, labels: ArrayLike, what: str
 ) -> tuple[Float32[np.ndarray, "n d"], Int64[np.ndarray, " n"]]:
     """Refuse what cannot be evaluated; return unit embeddings (zero ones stay zero) and labels."""
-    with np.errstate(over="ignore"):  # reported as not finite below
-        vectors = np.asarray(embeddings, dtype=np.float32)
-    classes = np.asarray(labels)
+    vectors, classes = _array(embeddings, what), np.asarray(labels)
     if vectors.ndim != 2 or classes.ndim != 1:
         raise ValueError(
             f"{what}embeddings must be [n, d] and labels [n], "

@@ -1,7 +1,7 @@
 """Embeddings of a whole data set: compute them over the mesh, save and load them."""
 
+import io
 import os
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +13,9 @@ from jax.sharding import Mesh
 from jaxtyping import Float32, Integer
 
 from dml_jax.sharding import put_batch, replicated
+
+_RATIO = 100  # No file of embeddings unpacks to as many times its size.
+_HARMLESS = 1 << 28  # Bytes that it may unpack to in any case.
 
 
 class Embeddings(NamedTuple):
@@ -147,11 +150,14 @@ def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in Embeddings._fields if key in archive}
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no embeddings file {path}") from error
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            _check_size(archive, len(content))
+            arrays = {key: archive[key] for key in Embeddings._fields if key in archive}
+    except Exception as error:  # numpy's and zipfile's parsers raise nearly anything.
         raise ValueError(f"{path} is no embeddings file (.npz without pickles): {error}") from error
     _check(arrays, path)
     return Embeddings(
@@ -160,6 +166,13 @@ def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:
         tuple(arrays["names"].tolist()),
         tuple(arrays["class_names"].tolist()),
     )
+
+
+def _check_size(archive: Any, size: int) -> None:
+    """Raise ValueError if a file of few bytes would become arrays that fill the memory."""
+    unpacked = sum(file.file_size for file in archive.zip.infolist())
+    if unpacked > max(_HARMLESS, _RATIO * size):
+        raise ValueError(f"its {size} bytes become {unpacked}, as no embeddings do")
 
 
 def _check(arrays: Mapping[str, np.ndarray], path: Path) -> None:

@@ -1,5 +1,6 @@
 """From a configuration to what it names: images, network, loss, optimizer."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,8 @@ class Experiment(NamedTuple):
 
     config: ConfigDict
     sources: Mapping[str, data.Source]
+    findings: data.Findings
+    """What was found in the images before some were left out."""
     chosen_on: str
     """The split on which epochs are scored while training, and the best is chosen."""
     mesh: jax.sharding.Mesh
@@ -40,12 +43,16 @@ class Experiment(NamedTuple):
     """Compiled: the network's variables and images `[batch, ...]` to embeddings."""
 
 
-def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> Experiment:
+def build(
+    config: ConfigDict, mesh: jax.sharding.Mesh, findings: data.Findings | None = None
+) -> Experiment:
     """Makes everything that a configuration names, and refuses what cannot work.
 
     Args:
         config: a whole config.
         mesh: the devices to run on.
+        findings: what the run found in its images when it began; by default they are looked at
+            now, every one of them.
 
     Returns:
         The experiment; nothing is computed yet, and nothing written.
@@ -60,7 +67,7 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> Experiment:
             f"config.batch_size is {config.batch_size}, which the {mesh.size} devices cannot share "
             f"evenly; choose a multiple of {mesh.size}"
         )
-    sources = _sources(config)
+    sources, findings = _sources(config, findings)
     train = sources["train"]
     steps_per_epoch = data.steps_per_epoch(
         train.labels, batch_size=config.batch_size, n_instance=config.data.n_instance
@@ -107,6 +114,7 @@ def build(config: ConfigDict, mesh: jax.sharding.Mesh) -> Experiment:
     return Experiment(
         config=config,
         sources=sources,
+        findings=findings,
         chosen_on="validation" if "validation" in sources else "test",
         mesh=mesh,
         steps_per_epoch=steps_per_epoch,
@@ -136,10 +144,14 @@ def _check_lengths(config: ConfigDict, steps_per_epoch: int) -> None:
         )
 
 
-def _sources(config: ConfigDict) -> dict[str, data.Source]:
+def _sources(
+    config: ConfigDict, findings: data.Findings | None
+) -> tuple[dict[str, data.Source], data.Findings]:
     sources = data.create(config.data.name, root=config.data.root or None)
-    for source in sources.values():
-        data.check(source)
+    found = findings or _inspected(sources)
+    sources = data.accept(sources, found, config.data.unreadable)
+    if findings is None and sharding.is_first_process():
+        data.report(found)
     if config.data.validation_classes:
         # Of all seeds the same classes, so that their runs can be compared.
         sources["train"], sources["validation"] = data.split_classes(
@@ -147,7 +159,21 @@ def _sources(config: ConfigDict) -> dict[str, data.Source]:
         )
     for split in sources.keys() - {"train", "gallery"}:
         _check_enough(sources, split, max(config.evaluation.recall_at))
-    return sources
+    for split, source in sources.items():
+        if len(source.class_names) < 2:
+            raise ValueError(
+                f"the images of {split!r} are all of one class, {source.class_names[0]}: there is "
+                "nothing to tell apart; there must be at least two classes"
+            )
+    return sources, found
+
+
+def _inspected(sources: Mapping[str, data.Source]) -> data.Findings:
+    """What the first process finds in the images, in every process: all must leave out the same."""
+    message = b""
+    if sharding.is_first_process():
+        message = json.dumps(data.inspect(sources)._asdict()).encode()
+    return data.Findings.from_json(json.loads(sharding.bytes_from_first_process(message)))
 
 
 def _check_enough(sources: Mapping[str, data.Source], split: str, furthest: int) -> None:

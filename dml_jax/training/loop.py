@@ -299,6 +299,7 @@ def _finish(
         "skipped_steps": evaluated[-1]["skipped_steps"],
         "images": {split: len(source) for split, source in experiment.sources.items()},
         "classes": {split: len(source.class_names) for split, source in experiment.sources.items()},
+        **experiment.findings.counts(),
     }
     if sharding.is_first_process():
         for split, file in (("test", workdir.EMBEDDINGS), ("gallery", workdir.GALLERY)):

@@ -48,7 +48,8 @@ def run(
         if wanted not in given:
             os.environ["XLA_FLAGS"] = f"{given} {wanted}"
     with stopping.listening() as asked, contextlib.ExitStack() as held:
-        built = experiment.build(config, sharding.make_mesh())
+        findings = workdir.read_findings(folder)
+        built = experiment.build(config, sharding.make_mesh(), findings)
         if overview and sharding.is_first_process():
             print(experiment.parameter_overview(built))
         images = workdir.fingerprints(built.sources)
@@ -63,7 +64,7 @@ def run(
 
         def claim() -> None:
             held.enter_context(workdir.locked(folder))
-            workdir.claim(folder, config, images, fork)
+            workdir.claim(folder, config, images, built.findings, fork)
 
         sharding.in_first_process(claim)
         return loop.train(built, folder, asked)

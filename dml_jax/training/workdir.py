@@ -25,9 +25,10 @@ GALLERY = "gallery.npz"
 RESULT = "result.json"
 NOT_FINITE = "not_finite.json"
 IMAGES = "images.json"
+FINDINGS = "findings.json"
 FORK = "fork.json"
 LOCK = ".lock"
-_FIRST = {CONFIG, IMAGES, FORK, LOCK}
+_FIRST = {CONFIG, IMAGES, FINDINGS, FORK, LOCK}
 
 FREE = (
     "config.checkpoint",
@@ -71,6 +72,12 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def read_result(workdir: Path) -> dict[str, Any] | None:
     """The result of a finished run; None if there is none."""
     return _read_json(workdir / RESULT)
+
+
+def read_findings(workdir: Path) -> data.Findings | None:
+    """What the run found in its images before it began; None if it has not begun."""
+    found = _read_json(workdir / FINDINGS) if (workdir / CONFIG).exists() else None
+    return None if found is None else data.Findings.from_json(found)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -210,6 +217,7 @@ def claim(
     workdir: Path,
     config: ConfigDict,
     images: Mapping[str, Any] | None = None,
+    findings: data.Findings | None = None,
     fork_from: Path | None = None,
 ) -> None:
     """Writes into a folder what run it holds, or with which settings it goes on.
@@ -218,6 +226,7 @@ def claim(
         workdir: the run's, locked; it is made if there is none.
         config: the run's.
         images: of the run; see `fingerprints`.
+        findings: what was found in them.
         fork_from: the run that a new one gets its weights from.
 
     Raises:
@@ -230,6 +239,8 @@ def claim(
     if images is not None:
         check_images(workdir, images)
         write_json(workdir / IMAGES, images)
+    if findings is not None:
+        write_json(workdir / FINDINGS, findings._asdict())
     is_new = not (workdir / CONFIG).exists()
     if is_new:
         # One that was killed when it began may have left another.

@@ -1,8 +1,10 @@
 import dataclasses
 import functools
+import gzip
 import hashlib
 import http.server
 import io
+import shutil
 import stat
 import tarfile
 import threading
@@ -200,3 +202,50 @@ def test_omniglot_is_downloaded_unpacked_and_prepared(server, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--download needs a directory to download to"):
         prepare.prepare("omniglot", source=tmp_path / "file", out=tmp_path / "o3", download=True)
+
+
+def zeros(path, size):
+    """An archive of one file of zeros, which compresses a thousandfold."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("zeros", bytes(size))
+    else:
+        with tarfile.open(path, "w:gz") as file:
+            info = tarfile.TarInfo("zeros")
+            info.size = size
+            file.addfile(info, io.BytesIO(bytes(size)))
+    return path
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tgz"])
+def test_bombs_are_refused_before_anything_is_written(name, tmp_path, progress, monkeypatch):
+    archive = zeros(tmp_path / name, 1 << 20)
+    archives.unpack(archive, tmp_path / "harmless", progress)
+    monkeypatch.setattr(archives, "_HARMLESS", 1 << 16)
+    with pytest.raises(ValueError, match=rf"{name} is not unpacked: its \d+ bytes become 1\d+ or"):
+        archives.unpack(archive, tmp_path / "to", progress)
+    assert not list((tmp_path / "to").iterdir())
+
+
+def test_a_tar_is_not_read_further_than_it_may_be_long(tmp_path, progress, monkeypatch):
+    monkeypatch.setattr(archives, "_HARMLESS", 1 << 16)
+    header = tarfile.TarInfo("././@PaxHeader")
+    header.type, header.size = tarfile.XHDTYPE, 1 << 32  # Which tarfile would read into memory.
+    with gzip.open(tmp_path / "x.tgz", "wb") as file:
+        file.write(header.tobuf(tarfile.USTAR_FORMAT) + bytes(1 << 17))
+    with pytest.raises(ValueError, match="x.tgz is not unpacked: its .* become 4294967808 or"):
+        archives.unpack(tmp_path / "x.tgz", tmp_path / "to", progress)
+    sparse = tarfile.TarInfo("sparse")
+    sparse.size = 1 << 32  # More than follows, in an archive that is not compressed.
+    (tmp_path / "y.tar").write_bytes(sparse.tobuf(tarfile.USTAR_FORMAT) + bytes(1024))
+    with pytest.raises(ValueError, match="y.tar"):
+        archives.unpack(tmp_path / "y.tar", tmp_path / "to", progress)
+    assert not list((tmp_path / "to").iterdir())
+
+
+def test_an_archive_without_room_for_it_is_refused(tmp_path, progress, monkeypatch):
+    archive = zeros(tmp_path / "x.zip", 1000)
+    usage = shutil.disk_usage(tmp_path)._replace(free=999)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match="x.zip unpacks to 1000 bytes, but .* room for 999; make"):
+        archives.unpack(archive, tmp_path / "to", progress)

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -241,3 +242,61 @@ def test_workers_read_the_same_batches_and_end_with_the_program(tmp_path, textur
     while any(map(running, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(running, workers))
+
+
+WATCHED = """
+import gc, multiprocessing, os, signal, sys, time, traceback
+import numpy as np
+from dml_jax import data
+
+class Records(tuple):
+    def __getitem__(self, index):
+        if sys.argv[1] == "raises" and index == 5:
+            raise LookupError("this disk is from another planet")
+        return super().__getitem__(index)
+
+if __name__ == "__main__":
+    picture = b"P6 100 100 255 " + bytes(range(200)) * 150
+    labels, names = np.zeros(8, np.int32), tuple("abcdefgh")
+    batches = data.train_batches(
+        data.Source(Records([picture] * 8), labels, ("x",), names), batch_size=8, n_instance=1,
+        image_size=224, augmentation=data.Augmentation(), seed=0, start_step=0, num_steps=10**6,
+        num_workers=2,
+    )
+    began = time.monotonic()
+    try:
+        for step, _ in enumerate(batches):
+            if step == 2:
+                time.sleep(0.5)  # Both workers now wait in the middle of a batch.
+                workers = multiprocessing.active_children()
+                os.kill(workers[0].pid, signal.SIGKILL)
+                began = time.monotonic()
+    except Exception as error:
+        traceback.print_exc()
+        print(time.monotonic() - began, flush=True)
+    batches.close()
+    del batches
+    gc.collect()
+    print([child.pid for child in multiprocessing.active_children()], flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["killed", "raises"])
+def test_a_worker_that_dies_is_reported_and_never_waited_for(tmp_path, how):
+    (tmp_path / "program.py").write_text(WATCHED)
+    program = subprocess.run(
+        [sys.executable, tmp_path / "program.py", how],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"JAX_PLATFORMS": "none", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert program.returncode == 0, program.stderr
+    if how == "killed":
+        message = r"ChildProcessError: process \d+, which read images, was ended by SIGKILL;"
+        assert re.search(message, program.stderr)
+        assert float(program.stdout.splitlines()[0]) < 10
+    else:  # With the worker's own lines in the traceback.
+        assert "LookupError: this disk is from another planet" in program.stderr
+        assert "raise LookupError(" in program.stderr
+    assert not any(map(running, json.loads(program.stdout.splitlines()[1])))

@@ -1,5 +1,7 @@
+import json
 import re
 import shutil
+import struct
 from pathlib import Path
 
 import chex
@@ -9,12 +11,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from dml_jax import sharding
 from dml_jax.models import pretrained
 from dml_jax.training import experiment
 from tests import tiny, weights
+from tests.data.test_fuzz import CHANGES, changed
 
 NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "bninception")
 BACKBONE_DEFAULTS = {"model__width": None, "model__stem": None}
@@ -163,4 +168,71 @@ def test_places_are_known_by_their_form(where):
 
 @pytest.mark.parametrize("where", ["", "None", "a.pth", "hf:resnet50", "hf:a/b/c", "timm/resnet18"])
 def test_other_places_are_refused(where):
+    assert not pretrained.is_place(where)
+
+
+def test_weights_that_are_not_finite_are_refused(state_dict):
+    state_dict["bn1.running_var"] = np.full(64, np.nan, np.float32)
+    state_dict["bn1.bias"] = np.full(64, np.inf, np.float32)
+    with pytest.raises(ValueError, match="bn1.bias is not finite; bn1.running_var is not finite$"):
+        pretrained.convert("resnet18", state_dict)
+
+
+def lying(header, data=bytes(8), length=None):
+    """A safetensors file with any header, which may say that it is of another length."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def tensor(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+LIES = {
+    "a header longer than the file": lying({}, length=1 << 62),
+    "a header of any length": lying({}, length=(1 << 64) - 1),
+    "no header": b"\x00" * 7,
+    "a header that is no JSON": lying(b"{" * 1000),
+    "a deep header": lying(b"[" * 100_000),
+    "overlapping tensors": lying({"a": tensor(), "b": tensor()}),
+    "offsets behind the end": lying({"a": tensor(offsets=(0, 1 << 40), shape=(1 << 38,))}),
+    "offsets that go back": lying({"a": tensor(offsets=(8, 0))}),
+    "a hole": lying({"a": tensor(shape=(1,), offsets=(4, 8))}),
+    "a wrong shape": lying({"a": tensor(shape=(3,))}),
+    "a shape that overflows": lying({"a": tensor(shape=(1 << 62, 1 << 62))}),
+    "an unknown type": lying({"a": tensor("PICKLE")}),
+    "a type that numpy lacks": lying({"a": tensor("F8_E8M0", shape=(8,))}),
+    "another type": lying({"a": tensor("I64", shape=(1,))}),
+    "bytes that nobody owns": lying({"a": tensor()}, data=bytes(16)),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_headers_that_lie_are_refused_by_their_path(lie, tmp_path):
+    file = tmp_path / "lies.safetensors"
+    file.write_bytes(LIES[lie])
+    with pytest.raises(ValueError, match=f"^{file}( is damaged|: these are no weights)") as error:
+        pretrained.load("resnet18", str(file))
+    assert len(str(error.value)) < 4000
+
+
+def test_arbitrary_files_of_weights_raise_only_what_is_documented(tmp_path):
+    file = tmp_path / "fuzzed.safetensors"
+    shapes = {"conv1.weight": (2, 3), "bn1.bias": (4,)}
+    save_file({key: np.ones(shape, np.float32) for key, shape in shapes.items()}, file)
+    whole = file.read_bytes()
+
+    @settings(max_examples=30)
+    @given(CHANGES, st.binary(max_size=40))
+    def try_all(changes, other):
+        for content in (changed(whole, changes), other):
+            file.write_bytes(content)
+            with pytest.raises(ValueError, match=str(file)):
+                pretrained.load("resnet18", str(file))
+
+    try_all()
+
+
+@pytest.mark.parametrize("where", ["hf:a/b@../../x", "hf:a/b@/etc", "hf:a/b@x/../y"])
+def test_a_revision_does_not_lead_out_of_the_cache(where):
     assert not pretrained.is_place(where)

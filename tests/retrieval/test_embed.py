@@ -1,10 +1,15 @@
+import zipfile
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dml_jax.retrieval.embed import embed, load_embeddings, save_embeddings
 from dml_jax.sharding import make_mesh
+from tests.data.test_fuzz import CHANGES, changed
 
 
 def padded_batches(images, size):
@@ -162,3 +167,46 @@ def test_files_that_are_no_archives_are_refused(tmp_path):
         np.save(file, EMBEDDINGS)
     with pytest.raises(ValueError, match="no embeddings file"):
         load_embeddings(path)
+
+
+def test_a_file_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "embeddings.npz"
+    np.savez_compressed(path, embeddings=np.zeros((4096, 64), np.float32))
+    monkeypatch.setattr("dml_jax.retrieval.embed._HARMLESS", 1 << 16)
+    with pytest.raises(ValueError, match=f"{path} is no .*its .* bytes become 1\\d+, as no emb"):
+        load_embeddings(path)
+    header = np.lib.format.magic(1, 0) + b"v\x00{'descr': '<f4', 'fortran_order': False, 'shape': "
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("embeddings.npy", header + b"(1000000000000, 512), }" + b" " * 46 + b"\n")
+    with pytest.raises(ValueError, match=f"{path} is no embeddings file"):
+        load_embeddings(path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was run",)
+
+
+def test_a_pickle_is_refused_and_never_run(tmp_path):
+    path = tmp_path / "embeddings.npz"
+    np.savez(path, embeddings=np.array([Bomb()], dtype=object))
+    with pytest.raises(ValueError, match=f"{path} is no embeddings file .*without pickles"):
+        load_embeddings(path)
+
+
+def test_arbitrary_files_raise_only_what_is_documented(tmp_path):
+    path = tmp_path / "embeddings.npz"
+    save_embeddings(path, EMBEDDINGS, LABELS, NAMES, CLASSES)
+    whole = path.read_bytes()
+
+    @settings(max_examples=300)
+    @given(CHANGES, st.binary(max_size=40))
+    def try_all(changes, other):
+        for content in (changed(whole, changes), other):
+            path.write_bytes(content)
+            try:
+                assert len(load_embeddings(path).names) == 3
+            except ValueError as error:
+                assert str(path) in str(error)
+
+    try_all()

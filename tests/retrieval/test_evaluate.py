@@ -1,9 +1,11 @@
+import inspect
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from dml_jax import retrieval
 
@@ -194,3 +196,36 @@ def test_bad_input(arguments, error, message):
 def test_bad_options(options, error, message):
     with pytest.raises(error, match=message):
         retrieval.evaluate(X, Y, **options)
+
+
+ANYTHING = st.one_of(
+    hnp.arrays(
+        st.sampled_from([np.float32, np.float64, np.float16, np.int64, np.complex64, "U3", bool]),
+        hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=6),
+    ),
+    st.lists(st.lists(st.floats(width=32), max_size=4), max_size=6),
+    st.sampled_from([None, "text", object(), {}, np.array([None, 1])]),
+)
+FLOATS = hnp.arrays(
+    np.float32, st.tuples(st.integers(0, 9), st.integers(0, 4)), elements=st.floats(width=32)
+)
+
+
+@given(
+    embeddings=st.one_of(FLOATS, ANYTHING),
+    labels=st.one_of(hnp.arrays(np.int32, st.integers(0, 9), elements=st.integers(0, 2)), ANYTHING),
+    gallery=st.one_of(st.none(), st.tuples(ANYTHING, ANYTHING)),
+    recall_at=st.one_of(st.just((1,)), st.lists(st.one_of(st.integers(), st.floats()), max_size=3)),
+    nmi=st.booleans(),
+)
+def test_arbitrary_arrays_raise_only_what_is_documented(
+    embeddings, labels, gallery, recall_at, nmi
+):
+    evaluate = inspect.unwrap(retrieval.evaluate)  # Without the tests' own checks of types.
+    try:
+        result = evaluate(embeddings, labels, recall_at=recall_at, gallery=gallery, nmi=nmi)
+    except (ValueError, TypeError) as error:
+        assert len(str(error)) < 500
+    else:
+        matched = [value for name, value in result.items() if name != "queries_without_match"]
+        assert all(0 <= value <= 1 for value in matched)

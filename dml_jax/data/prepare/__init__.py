@@ -149,7 +149,7 @@ def prepare(
             if download:
                 _download(data_set, published, source, progress)
             root = _opened(data_set, published, source, work / "unpacked", progress)
-            contents = published.layout(root)
+            contents = layouts.read(published.layout, root)
             _check_classes(contents)
             wrong = differences(contents, published.counts)
             _report(data_set, wrong, allow_different_counts, progress)

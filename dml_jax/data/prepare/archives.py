@@ -1,7 +1,10 @@
 """Archives: downloaded whole or not at all, unpacked nowhere but where they should be."""
 
+import errno
+import gzip
 import hashlib
 import http.client
+import io
 import os
 import shutil
 import stat
@@ -9,10 +12,12 @@ import tarfile
 import urllib.request
 import zipfile
 import zlib
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.progress import Progress
+
+from dml_jax.data import records
 
 SUFFIXES = (".zip", ".tgz", ".tar.gz", ".tar")
 """What the names of archives end in, in lower case."""
@@ -20,6 +25,8 @@ SUFFIXES = (".zip", ".tgz", ".tar.gz", ".tar")
 # An OSError is gzip's, a RuntimeError a zip's that needs a password.
 _BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 _CHUNK = 1 << 20
+_RATIO = 100  # No archive of images unpacks to as many times its size; one of zeros does.
+_HARMLESS = 1 << 28  # Bytes that may be unpacked in any case.
 _TIMEOUT = 60  # Seconds without a byte.
 
 
@@ -92,7 +99,8 @@ def unpack(archive: Path, directory: Path, progress: Progress) -> None:
 
     Raises:
         ValueError: the archive is broken; or a member is a link, a device or the like, or would
-            lie outside the directory.
+            lie outside the directory; or it would unpack to far more than images do, or to more
+            than there is room for.
     """
     directory.mkdir(parents=True, exist_ok=True)
     try:
@@ -101,8 +109,8 @@ def unpack(archive: Path, directory: Path, progress: Progress) -> None:
         else:
             _unpack_tar(archive, directory, progress)
     except _BROKEN as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # The disk's fault, not the archive's.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # The disk's fault. EINVAL is the archive's, which sends its reader nowhere.
         raise ValueError(f"{archive} cannot be unpacked ({error}); get it again") from error
 
 
@@ -115,6 +123,7 @@ def _unpack_zip(archive: Path, directory: Path, progress: Progress) -> None:
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise _refusal(archive, member.filename, "is a link or a device")
             _check_path(archive, member.filename)
+        _check_size(archive, sum(member.file_size for member in members), directory)
         for member in progress.track(members, description=f"unpack {archive.name}"):
             path = directory / member.filename
             if member.is_dir():
@@ -126,8 +135,9 @@ def _unpack_zip(archive: Path, directory: Path, progress: Progress) -> None:
 
 
 def _unpack_tar(archive: Path, directory: Path, progress: Progress) -> None:
-    with tarfile.open(archive) as file:
+    with _Bounded(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as file:
         members = file.getmembers()
+        _check_size(archive, sum(member.size for member in members), directory)
         for member in members:
             if not (member.isreg() or member.isdir()):
                 raise _refusal(archive, member.name, "is a link or a device")
@@ -136,9 +146,48 @@ def _unpack_tar(archive: Path, directory: Path, progress: Progress) -> None:
             file.extract(member, directory, filter="data")
 
 
+class _Bounded(io.BufferedReader):
+    """A tar file, compressed or not, that is read no further than an archive may be long.
+
+    Its list of members is known only when all of it is read, and its headers are read into memory.
+    """
+
+    def __init__(self, archive: Path):
+        with archive.open("rb") as file:
+            is_packed = file.read(2) == b"\x1f\x8b"
+        super().__init__(gzip.GzipFile(archive) if is_packed else io.FileIO(archive))
+        self._archive = archive
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        end = self.tell() + (size or 0)
+        if end > _most(self._archive):
+            raise _too_large(self._archive, end)
+        return super().read(size)
+
+
+def _most(archive: Path) -> int:
+    return max(_HARMLESS, _RATIO * archive.stat().st_size)
+
+
+def _too_large(archive: Path, size: int) -> ValueError:
+    return ValueError(
+        f"{archive} is not unpacked: its {archive.stat().st_size} bytes become {size} or more, as "
+        "no images do"
+    )
+
+
+def _check_size(archive: Path, size: int, directory: Path) -> None:
+    if size > _most(archive):
+        raise _too_large(archive, size)
+    if size > (free := shutil.disk_usage(directory).free):
+        raise ValueError(
+            f"{archive} unpacks to {size} bytes, but {directory} has room for {free}; make room, "
+            "or choose another --out"
+        )
+
+
 def _check_path(archive: Path, name: str) -> None:
-    path = PureWindowsPath(name)  # Knows both kinds of slashes, and drives.
-    if path.anchor or ".." in path.parts:
+    if records.leads_elsewhere(name):
         raise _refusal(archive, name, "would lie outside the directory it is unpacked into")
 
 

@@ -3,13 +3,13 @@
 A layout is a function of a directory. It reads lists, annotations and names of files, no images.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import scipy.io
 
-from dml_jax.data import sources
+from dml_jax.data import records, sources
 from dml_jax.data.prepare import tfds_copy
 
 
@@ -46,6 +46,25 @@ class Contents(NamedTuple):
     pictures: list[Picture]
 
 
+def read(layout: Callable[[Path], Contents], source: Path) -> Contents:
+    """Lists what a directory holds, whatever its lists and annotations may hold.
+
+    Raises:
+        OSError: a file is missing, or cannot be read.
+        ValueError: a list or annotation is damaged, or they do not fit each other.
+    """
+    try:
+        return layout(source)
+    except OSError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    except Exception as error:  # Lists that refer to what other lists do not have.
+        raise ValueError(
+            f"{source}: its lists are damaged, or do not fit each other ({error!r})"
+        ) from error
+
+
 def cars196(source: Path) -> Contents:
     """CARS196; the first half of its classes trains, the second tests.
 
@@ -66,7 +85,7 @@ def cars196(source: Path) -> Contents:
         path = annotated / "cars_annos.mat"
         class_names = tuple(map(str, _matlab(path, "class_names")))
         files = [(str(a["relative_im_path"]), a["class"]) for a in _matlab(path, "annotations")]
-        pictures = [Picture("", class_names[k - 1], name, root / name) for name, k in files]
+        pictures = [Picture("", class_names[k - 1], name, _inside(root, name)) for name, k in files]
         return _halves(Contents(class_names, pictures))
     if devkit := _find(source, "cars_train_annos.mat"):
         return _halves(_cars196_devkit(source, devkit))
@@ -93,7 +112,8 @@ def _cars196_devkit(source: Path, devkit: Path) -> Contents:
         root = _need(source, f"{folder}/*.jpg")
         for annotation in _matlab(annotations, "annotations"):
             name = f"{folder}/{annotation['fname']}"
-            pictures.append(Picture("", class_names[annotation["class"] - 1], name, root / name))
+            file = _inside(root, name)
+            pictures.append(Picture("", class_names[annotation["class"] - 1], name, file))
     return Contents(class_names, pictures)
 
 
@@ -109,7 +129,7 @@ def cub200(source: Path) -> Contents:
     classes = dict(_rows(root / "classes.txt", 2))
     labels = dict(_rows(root / "image_class_labels.txt", 2))
     pictures = [
-        Picture("", classes[labels[number]], name, root / "images" / name)
+        Picture("", classes[labels[number]], name, _inside(root / "images", name))
         for number, name in _rows(root / "images.txt", 2)
     ]
     return _halves(Contents(tuple(classes.values()), pictures))
@@ -123,7 +143,7 @@ def sop(source: Path) -> Contents:
     """
     root = _need(source, "Ebay_train.txt")
     pictures = [
-        Picture(split, class_id, name, root / name)
+        Picture(split, class_id, name, _inside(root, name))
         for split in ("train", "test")
         for _, class_id, _, name in _rows(root / f"Ebay_{split}.txt", 4, header=1)
     ]
@@ -144,7 +164,7 @@ def inshop(source: Path) -> Contents:
     for name, item, split in _rows(partition, 3, header=2):
         if split not in splits:
             raise ValueError(f"{partition}: {name} is in a split {split!r}, not in {list(splits)}")
-        pictures.append(Picture(splits[split], item, name, root / name))
+        pictures.append(Picture(splits[split], item, name, _inside(root, name)))
     return Contents(_in_order(sorted(p.class_name for p in pictures)), pictures)
 
 
@@ -263,10 +283,17 @@ def _rows(path: Path, columns: int, header: int = 0) -> Iterator[list[str]]:
         yield row
 
 
+def _inside(root: Path, name: str) -> Path:
+    """A file that a list names; ValueError if that would lie outside the directory."""
+    if records.leads_elsewhere(name):
+        raise ValueError(f"a list names {name!r}, which would lie outside {root}")
+    return root / name
+
+
 def _matlab(path: Path, variable: str) -> Any:
     """A variable of a MATLAB file; its structs are dicts, its cells and arrays are sequences."""
     try:
-        return scipy.io.loadmat(path, simplify_cells=True)[variable]
+        return scipy.io.loadmat(path, simplify_cells=True, variable_names=[variable])[variable]
     except OSError:
         raise
     except Exception as error:  # scipy's reader raises nearly anything on a broken file.

@@ -1,0 +1,159 @@
+"""Folders, lists and images of arbitrary content: only the errors that are documented."""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dml_jax import data
+from dml_jax.data import images, records
+from dml_jax.data.prepare import DATA_SETS, layouts, prepare
+from tests import public_data
+from tests.data.test_inspection import BAD, GOOD
+
+EXAMPLES = int(os.environ.get("DML_JAX_FUZZ_EXAMPLES", "100"))
+fuzzed = settings(
+    max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+CHANGES = st.lists(
+    st.tuples(st.integers(0, 1 << 20), st.integers(0, 2), st.binary(max_size=8)), max_size=6
+)
+
+
+def changed(content, changes):
+    """Bytes with some put in, put over others, or cut away at places."""
+    for place, how, what in changes:
+        at = place % (len(content) + 1)
+        skip = (0, len(what), place % 97)[how]
+        content = content[:at] + what + content[at + skip :]
+    return content
+
+
+@fuzzed
+@given(
+    whole=st.sampled_from(["cmyk.jpg", "transparent palette.png", "animated.webp"]),
+    changes=CHANGES,
+    other=st.binary(max_size=64),
+)
+def test_images(whole, changes, other):
+    for content in (changed(GOOD[whole], changes), other):
+        try:
+            assert images.decode(content, "x").shape[2] == 3
+        except ValueError as error:
+            assert str(error).startswith("x: not a readable image")
+
+
+NAMES = st.one_of(
+    st.sampled_from(["train", "test", "a", "b.jpg", "index.json", "Thumbs.db"]),
+    st.text(max_size=9).filter(lambda name: name not in ("", ".", "..") and "/" not in name),
+)
+TREES = st.dictionaries(
+    st.lists(NAMES, min_size=1, max_size=4).map(tuple),
+    st.one_of(
+        st.sampled_from([GOOD["cmyk.jpg"], BAD["text.jpg"]]), st.sampled_from([".", "..", "a"])
+    ),
+    max_size=8,
+)
+
+
+@settings(max_examples=EXAMPLES // 2)
+@given(tree=TREES)
+def test_folders(tree, tmp_path_factory):
+    root = tmp_path_factory.mktemp("tree")
+    for path, content in tree.items():
+        try:
+            file = root.joinpath(*path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                file.write_bytes(content)
+            else:
+                file.symlink_to(content)
+        except (OSError, ValueError):  # A name that this file system does not have.
+            continue
+    for read in (lambda: data.create("folder", root=root), lambda: {"x": data.images_below(root)}):
+        try:
+            found = read()
+            data.accept(found, data.inspect(found), "skip")
+        except (ValueError, OSError) as error:
+            assert str(root) in str(error) or "images of" in str(error)
+
+
+LISTS = {
+    "cub200": ("images.txt", "classes.txt", "image_class_labels.txt"),
+    "sop": ("Ebay_train.txt", "Ebay_test.txt"),
+    "inshop": ("list_eval_partition.txt",),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists(name, tmp_path):
+    root = getattr(public_data, name)(tmp_path / "source")
+    files = [next(root.rglob(file)) for file in LISTS[name]]
+    whole = [file.read_bytes() for file in files]
+
+    @settings(max_examples=EXAMPLES)
+    @given(st.tuples(*[CHANGES] * len(files)))
+    def try_all(changes):
+        for file, content, change in zip(files, whole, changes, strict=True):
+            file.write_bytes(changed(content, change))
+        check_layout(name, root)
+
+    try_all()
+
+
+def test_annotations_of_matlab(tmp_path):
+    root = public_data.cars196_annos(tmp_path / "source")
+    file = root / "cars_annos.mat"
+    whole = file.read_bytes()
+
+    @settings(max_examples=EXAMPLES)
+    @given(CHANGES)
+    def try_all(changes):
+        file.write_bytes(changed(whole, changes))
+        check_layout("cars196", root)
+
+    try_all()
+
+
+def check_layout(name, root):
+    try:
+        contents = layouts.read(DATA_SETS[name].layout, root)
+    except (ValueError, OSError) as error:
+        assert str(root) in str(error)
+    else:
+        for picture in contents.pictures:
+            assert picture.file.is_relative_to(root) and ".." not in picture.file.parts
+
+
+def test_the_index_of_a_prepared_data_set(tmp_path):
+    prepare("folder", source=public_data.folder(tmp_path / "images"), out=tmp_path / "out")
+    file = tmp_path / "out" / records.INDEX
+    whole = file.read_bytes()
+
+    @settings(max_examples=EXAMPLES)
+    @given(CHANGES)
+    def try_all(changes):
+        file.write_bytes(changed(whole, changes))
+        try:
+            data.inspect(data.create("folder", root=tmp_path / "out"))
+        except (ValueError, OSError) as error:
+            assert str(tmp_path / "out") in str(error)
+
+    try_all()
+
+
+def test_lists_may_not_lead_out_of_their_directory(tmp_path):
+    root = public_data.sop(tmp_path / "sop")
+    file = next(root.rglob("Ebay_test.txt"))
+    for name in ("../../secret.jpg", "/etc/passwd", "a/../../b.jpg"):
+        file.write_text(f"image_id class_id super_class_id path\n1 12 3 {name}\n")
+        with pytest.raises(ValueError, match=f"{root}: a list names '{name}', which would lie"):
+            prepare("sop", source=root, out=tmp_path / "out")
+
+
+def test_a_link_back_up_is_not_followed_for_ever(tmp_path):
+    root = public_data.folder(tmp_path / "images")
+    (root / "train" / "a" / "up").symlink_to("../..")
+    source = data.images_below(root)
+    assert len(source) == 5 and len(set(source.names)) == 5
