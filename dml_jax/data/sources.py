@@ -64,6 +64,11 @@ class Source:
         with open(record, "rb") as file:
             return file.read()
 
+    def size(self, index: int) -> int:
+        """Bytes of the encoded image at `index`."""
+        record = self.records[index]
+        return len(record) if isinstance(record, bytes) else os.stat(record).st_size
+
     def where(self, index: int) -> str:
         """What to call an image in an error: its path, or its name where it has no file."""
         record = self.records[index]
