@@ -49,7 +49,9 @@ def marked(mark):
 def workers(pid):
     """A run's worker processes."""
     try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        # Any of its threads may have started them.
+        threads = Path(f"/proc/{pid}/task").iterdir()
+        children = [x for thread in threads for x in (thread / "children").read_text().split()]
         lines = [Path(f"/proc/{child}/cmdline").read_bytes() for child in children]
     except OSError:
         return 0

@@ -7,6 +7,7 @@ state is the input's position too.
 import contextlib
 import shutil
 from collections.abc import Iterator
+from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,18 @@ _DAMAGED = (
     "{} is damaged: {}. Started again, the run sets what is damaged aside and goes on from the "
     "newest sound checkpoint"
 )
+
+# Orbax and its asyncio tasks log a failure several times over, with tracebacks. It is told once, by
+# what is raised here; --verbosity=1 shows all.
+_KNOWN = ("orbax", "asyncio")
+
+
+def _untold(record: LogRecord) -> bool:
+    return logging.level_debug() or not any(name in record.pathname for name in _KNOWN)
+
+
+for _logger in (logging.get_absl_logger(), getLogger("asyncio")):
+    _logger.addFilter(_untold)
 
 
 class Checkpoints:

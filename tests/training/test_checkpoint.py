@@ -91,7 +91,7 @@ def test_where_no_checkpoint_is_sound_nothing_is_changed(saved, tmp_path):
     assert steps(folder) == [2, 3]
 
 
-def test_a_full_disk_ends_a_save_and_keeps_what_was_saved(saved, tmp_path):
+def test_a_full_disk_ends_a_save_and_keeps_what_was_saved(saved, tmp_path, caplog):
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
     large = {"x": jax.numpy.asarray(np.random.default_rng(1).normal(size=(400, 500)), "float32")}
@@ -110,6 +110,7 @@ def test_a_full_disk_ends_a_save_and_keeps_what_was_saved(saved, tmp_path):
         chex.assert_trees_all_equal(checkpoints.restore(3, LIKE), STATE)
         checkpoints.save(4, large, SCORES)
     assert steps(folder) == [4]
+    assert not caplog.text  # It is told once, by the error.
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else, and back")
