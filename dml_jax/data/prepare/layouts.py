@@ -294,7 +294,7 @@ def _matlab(path: Path, variable: str) -> Any:
     """A variable of a MATLAB file; its structs are dicts, its cells and arrays are sequences."""
     try:
         return scipy.io.loadmat(path, simplify_cells=True, variable_names=[variable])[variable]
-    except OSError:
-        raise
     except Exception as error:  # scipy's reader raises nearly anything on a broken file.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # The disk's fault, not the file's.
         raise ValueError(f"{path}: cannot read {variable!r} in it ({error})") from error
