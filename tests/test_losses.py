@@ -153,7 +153,8 @@ def test_degenerate_vectors_leave_loss_and_gradients_finite(name, mixes, remembe
             return memvir.loss_and_update(loss, memory, **step)
         return loss(**step), memory
 
-    compiled = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    compiled = jax.jit(jax.value_and_grad(objective, has_aux=True), compiler_options=quickly)
     for kind, *vectors in degenerate(name, *problem):
         memory = empty
         for _ in range(4 if remembers else 1):  # Until it is full, and what is in it as bad.
