@@ -46,7 +46,7 @@ def describe(experiment: Experiment, step: int, observed: Observed) -> dict[str,
         "proxy_learning_rate": proxy_rate,
         "loss": _json(float(observed.loss)),
         "gradient_norm": _json(float(observed.gradient_norm)),
-        "images": [train.names[index] for index in order(step - 1).tolist()],
+        "images": [train.where(index) for index in order(step - 1).tolist()],
         "norms": {path: {of: _json(norm) for of, norm in norms.items()} for path, norms in arrays},
     }
 

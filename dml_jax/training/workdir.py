@@ -36,6 +36,7 @@ FREE = (
     "config.data.root",
     "config.epochs",
     "config.evaluation",
+    "config.skip_nonfinite",
 )
 """Settings, and groups of them, that may change when a run goes on: no step depends on them.
 
