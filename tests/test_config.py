@@ -14,7 +14,7 @@ from configs import glyphs
 from dml_jax import config, data, losses, sharding
 from dml_jax.data.prepare import DATA_SETS, prepare
 from dml_jax.training import experiment, loop, run, step
-from tests import public_data, tiny
+from tests import public_data
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))
@@ -52,7 +52,9 @@ def roots(tmp_path_factory):
     @functools.cache
     def few(name, *, root=None):
         sources = read(name, root=root)
-        return sources | {"train": three_images(sources["train"])}
+        few = three_images(sources["train"])
+        # In small, some have only one class to test on, which would be refused.
+        return sources | {"train": few, "test": few}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "create", few)
@@ -286,17 +288,6 @@ def test_images_have_a_root_if_they_do_not_come_along(root):
     else:
         with pytest.raises(ValueError, match="config.data.root is empty; .* where folder is"):
             config.validate(made)
-
-
-def test_a_run_has_a_loss_in_every_epoch_and_steps_of_32_bits(tmp_path):
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    made = tiny.config(tiny.write_images(tmp_path), skip_nonfinite=4)
-    with pytest.raises(ValueError, match="skip_nonfinite is 4, but an epoch has only 4 steps"):
-        experiment.build(made, mesh)
-    made.skip_nonfinite = 0
-    made.optimizer.decay_epochs = (5, 2**30)
-    with pytest.raises(ValueError, match="1073741824 epochs of 4 steps are too many"):
-        experiment.build(made, mesh)
 
 
 def test_pretrained_weights_fit_the_pretrained_width_and_stem_alone():

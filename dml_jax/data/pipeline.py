@@ -82,6 +82,7 @@ class Batches(Iterator[T]):
         except ChildProcessError:
             self.close.detach()
             _abandon(self._iterators)
+            self._workers.kill()
             raise
 
 
@@ -111,6 +112,11 @@ class _Workers:
                 self._check(error)
                 raise
 
+    def kill(self) -> None:
+        """Ends them all; they do not listen to anything less."""
+        for process in self._own.values():
+            process.kill()
+
     def _find(self) -> None:
         if len(self._own) < self._count:
             found = {process.pid: process for process in multiprocessing.active_children()}
@@ -131,8 +137,7 @@ class _Workers:
 def _abandon(iterators: list[grain.DatasetIterator]) -> None:
     """Lets nobody close or free iterators of dead workers, not even at the program's end.
 
-    They wait for what the dead did not send, and so would whoever closes them. multiprocessing
-    still ends the workers that live.
+    They wait for what the dead did not send, and so would whoever closes them.
     """
     # A thread that never ends keeps its arguments for ever.
     forever = threading.Event()

@@ -205,7 +205,7 @@ def test_a_run_that_goes_on_keeps_to_what_was_found_when_it_began(root, tmp_path
     assert result["images"]["train"] == 36
     assert (
         "train/class1/text.jpg"
-        in json.loads((tmp_path / "run/images.json").read_text())["unreadable"]["train"]
+        in json.loads((tmp_path / "run/findings.json").read_text())["unreadable"]["train"]
     )
 
 

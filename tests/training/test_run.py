@@ -77,3 +77,14 @@ def test_a_damaged_checkpoint_costs_an_epoch_and_changes_nothing(images, tmp_pat
     assert (
         "step 12 is damaged" in caplog.text and "sound checkpoint is that of step 8" in caplog.text
     )
+
+
+def test_a_run_has_a_loss_in_every_epoch_and_steps_of_32_bits(tmp_path):
+    mesh = sharding.make_mesh()
+    made = tiny.config(tiny.write_images(tmp_path), skip_nonfinite=4)
+    with pytest.raises(ValueError, match="skip_nonfinite is 4, but an epoch has only 4 steps"):
+        experiment.build(made, mesh)
+    made.skip_nonfinite = 0
+    made.optimizer.decay_epochs = (5, 2**30)
+    with pytest.raises(ValueError, match="1073741824 epochs of 4 steps are too many"):
+        experiment.build(made, mesh)
