@@ -24,7 +24,7 @@ MOMENTS = [
     *[("start", 3.0)] * 5,
     *[("loop", 4.0)] * 2,
     *[("save", 0.05)] * 2,
-    *[("evaluation", 2.0)],
+    ("evaluation", 2.0),
 ]
 
 
