@@ -1,4 +1,4 @@
-"""Embeds any folder of images with a trained run.
+"""Embeds any folder of images with a trained run, whose own images are not needed any more.
 
 python scripts/embed.py --workdir=runs/memvir --images=DIR --out=embeddings.npz
 """
@@ -9,7 +9,7 @@ from absl import flags
 
 from dml_jax import command_line, data, sharding
 from dml_jax.retrieval import embed
-from dml_jax.training import checkpoint, experiment, workdir
+from dml_jax.training import checkpoint, experiment
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
 _CHECKPOINT = flags.DEFINE_enum(
@@ -28,10 +28,10 @@ def main() -> None:
             raise FileNotFoundError(f"there is no folder to write {_OUT.value} into")
         images = data.images_below(_IMAGES.value)
         data.check(images)
-        folder = Path(_WORKDIR.value)
-        built = experiment.build(workdir.read_config(folder), sharding.make_mesh())
-        variables = experiment.load_network(built, folder, _CHECKPOINT.value)
-        embeddings = experiment.embed_images(built, variables, images)
+        network, variables = experiment.trained_network(
+            Path(_WORKDIR.value), _CHECKPOINT.value, sharding.make_mesh()
+        )
+        embeddings = experiment.embed_images(network, variables, images)
         embed.save_embeddings(
             _OUT.value, embeddings, images.labels, images.names, images.class_names
         )

@@ -107,9 +107,13 @@ def test_evaluate_scores_checkpoints_and_exported_embeddings(finished):
     assert 0 <= exported["nmi"] <= 1 and "recall@2" not in exported
 
 
-def test_embed_gives_the_embeddings_of_a_folder(images, finished, tmp_path):
-    out = tmp_path / "mine.npz"
-    succeed("embed.py", f"--workdir={finished}", f"--images={images / 'test'}", f"--out={out}")
+def test_embed_needs_nothing_of_the_run_but_config_and_checkpoint(images, finished, tmp_path):
+    out, moved = tmp_path / "mine.npz", tmp_path / "moved"
+    images.rename(moved)
+    try:
+        succeed("embed.py", f"--workdir={finished}", f"--images={moved / 'test'}", f"--out={out}")
+    finally:
+        moved.rename(images)
     ours = embed.load_embeddings(out)
     expected = embed.load_embeddings(finished / workdir.EMBEDDINGS)
     np.testing.assert_allclose(ours.embeddings, expected.embeddings, rtol=1e-5, atol=1e-5)
@@ -131,7 +135,7 @@ def test_a_run_starts_from_pretrained_weights_and_goes_on_without_their_file(ima
     succeed(*training)
     like = tiny.config(images, model__backbone="resnet18", **PRETRAINED)
     built = experiment.build(like, sharding.make_mesh(jax.devices()[:1]))
-    variables = experiment.load_network(built, folder, "last")
+    variables = experiment.load_network(built.network, folder, "last")
     backbone = {collection: tree["backbone"] for collection, tree in variables.items()}
     chex.assert_trees_all_equal(
         jax.device_get(backbone), jax.device_get(pretrained.convert("resnet18", expected))

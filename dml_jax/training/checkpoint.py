@@ -15,8 +15,6 @@ from dml_jax.training import workdir as workdirs
 BEST = {"best_map": "map@r", "best_r1": "recall@1", "best_rp": "r_precision"}
 """Names of the best checkpoints, and the metric by which each is the best."""
 
-SKIPPED = ocp.PLACEHOLDER
-
 
 class Checkpoints:
     """The checkpoints of a run: the latest few, and the best of each metric."""
@@ -91,12 +89,11 @@ class Checkpoints:
         return max(candidates)[1]
 
     def restore(self, step: int, like: Any) -> Any:
-        """Restores a state, or a part of one.
+        """Restores a state.
 
         Args:
             step: of the checkpoint.
-            like: a state of the same structure, of `jax.ShapeDtypeStruct`s with shardings, and of
-                `SKIPPED` for what is not wanted.
+            like: a state of the same structure, of `jax.ShapeDtypeStruct`s with shardings.
 
         Returns:
             The state, sharded as `like` is, which may be over other devices than it was saved from.
@@ -104,5 +101,21 @@ class Checkpoints:
         # MemVir pads its classes to a multiple of the devices, which may be others than they were.
         context = ocp.Context()
         context.array.loading.enable_padding_and_truncation = True
+        with context:
+            return self._checkpointer.load(step, like)
+
+    def restore_part(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+        """Restores what is wanted of a state, whatever else is in it.
+
+        Args:
+            step: of the checkpoint.
+            like: `jax.ShapeDtypeStruct`s with shardings, in dictionaries named as the state's parts
+                and fields are.
+
+        Returns:
+            Arrays, in the same dictionaries.
+        """
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
         with context:
             return self._checkpointer.load(step, like)

@@ -224,7 +224,7 @@ def _finish(
     if experiment.chosen_on != "test":
         last = _place(last) | score(experiment, embeddings)
         for name, metric in checkpoint.BEST.items():
-            chosen = embed_split(experiment, load_network(experiment, folder, name), "test")
+            chosen = embed_split(experiment, load_network(experiment.network, folder, name), "test")
             best[metric] = _place(best[metric]) | score(experiment, chosen)
     result = {
         "last": last,
