@@ -1,4 +1,4 @@
-"""Embeds any folder of images with a trained run.
+"""Embeds any folder of images with a trained run, whose own images are not needed any more.
 
 python scripts/embed.py --workdir=runs/memvir --images=DIR --out=embeddings.npz
 """
@@ -27,13 +27,15 @@ def main() -> None:
         if not Path(_OUT.value).absolute().parent.is_dir():
             raise FileNotFoundError(f"there is no folder to write {_OUT.value} into")
         folder = Path(_WORKDIR.value)
-        config, given = workdir.read_config(folder), {"images": data.images_below(_IMAGES.value)}
+        given = {"images": data.images_below(_IMAGES.value)}
         findings = data.inspect(given)
-        images = data.accept(given, findings, config.data.unreadable)["images"]
+        policy = workdir.read_config(folder).data.unreadable
+        images = data.accept(given, findings, policy)["images"]
         data.report(findings)
-        built = experiment.build(config, sharding.make_mesh(), workdir.read_findings(folder))
-        variables = experiment.load_network(built, folder, _CHECKPOINT.value)
-        embeddings = experiment.embed_images(built, variables, images)
+        network, variables = experiment.trained_network(
+            folder, _CHECKPOINT.value, sharding.make_mesh()
+        )
+        embeddings = experiment.embed_images(network, variables, images)
         embed.save_embeddings(
             _OUT.value, embeddings, images.labels, images.names, images.class_names
         )

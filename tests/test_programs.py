@@ -79,14 +79,48 @@ def test_evaluate_scores_checkpoints_and_exported_embeddings(finished):
     assert 0 <= exported["nmi"] <= 1 and "recall@2" not in exported
 
 
-def test_embed_gives_the_embeddings_of_a_folder(images, finished, tmp_path):
-    out = tmp_path / "mine.npz"
-    succeed("embed.py", f"--workdir={finished}", f"--images={images / 'test'}", f"--out={out}")
+def test_embed_needs_nothing_of_the_run_but_config_and_checkpoint(images, finished, tmp_path):
+    out, moved = tmp_path / "mine.npz", tmp_path / "moved"
+    images.rename(moved)
+    try:
+        succeed("embed.py", f"--workdir={finished}", f"--images={moved / 'test'}", f"--out={out}")
+    finally:
+        moved.rename(images)
     ours = embed.load_embeddings(out)
     expected = embed.load_embeddings(finished / workdir.EMBEDDINGS)
     np.testing.assert_allclose(ours.embeddings, expected.embeddings, rtol=1e-5, atol=1e-5)
     assert ours.class_names == expected.class_names
     assert ours.names[0] == "class0/0.png"
+
+
+@pytest.fixture(scope="module")
+def indexed(images, finished, tmp_path_factory):
+    out = tmp_path_factory.mktemp("search") / "index"
+    embeddings = f"--embeddings={finished / workdir.EMBEDDINGS}"
+    printed = succeed("index.py", embeddings, f"--images={images}", f"--out={out}")
+    assert "24 images, flat index" in printed and "100.0" in printed
+    return out
+
+
+def test_search_finds_an_image_of_the_gallery_first(images, finished, indexed, tmp_path):
+    query, sheet = images / "test" / "class2" / "3.png", tmp_path / "sheet.html"
+    where = [f"--index={indexed}", f"--workdir={finished}"]
+    printed = succeed("search.py", *where, f"--out={sheet}", "--neighbours=3", query)
+    first = next(line for line in printed.splitlines() if line.startswith("│ 1 "))
+    assert "1.000" in first and "test/class2/3.png" in first
+    assert sheet.read_text().count("data:image/jpeg;base64,") == 4
+
+
+def test_a_search_that_cannot_be_made_is_told(finished, indexed, tmp_path):
+    (tmp_path / "note.png").write_text("not an image")
+    where = [f"--index={indexed}", f"--workdir={finished}", f"--out={tmp_path / 'sheet.html'}"]
+    for arguments, message in (
+        ([*where, tmp_path / "note.png"], f"{tmp_path / 'note.png'}: not a readable image"),
+        ([*where, "--serve", "x.png"], "one or more images to look for, or --serve without any"),
+    ):
+        done = run("search.py", *arguments)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "sheet.html").exists()
 
 
 PRETRAINED = {"model__width": 64, "model__stem": "imagenet"}
@@ -103,7 +137,7 @@ def test_a_run_starts_from_pretrained_weights_and_goes_on_without_their_file(ima
     succeed(*training)
     like = tiny.config(images, model__backbone="resnet18", **PRETRAINED)
     built = experiment.build(like, sharding.make_mesh(jax.devices()[:1]))
-    variables = experiment.load_network(built, folder, "last")
+    variables = experiment.load_network(built.network, folder, "last")
     backbone = {collection: tree["backbone"] for collection, tree in variables.items()}
     chex.assert_trees_all_equal(
         jax.device_get(backbone), jax.device_get(pretrained.convert("resnet18", expected))

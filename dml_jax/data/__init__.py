@@ -1,8 +1,9 @@
 """From image files to batches: sources of encoded images, sampling, decoding, the pipeline."""
 
-from dml_jax.data.images import Augmentation, decode
+from dml_jax.data.images import Augmentation, centre_view, decode
 from dml_jax.data.inspection import POLICIES, Findings, accept, inspect, report
 from dml_jax.data.pipeline import TestBatch, TrainBatch, test_batches, train_batches
+from dml_jax.data.previews import check_upload, preview
 from dml_jax.data.sampling import Order, epoch_order, steps_per_epoch
 from dml_jax.data.sources import (
     NAMES,
@@ -24,11 +25,14 @@ __all__ = [
     "POLICIES",
     "Findings",
     "accept",
+    "centre_view",
+    "check_upload",
     "create",
     "decode",
     "epoch_order",
     "images_below",
     "inspect",
+    "preview",
     "report",
     "split_classes",
     "steps_per_epoch",

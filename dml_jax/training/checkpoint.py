@@ -165,7 +165,7 @@ class Checkpoints:
         return max(candidates)[1]
 
     def restore(self, step: int, like: Any) -> Any:
-        """Restores a state, or a part of one.
+        """Restores a state.
 
         Args:
             step: of the checkpoint.

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +15,21 @@ from ml_collections import ConfigDict
 
 from dml_jax import config as configs
 from dml_jax import data, losses, memvir, retrieval, sharding
-from dml_jax.models import create_embedder, pretrained
+from dml_jax.models import Embedder, create_embedder, pretrained
 from dml_jax.retrieval import embed
 from dml_jax.training import checkpoint, optimizer, state, step, workdir
+
+
+class Network(NamedTuple):
+    """What makes embeddings of images; its variables are kept apart."""
+
+    config: ConfigDict
+    mesh: jax.sharding.Mesh
+    embedder: Embedder
+    variables_shape: dict[str, PyTree]
+    """The shape, type and place of every variable."""
+    embed: Callable[[PyTree, Array | np.ndarray], Array]
+    """Compiled: variables and images `[batch, ...]` to embeddings."""
 
 
 class Experiment(NamedTuple):
@@ -39,8 +52,7 @@ class Experiment(NamedTuple):
     """The shape and type of every array of the state."""
     state_sharding: PyTree
     """The sharding of every array of the state."""
-    embed: Callable[[PyTree, Array], Array]
-    """Compiled: the network's variables and images `[batch, ...]` to embeddings."""
+    network: Network
 
 
 def build(
@@ -73,16 +85,14 @@ def build(
         train.labels, batch_size=config.batch_size, n_instance=config.data.n_instance
     )
     _check_lengths(config, steps_per_epoch)
-    embedder = create_embedder(
-        **{name: value for name, value in config.model.items() if name != "pretrained"}
-    )
+    network = make_network(config, mesh)
     transformation, learning_rate = optimizer.create(
         **config.optimizer, steps_per_epoch=steps_per_epoch
     )
     loss = losses.create(**config.loss)
     num_classes = len(train.class_names)
     recipe = step.Recipe(
-        embedder=embedder,
+        embedder=network.embedder,
         loss=loss,
         optimizer=transformation,
         seed=config.seed,
@@ -96,7 +106,7 @@ def build(
     def initial_state(backbone: PyTree | None = None) -> state.TrainState:
         return state.create(
             jax.random.key(config.seed),
-            embedder=embedder,
+            embedder=network.embedder,
             optimizer=transformation,
             image_size=config.data.image_size,
             proxy_shape=loss.proxy_shape(num_classes, config.model.dim),
@@ -123,6 +133,30 @@ def build(
         init=lambda: init(load_weights(config)),
         state_shape=state_shape,
         state_sharding=state_sharding,
+        network=network,
+    )
+
+
+def make_network(config: ConfigDict, mesh: jax.sharding.Mesh) -> Network:
+    """Makes the network that a configuration names; it needs none of the images.
+
+    Args:
+        config: a whole config.
+        mesh: the devices to run on.
+    """
+    embedder = create_embedder(
+        **{name: value for name, value in config.model.items() if name != "pretrained"}
+    )
+    everywhere = sharding.replicated(mesh)
+    image = jax.ShapeDtypeStruct((1, *(config.data.image_size,) * 2, 3), jnp.uint8)
+    shapes = jax.eval_shape(partial(embedder.init, train=False), jax.random.key(0), image)
+    return Network(
+        config=config,
+        mesh=mesh,
+        embedder=embedder,
+        variables_shape=jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes
+        ),
         embed=jax.jit(
             lambda variables, images: embedder.apply(variables, images, train=False),
             in_shardings=(everywhere, sharding.by_row(mesh)),
@@ -240,29 +274,26 @@ def parameter_overview(experiment: Experiment) -> str:
 
 
 def network(train_state: state.TrainState) -> dict[str, PyTree]:
-    """The network's variables in a state, as `Experiment.embed` takes them."""
+    """The network's variables in a state, as `Network.embed` takes them."""
     return {"params": train_state.params["embedder"], "batch_stats": train_state.batch_stats}
 
 
-def load_network(experiment: Experiment, folder: Path, name: str) -> dict[str, PyTree]:
+def load_network(network: Network, folder: Path, name: str) -> dict[str, PyTree]:
     """The network's variables in a run's checkpoint, without the rest of it.
 
     Args:
-        experiment: the run's.
+        network: the run's.
         folder: the run's.
         name: of the checkpoint: `last`, or a key of `checkpoint.BEST`.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
     """
-    everything = abstract_state(experiment)
-    wanted = {
-        "params": {"embedder": everything.params["embedder"]},
-        "batch_stats": everything.batch_stats,
-    }
+    shapes = network.variables_shape
+    wanted = {"params": {"embedder": shapes["params"]}, "batch_stats": shapes["batch_stats"]}
     with checkpoint.Checkpoints(folder) as checkpoints:
-        restored = checkpoints.restore(checkpoints.find(name), wanted)
-    return {"params": restored["params"]["embedder"], "batch_stats": restored["batch_stats"]}
+        found = checkpoints.restore(checkpoints.find(name), wanted)
+    return {"params": found["params"]["embedder"], "batch_stats": found["batch_stats"]}
 
 
 def load_fork(experiment: Experiment, folder: Path) -> dict[str, PyTree]:
@@ -283,26 +314,50 @@ def load_fork(experiment: Experiment, folder: Path) -> dict[str, PyTree]:
                 f"config.model.{name} is {here[name]!r}, but {folder}, from which to fork, has "
                 f"{there[name]!r}"
             )
-    return load_network(experiment, folder, "last")
+    return load_network(experiment.network, folder, "last")
+
+
+def trained_network(
+    folder: Path, name: str, mesh: jax.sharding.Mesh
+) -> tuple[Network, dict[str, PyTree]]:
+    """A run's network, of which only the configuration and the checkpoint must still be there.
+
+    Args:
+        folder: the run's.
+        name: of the checkpoint: `last`, or a key of `checkpoint.BEST`.
+        mesh: the devices to run on.
+
+    Returns:
+        The network and its variables.
+
+    Raises:
+        FileNotFoundError: there is no run, or no such checkpoint.
+        ValueError: its configuration is damaged.
+    """
+    config = workdir.read_config(folder)
+    configs.validate(config)
+    network = make_network(config, mesh)
+    return network, load_network(network, folder, name)
 
 
 def embed_images(
-    experiment: Experiment, variables: dict[str, PyTree], source: data.Source
+    network: Network, variables: dict[str, PyTree], source: data.Source
 ) -> Float32[np.ndarray, "images dim"]:
     """Embeds images, cropped as for testing.
 
     Args:
-        experiment: gives the network.
-        variables: the network's.
+        network: the network.
+        variables: its.
         source: the images.
 
     Returns:
         Raw embeddings in the order of the source.
     """
-    config = experiment.config
+    config, devices = network.config, network.mesh.size
     batches = data.test_batches(
         source,
-        batch_size=config.batch_size,
+        # Here may be other devices than those that the run's batches were shared by.
+        batch_size=-(-config.batch_size // devices) * devices,
         image_size=config.data.image_size,
         resize=config.data.resize,
         num_workers=config.data.num_workers,
@@ -310,9 +365,34 @@ def embed_images(
         process_count=jax.process_count(),
     )
     try:
-        return embed.embed(experiment.embed, variables, batches, len(source), experiment.mesh)
+        return embed.embed(network.embed, variables, batches, len(source), network.mesh)
     finally:
         batches.close()
+
+
+def embed_one(
+    network: Network, variables: dict[str, PyTree], image: bytes, name: str
+) -> Float32[np.ndarray, "1 dim"]:
+    """Embeds one image, cropped as for testing.
+
+    Args:
+        network: the network, on a mesh of a single device.
+        variables: its.
+        image: encoded.
+        name: what to call the image in an error.
+
+    Returns:
+        Its raw embedding.
+
+    Raises:
+        ValueError: it cannot be decoded; the message begins with `name`.
+    """
+    view = data.centre_view(
+        data.decode(image, name),
+        size=network.config.data.image_size,
+        resize_to=network.config.data.resize,
+    )
+    return np.asarray(network.embed(variables, view[None]))
 
 
 def embed_split(
@@ -329,7 +409,10 @@ def embed_split(
         Raw embeddings by split: `split` and perhaps `gallery`.
     """
     names = [split] if _gallery(experiment.sources, split) is None else [split, "gallery"]
-    return {name: embed_images(experiment, variables, experiment.sources[name]) for name in names}
+    return {
+        name: embed_images(experiment.network, variables, experiment.sources[name])
+        for name in names
+    }
 
 
 def score(

@@ -289,7 +289,7 @@ def _finish(
             steps = {name: saved.find(name) for name in checkpoint.BEST}
         for name, metric in checkpoint.BEST.items():
             (line,) = (line for line in evaluated if line["step"] == steps[name])
-            chosen = embed_split(experiment, load_network(experiment, folder, name), "test")
+            chosen = embed_split(experiment, load_network(experiment.network, folder, name), "test")
             best[metric] = _place(line) | score(experiment, chosen)
     result = {
         "last": last,

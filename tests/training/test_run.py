@@ -46,7 +46,7 @@ def test_a_fork_starts_with_the_network_of_another_run_and_needs_it_no_more(imag
     like = experiment.abstract_state(built)
     with checkpoint.Checkpoints(new) as checkpoints:
         started = experiment.network(checkpoints.restore(0, like))
-    chex.assert_trees_all_equal(started, experiment.load_network(built, old, "last"))
+    chex.assert_trees_all_equal(started, experiment.load_network(built.network, old, "last"))
 
     shutil.rmtree(old)
     (new / workdir.RESULT).unlink()
