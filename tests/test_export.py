@@ -95,6 +95,7 @@ def test_the_card_says_how_jax_alone_loads_it(run, exported, saved, paths, tmp_p
     program += snippet.replace(zeros, 'images = np.load("../images.npy")')
     program += """
 np.save("../unit.npy", unit)
+import importlib.util
 others = {"dml_jax", "flax", "safetensors"}
 assert not others & sys.modules.keys() and not any(map(importlib.util.find_spec, others))
 """
