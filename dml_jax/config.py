@@ -82,6 +82,8 @@ def default() -> ConfigDict:
                 "patience": 0,
             },
             "checkpoint": {"every_epochs": 1, "keep_last": 2},
+            # Project of Weights & Biases that is told too; none by default.
+            "wandb": "",
         }
     )
 

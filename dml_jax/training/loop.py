@@ -59,7 +59,11 @@ def train(experiment: Experiment, folder: Path) -> dict[str, Any]:
         embeddings = None
         with (
             Writer.of_this_process(
-                folder, step=start, total_steps=total_steps, batch_size=config.batch_size
+                folder,
+                step=start,
+                total_steps=total_steps,
+                batch_size=config.batch_size,
+                wandb=config.wandb,
             ) as writer,
             jax.transfer_guard("disallow"),
         ):

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from dml_jax import sharding
 from dml_jax.models import pretrained
-from dml_jax.training import experiment, loop, workdir
+from dml_jax.training import experiment, loop, workdir, writer
 
 
 def run(config: ConfigDict, folder: Path, *, overview: bool = False) -> dict[str, Any]:
@@ -25,6 +25,7 @@ def run(config: ConfigDict, folder: Path, *, overview: bool = False) -> dict[str
     Raises:
         ValueError: a setting or an image is wrong, or the folder holds another run.
         FileNotFoundError: images or weights are not where the config says.
+        ModuleNotFoundError: Weights & Biases is asked for, but not installed.
         FloatingPointError: the loss is no longer finite.
     """
     config = config.copy_and_resolve_references()
@@ -34,6 +35,7 @@ def run(config: ConfigDict, folder: Path, *, overview: bool = False) -> dict[str
         if config.data.root:
             config.data.root = str(Path(config.data.root).absolute())
     workdir.check(folder, config)
+    writer.check(config.wandb)
     result = workdir.read_result(folder)
     if result is not None:
         return result

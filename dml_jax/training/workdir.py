@@ -15,8 +15,9 @@ CHECKPOINTS = "checkpoints"
 EMBEDDINGS = "embeddings.npz"
 GALLERY = "gallery.npz"
 RESULT = "result.json"
+WANDB = "wandb.json"
 
-FREE = ("config.data.num_workers",)
+FREE = ("config.data.num_workers", "config.wandb")
 """Settings that may change when a run goes on: they change no result."""
 
 
