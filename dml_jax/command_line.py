@@ -8,12 +8,13 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 
-def run(main: Callable[..., None], *arguments: str) -> None:
+def run(main: Callable[..., None], *arguments: str, many: str | None = None) -> None:
     """Parses the flags and runs a program.
 
     Args:
         main: the program.
         arguments: what its arguments are called, in their order; it takes them as strings.
+        many: what further arguments are called, if there may be any number of them.
     """
     logging.set_verbosity(logging.WARNING)
 
@@ -28,7 +29,7 @@ def run(main: Callable[..., None], *arguments: str) -> None:
 
     def guarded(argv: Sequence[str]) -> None:
         given = argv[1:]
-        if len(given) > len(arguments):
+        if len(given) > len(arguments) and many is None:
             unexpected = given[len(arguments)]
             _exit(f"unexpected argument {unexpected!r}; settings are given as --name=value", 2)
         if len(given) < len(arguments):

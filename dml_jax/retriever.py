@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int64, UInt8
 from PIL import Image
@@ -117,7 +116,7 @@ class Retriever:
             FileNotFoundError: there is no such file.
         """
         vectors, names = _gallery(gallery)
-        queries = _unit(self.embed(images))
+        queries = search.unit_rows(self.embed(images))
         if queries.shape[1] != vectors.shape[1]:
             raise ValueError(
                 f"the gallery's embeddings have {vectors.shape[1]} dimensions, those of this "
@@ -165,7 +164,7 @@ def _exported(folder: Path) -> Callable[[np.ndarray], Array]:
 def _of_run(folder: Path, checkpoint: str) -> Callable[[np.ndarray], Array]:
     device = sharding.make_mesh(jax.local_devices()[:1])
     network, variables = experiment.trained_network(folder, checkpoint, device)
-    return lambda images: network.embed(variables, jnp.asarray(images))
+    return lambda images: network.embed(variables, images)
 
 
 def _check(image: Any, number: int) -> None:
@@ -197,11 +196,6 @@ def _gallery(
     gallery: str | os.PathLike[str] | np.ndarray,
 ) -> tuple[Float32[np.ndarray, "m d"], tuple[str, ...]]:
     if isinstance(gallery, np.ndarray):
-        return _unit(gallery.astype(np.float32, copy=False)), ()
+        return search.unit_rows(gallery.astype(np.float32, copy=False)), ()
     saved = embed.load_embeddings(gallery)
-    return _unit(saved.embeddings), saved.names
-
-
-def _unit(vectors: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(lengths > 0, lengths, 1)
+    return search.unit_rows(saved.embeddings), saved.names

@@ -131,6 +131,36 @@ def test_export_embeds_as_the_run_did(images, finished, tmp_path):
     np.testing.assert_allclose(ours / lengths, saved.embeddings / lengths, rtol=0, atol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def indexed(images, finished, tmp_path_factory):
+    out = tmp_path_factory.mktemp("search") / "index"
+    embeddings = f"--embeddings={finished / workdir.EMBEDDINGS}"
+    printed = succeed("index.py", embeddings, f"--images={images}", f"--out={out}")
+    assert "24 images, flat index" in printed and "100.0" in printed
+    return out
+
+
+def test_search_finds_an_image_of_the_gallery_first(images, finished, indexed, tmp_path):
+    query, sheet = images / "test" / "class2" / "3.png", tmp_path / "sheet.html"
+    where = [f"--index={indexed}", f"--workdir={finished}"]
+    printed = succeed("search.py", *where, f"--out={sheet}", "--neighbours=3", query)
+    first = next(line for line in printed.splitlines() if line.startswith("│ 1 "))
+    assert "1.000" in first and "test/class2/3.png" in first
+    assert sheet.read_text().count("data:image/jpeg;base64,") == 4
+
+
+def test_a_search_that_cannot_be_made_is_told(finished, indexed, tmp_path):
+    (tmp_path / "note.png").write_text("not an image")
+    where = [f"--index={indexed}", f"--workdir={finished}", f"--out={tmp_path / 'sheet.html'}"]
+    for arguments, message in (
+        ([*where, tmp_path / "note.png"], f"{tmp_path / 'note.png'}: not a readable image"),
+        ([*where, "--serve", "x.png"], "one or more images to look for, or --serve without any"),
+    ):
+        done = run("search.py", *arguments)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "sheet.html").exists()
+
+
 PRETRAINED = {"model__width": 64, "model__stem": "imagenet"}
 
 

@@ -134,12 +134,4 @@ def _checked(
         raise ValueError(f"{len(vectors)} {what}embeddings but {len(classes)} labels")
     if not np.issubdtype(classes.dtype, np.integer):
         raise TypeError(f"{what}labels must be integers, got {classes.dtype}")
-    norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
-    bad = np.flatnonzero(~np.isfinite(norms))
-    if len(bad):
-        raise ValueError(
-            f"{len(bad)} {what}embeddings are not finite in float32, the first in row {bad[0]}"
-        )
-    norms[norms == 0] = 1
-    unit = np.divide(vectors, norms[:, None], out=np.empty_like(vectors), casting="same_kind")
-    return unit, classes.astype(np.int64)
+    return search.unit_rows(vectors, f"{what}embeddings"), classes.astype(np.int64)

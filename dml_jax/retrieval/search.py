@@ -1,4 +1,4 @@
-"""Exact nearest neighbours and k-means through faiss, the only module that knows it.
+"""Exact nearest neighbours and k-means through faiss, which only this module and `index` know.
 
 On a GPU machine JAX takes most of the memory at start; what it leaves (25 % by default) must hold
 the gallery and faiss's scratch space. `XLA_PYTHON_CLIENT_MEM_FRACTION` leaves more.
@@ -83,12 +83,45 @@ class Searcher:
             )
         index = self._cpu_index if wanted > GPU_MAX_K else self._index
         _, ids = index.search(queries, wanted)
-        if own is None:
-            return ids
-        keep = ids != own[:, None]
-        # With enough copies before it, a query is not even among its k + 1 nearest.
-        keep[keep.all(axis=1), -1] = False
-        return ids[keep].reshape(len(ids), k)
+        return ids if own is None else without_own(ids, own)
+
+
+def without_own(
+    ids: Int64[np.ndarray, "q wider"], own: Int64[np.ndarray, " q"]
+) -> Int64[np.ndarray, "q k"]:
+    """Leaves the query itself out of its neighbours, or else the last of them.
+
+    Args:
+        ids: [q, k + 1] gallery indices, nearest first.
+        own: [q] the gallery index of each query.
+
+    Returns:
+        [q, k] indices.
+    """
+    keep = ids != own[:, None]
+    # With enough copies before it, a query is not even among its k + 1 nearest.
+    keep[keep.all(axis=1), -1] = False
+    return ids[keep].reshape(len(ids), -1)
+
+
+def unit_rows(
+    vectors: Float32[np.ndarray, "n d"], what: str = "embeddings"
+) -> Float32[np.ndarray, "n d"]:
+    """Vectors of length 1, in a new array; those of length 0 stay so.
+
+    Args:
+        vectors: [n, d].
+        what: to call them in an error.
+
+    Raises:
+        ValueError: some are not finite.
+    """
+    norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
+    bad = np.flatnonzero(~np.isfinite(norms))
+    if len(bad):
+        raise ValueError(f"{len(bad)} {what} are not finite in float32, the first in row {bad[0]}")
+    norms[norms == 0] = 1
+    return np.divide(vectors, norms[:, None], out=np.empty_like(vectors), casting="same_kind")
 
 
 def kmeans(

@@ -27,7 +27,7 @@ class Network(NamedTuple):
     embedder: Embedder
     variables_shape: dict[str, PyTree]
     """The shape, type and place of every variable."""
-    embed: Callable[[PyTree, Array], Array]
+    embed: Callable[[PyTree, Array | np.ndarray], Array]
     """Compiled: variables and images `[batch, ...]` to embeddings."""
 
 

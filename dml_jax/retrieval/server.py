@@ -1,0 +1,184 @@
+"""A small server on which people search a gallery by dropping an image on a page.
+
+Images of the gallery are asked for by their number in the index, never by a path, and are sent as
+newly made JPEGs; there is no way to any other file.
+"""
+
+import re
+import sys
+import threading
+from collections.abc import Callable
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from dml_jax import data
+from dml_jax.retrieval import page
+from dml_jax.retrieval.index import Gallery
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+_LARGE = 1600  # The longer side of a picture that was clicked on, pixels.
+_PICTURE = re.compile(r"/(thumbnail|image)/(0|[1-9][0-9]{0,17})")
+_SECURITY = {
+    "Content-Security-Policy": (
+        "default-src 'none'; img-src 'self' blob: data:; connect-src 'self'; "
+        f"style-src 'unsafe-inline'; script-src 'sha256-{page.SCRIPT_HASH}'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class Refused(Exception):
+    """A request that is not answered as it wants."""
+
+    def __init__(self, status: HTTPStatus, message: str) -> None:
+        """Says with what status, and why."""
+        super().__init__(message)
+        self.status = status
+
+
+def make_server(
+    gallery: Gallery,
+    embed_one: Callable[[bytes, str], Float32[np.ndarray, "1 d"]],
+    *,
+    host: str,
+    port: int,
+    neighbours: int,
+) -> ThreadingHTTPServer:
+    """A server that listens, and answers once `serve_forever` is called.
+
+    Args:
+        gallery: to search in.
+        embed_one: from an encoded image and what to call it to its embedding.
+        host: the address to listen at.
+        port: the port; 0 for any that is free.
+        neighbours: how many to show.
+
+    Returns:
+        The server; `server_address` tells the port.
+
+    Raises:
+        OSError: the address or the port is not to be had.
+    """
+    one_at_a_time = threading.Lock()
+    start = page.search_page(gallery).encode()
+
+    class Handler(_Handler):
+        local = host in LOOPBACK
+
+        def start_page(self) -> bytes:
+            return start
+
+        def picture(self, row: int, *, side: int) -> bytes | None:
+            return page.thumbnail(gallery, row, side=side) if row < len(gallery.names) else None
+
+        def search(self, image: bytes) -> str:
+            with one_at_a_time:
+                data.check_upload(image)
+                return page.results(gallery.nearest(embed_one(image, "this image"), neighbours))
+
+    try:
+        return _Server((host, port), Handler)
+    except OSError as error:
+        raise OSError(f"cannot listen at {host}, port {port}: {error.strerror}") from error
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Says nothing of clients that went away."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """HTTP; what there is to tell is in its subclass."""
+
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "dml_jax", ""
+    timeout = 30  # Seconds without a byte, after which a client is left.
+    local: bool
+
+    def start_page(self) -> bytes:
+        raise NotImplementedError
+
+    def picture(self, row: int, *, side: int) -> bytes | None:
+        raise NotImplementedError
+
+    def search(self, image: bytes) -> str:
+        raise NotImplementedError
+
+    def do_GET(self) -> None:  # noqa: N802
+        """Answers with the page, or a picture."""
+        self._answer(self._get)
+
+    def do_POST(self) -> None:  # noqa: N802
+        """Answers an image with its neighbours."""
+        self._answer(self._post)
+
+    def _answer(self, respond: Callable[[], tuple[str, bytes]]) -> None:
+        status, kind, content = HTTPStatus.OK, "text/plain; charset=utf-8", b""
+        try:
+            self._check_host()
+            kind, content = respond()
+        except Refused as refusal:
+            status, content = refusal.status, str(refusal).encode()
+            self.close_connection = True  # What it sent may not have been read.
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        for name, value in _SECURITY.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def _check_host(self) -> None:
+        """Keeps pages of other sites out, whose name their owner may point at this machine."""
+        name = re.sub(r":\d*$", "", self.headers.get("Host", "")).strip("[]").lower()
+        if self.local and name not in LOOPBACK:
+            raise Refused(HTTPStatus.FORBIDDEN, "ask for localhost")
+
+    def _get(self) -> tuple[str, bytes]:
+        if self.path == "/":
+            return "text/html; charset=utf-8", self.start_page()
+        asked = _PICTURE.fullmatch(self.path)
+        if asked:
+            side = page.THUMBNAIL if asked[1] == "thumbnail" else _LARGE
+            picture = self.picture(int(asked[2]), side=side)
+            if picture is not None:
+                return "image/jpeg", picture
+        raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
+
+    def _post(self) -> tuple[str, bytes]:
+        if self.path != "/search":
+            raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
+        if not self.headers.get_content_type().startswith("image/"):
+            raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "only images are searched for")
+        length = self.headers.get("Content-Length", "")
+        if not re.fullmatch(r"[0-9]{1,18}", length):
+            raise Refused(HTTPStatus.LENGTH_REQUIRED, "say how large the image is")
+        if int(length) > page.MOST_BYTES:
+            raise Refused(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"images of up to {page.MOST_BYTES >> 20} MB are searched for",
+            )
+        image = self.rfile.read(int(length))
+        if len(image) < int(length):
+            raise Refused(HTTPStatus.BAD_REQUEST, "the image is not whole")
+        try:
+            return "text/html; charset=utf-8", self.search(image).encode()
+        except ValueError as error:
+            raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, str(error)) from error
+
+    def log_message(self, *_: object) -> None:
+        """Keeps the terminal for what its user wants to know."""

@@ -1,0 +1,48 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dml_jax import data
+from dml_jax.data import previews
+
+
+def encoded(width, height, format="PNG", **options):
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (200, 30, 60)).save(file, format, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "size, expected", [((80, 40), (20, 10)), ((9, 900), (1, 20)), ((7, 5),) * 2]
+)
+def test_a_preview_fits_and_is_never_enlarged(size, expected):
+    preview = Image.open(io.BytesIO(data.preview(encoded(*size), "x", side=20)))
+    assert (preview.format, preview.size) == ("JPEG", expected)
+    assert np.abs(np.asarray(preview).mean((0, 1)) - (200, 30, 60)).max() < 4
+
+
+def test_a_preview_is_upright_and_keeps_nothing_of_the_camera():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "a camera"  # Orientation: turned by a quarter; maker.
+    preview = Image.open(io.BytesIO(data.preview(encoded(8, 4, "JPEG", exif=exif), "x", side=8)))
+    assert preview.size == (4, 8)
+    assert not preview.getexif()
+
+
+@pytest.mark.parametrize("format", previews.UPLOADED)
+def test_images_may_be_uploaded(format):
+    data.check_upload(encoded(4, 4, format))
+
+
+@pytest.mark.parametrize("content", [b"", b"<svg/>", encoded(4, 4, "EPS"), encoded(4, 4)[:20]])
+def test_what_is_no_image_may_not(content):
+    with pytest.raises(ValueError, match="no image; BMP, JPEG"):
+        data.check_upload(content)
+
+
+def test_nor_a_small_file_of_many_pixels():
+    header = b"P6 16384 5000 255\n"
+    with pytest.raises(ValueError, match="81920000 pixels"):
+        data.check_upload(header + bytes(16))
