@@ -1,3 +1,26 @@
-"""Deep metric learning in JAX: proxy losses, Proxy Synthesis, MemVir, and zero-shot retrieval."""
+"""Deep metric learning in JAX: proxy losses, Proxy Synthesis, MemVir, and zero-shot retrieval.
+
+>>> import dml_jax
+>>> loss = dml_jax.losses.create("proxy_anchor")
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from dml_jax import losses, memvir, proxy_synthesis, retrieval
+    from dml_jax.retriever import load
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Imports a part when it is first asked for: JAX alone takes seconds."""
+        if name == "load":
+            return importlib.import_module("dml_jax.retriever").load
+        if name in __all__:
+            return importlib.import_module(f"dml_jax.{name}")
+        raise AttributeError(f"module 'dml_jax' has no attribute {name!r}")
+
+
+__all__ = ["load", "losses", "memvir", "proxy_synthesis", "retrieval"]

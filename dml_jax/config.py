@@ -96,6 +96,8 @@ def default() -> ConfigDict:
                 "patience": 0,
             },
             "checkpoint": {"every_epochs": 1, "keep_last": 2},
+            # Project of Weights & Biases that is told too; none by default.
+            "wandb": "",
         }
     )
 
@@ -217,6 +219,11 @@ RULES = {
     "evaluation.patience": rules.whole(0),
     "checkpoint.every_epochs": rules.whole(1),
     "checkpoint.keep_last": rules.whole(1),
+    "wandb": rules.text(
+        "it must be a project's name at Weights & Biases, up to 128 characters, none of them one "
+        "of /\\#?%:, or empty",
+        lambda name: len(name) <= 128 and not set(name) & set("/\\#?%:"),
+    ),
 }
 """What each setting may be, by its path; the hyper-parameters of a loss are below."""
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import dml_jax
 from dml_jax import sharding
 from dml_jax.models import pretrained
 from dml_jax.retrieval import embed
@@ -91,6 +92,15 @@ def test_embed_needs_nothing_of_the_run_but_config_and_checkpoint(images, finish
     np.testing.assert_allclose(ours.embeddings, expected.embeddings, rtol=1e-5, atol=1e-5)
     assert ours.class_names == expected.class_names
     assert ours.names[0] == "class0/0.png"
+
+
+def test_export_embeds_as_the_run_did(images, finished, tmp_path):
+    out = tmp_path / "exported"
+    assert f"is in {out / 'README.md'}" in succeed("export.py", finished, f"--out={out}")
+    saved = embed.load_embeddings(finished / workdir.EMBEDDINGS)
+    ours = dml_jax.load(out).embed([images / name for name in saved.names])
+    lengths = np.linalg.norm(saved.embeddings, axis=1, keepdims=True)
+    np.testing.assert_allclose(ours / lengths, saved.embeddings / lengths, rtol=0, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

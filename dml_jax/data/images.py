@@ -102,6 +102,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def from_pillow(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+    """An opened image as upright 8-bit RGB, as `decode` makes it."""
+    return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+
+
 def resize(
     image: UInt8[np.ndarray, "h w 3"], height: int, width: int
 ) -> UInt8[np.ndarray, "{height} {width} 3"]:

@@ -73,7 +73,11 @@ def train(
         agreement = sharding.Agreement(experiment.mesh, _STEPS_IN_FLIGHT)
         with (
             Writer.of_this_process(
-                folder, step=start, total_steps=total_steps, batch_size=config.batch_size
+                folder,
+                step=start,
+                total_steps=total_steps,
+                batch_size=config.batch_size,
+                wandb=config.wandb,
             ) as writer,
             jax.transfer_guard("disallow"),
         ):

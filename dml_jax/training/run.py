@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from dml_jax import config as configs
 from dml_jax import sharding
 from dml_jax.models import pretrained
-from dml_jax.training import experiment, loop, stopping, workdir
+from dml_jax.training import experiment, loop, stopping, workdir, writer
 
 
 def run(
@@ -33,12 +33,14 @@ def run(
         ValueError: a setting or an image is wrong, or the folder holds another run, or another
             process trains in it.
         FileNotFoundError: images or weights are not where the config says.
+        ModuleNotFoundError: Weights & Biases is asked for, but not installed.
         FloatingPointError: the loss is no longer finite.
     """
     configs.validate(config)
     fork = workdir.forked_from(folder, fork_from)
     config = _resolved(config, forked=fork is not None)
     workdir.check(folder, config)
+    writer.check(config.wandb)
     result = workdir.finished(folder, config)
     if result is not None:
         return result

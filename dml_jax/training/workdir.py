@@ -27,6 +27,7 @@ NOT_FINITE = "not_finite.json"
 IMAGES = "images.json"
 FINDINGS = "findings.json"
 FORK = "fork.json"
+WANDB = "wandb.json"
 LOCK = ".lock"
 _FIRST = {CONFIG, IMAGES, FINDINGS, FORK, LOCK}
 
@@ -37,6 +38,7 @@ FREE = (
     "config.epochs",
     "config.evaluation",
     "config.skip_nonfinite",
+    "config.wandb",
 )
 """Settings, and groups of them, that may change when a run goes on: no step depends on them.
 

@@ -1,7 +1,12 @@
-"""What a run tells: a line of metrics an epoch, in files, in TensorBoard and on the terminal."""
+"""What a run tells: a line of metrics an epoch, in files, in TensorBoard and on the terminal.
+
+Weights & Biases hears it too, if it is asked for.
+"""
 
 import json
 import os
+import uuid
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,9 @@ class Writer:
     What took how long goes to a file of its own: metrics of equal runs are equal to the byte.
     """
 
-    def __init__(self, workdir: Path, *, step: int, total_steps: int, batch_size: int) -> None:
+    def __init__(
+        self, workdir: Path, *, step: int, total_steps: int, batch_size: int, wandb: str = ""
+    ) -> None:
         """Opens the files of a run, and drops from them what lies behind `step`.
 
         Args:
@@ -27,7 +34,12 @@ class Writer:
             step: at which the run begins, or goes on.
             total_steps: at which it ends.
             batch_size: images a step.
+            wandb: project of Weights & Biases; "" for none.
+
+        Raises:
+            ValueError: Weights & Biases refuses the run.
         """
+        self._wandb = _open_wandb(workdir, wandb) if wandb else None
         self._files = [
             _open_up_to(workdir / name, step) for name in (workdirs.METRICS, workdirs.TIMINGS)
         ]
@@ -53,24 +65,28 @@ class Writer:
 
     @staticmethod
     def of_this_process(
-        workdir: Path, *, step: int, total_steps: int, batch_size: int
+        workdir: Path, *, step: int, total_steps: int, batch_size: int, wandb: str
     ) -> "Writer | Silence":
         """A writer in the first process, and silence in the others."""
         if not sharding.is_first_process():
             return Silence()
-        return Writer(workdir, step=step, total_steps=total_steps, batch_size=batch_size)
+        return Writer(
+            workdir, step=step, total_steps=total_steps, batch_size=batch_size, wandb=wandb
+        )
 
     def __enter__(self) -> "Writer":
         """Shows the progress bar."""
         self._progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         """Closes everything."""
         self._progress.stop()
         self._events.close()
         for file in self._files:
             file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(error is not None))
 
     def step(self, step: int, *, loss: float, learning_rate: float) -> None:
         """Moves the progress bar to a step."""
@@ -93,6 +109,8 @@ class Writer:
             if name not in ("step", "epoch"):
                 self._events.add_scalar(name, value, metrics["step"])
         self._events.flush()
+        if self._wandb is not None:
+            self._wandb.log(metrics | timings, step=metrics["step"])
         shown = [f"epoch {metrics['epoch']}", f"loss {metrics['loss']:.3f}"]
         if "map@r" in metrics:
             shown.append(retrieval.summary(metrics))
@@ -115,6 +133,47 @@ class Silence:
 
     def epoch(self, metrics: dict[str, Any], timings: dict[str, Any]) -> None:
         """Writes nothing."""
+
+
+def check(wandb: str) -> None:
+    """Makes sure that Weights & Biases is there, if it is asked for.
+
+    Args:
+        wandb: its project; "" for none.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    spec = find_spec("wandb") if wandb else None
+    # A folder of that name, such as Weights & Biases leaves behind, is found as well.
+    if wandb and (spec is None or spec.origin is None):
+        raise ModuleNotFoundError(
+            'config.wandb needs the package wandb: pip install "dml_jax[wandb]", or leave it empty'
+        )
+
+
+def _open_wandb(workdir: Path, project: str) -> Any:
+    """Opens the run's record at Weights & Biases, which is the same however often it goes on."""
+    import wandb
+
+    path = workdir / workdirs.WANDB
+    if not path.exists():
+        workdirs.write_json(path, {"id": uuid.uuid4().hex[:8]})
+    try:
+        return wandb.init(
+            project=project,
+            id=json.loads(path.read_text(encoding="utf-8"))["id"],
+            resume="allow",
+            name=workdir.name,
+            dir=workdir,
+            config=workdirs.read_config(workdir).to_dict(),
+            settings=wandb.Settings(console="off", silent=True),
+        )
+    except wandb.Error as error:
+        raise ValueError(
+            f"Weights & Biases: {error}\n`wandb login` tells it who you are, WANDB_MODE=offline "
+            "keeps everything here until `wandb sync`, and --config.wandb= does without it"
+        ) from error
 
 
 def _open_up_to(path: Path, step: int) -> Any:
