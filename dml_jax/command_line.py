@@ -13,7 +13,8 @@ def run(main: Callable[..., None], *arguments: str) -> None:
 
     Args:
         main: the program.
-        arguments: what its arguments are called, in their order; it takes them as strings.
+        arguments: what its arguments are called, in their order; it takes them as strings. Of the
+            last there may be several where its name ends in "...".
     """
     logging.set_verbosity(logging.WARNING)
 
@@ -28,7 +29,8 @@ def run(main: Callable[..., None], *arguments: str) -> None:
 
     def guarded(argv: Sequence[str]) -> None:
         given = argv[1:]
-        if len(given) > len(arguments):
+        several = bool(arguments) and arguments[-1].endswith("...")
+        if len(given) > len(arguments) and not several:
             unexpected = given[len(arguments)]
             _exit(f"unexpected argument {unexpected!r}; settings are given as --name=value", 2)
         if len(given) < len(arguments):
