@@ -2,7 +2,7 @@
 
 python scripts/report.py runs/quickstart/* --out=report.html
 
-The page needs no network. Runs that differ in the seed alone are one row, mean ± standard deviation.
+The page needs no network. Runs that differ in the seed alone are one row of its first table.
 """
 
 import runpy

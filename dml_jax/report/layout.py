@@ -37,20 +37,22 @@ def layout(
     neighbours = min(3 * _PERPLEXITY, len(vectors) - 1)
     ids = search.Searcher(vectors).nearest(vectors, neighbours, own=np.arange(len(vectors)))
     distances = np.stack(
-        [np.linalg.norm(vectors[near] - one, axis=1) for one, near in zip(vectors, ids, strict=True)]
+        [np.linalg.norm(vectors[near] - vectors[i], axis=1) for i, near in enumerate(ids)]
     )
     affinities = affinity.PerplexityBasedNN(
         perplexity=neighbours / 3,
         knn_index=nearest_neighbors.PrecomputedNeighbors(ids, distances),
     )
     if start is None:
-        begin, exaggerated, iterations = initialization.pca(vectors, random_state=0), 150, 350
+        begin, exaggerated, iterations = initialization.pca(vectors, random_state=0), 100, 300
     else:
-        begin, exaggerated, iterations = initialization.rescale(start), 50, 250
+        begin, exaggerated, iterations = initialization.rescale(start), 30, 170
     places = openTSNE.TSNE(
         early_exaggeration_iter=exaggerated,
         n_iter=iterations,
         negative_gradient_method="fft" if len(vectors) > 2000 else "bh",
+        # Half as fine a grid as by default: a third of the work, and as good a map.
+        ints_in_interval=2,
         random_state=0,
     ).fit(affinities=affinities, initialization=begin)
     return _into_square(np.asarray(places, np.float64))

@@ -103,7 +103,8 @@ def write(
 
 def _command(groups: Sequence[Group], path: Path) -> str:
     folders = [str(run.folder) for group in groups for run in group.runs]
-    return shlex.join(["python", "scripts/report.py", *folders, f"--out={path}"])
+    words = ["python scripts/report.py", *map(shlex.quote, folders), shlex.quote(f"--out={path}")]
+    return " \\\n    ".join(words)
 
 
 def _sources(run: Run) -> dict[str, data.Source]:
@@ -212,7 +213,8 @@ def _run(
 def _curve(group: int, run: Run) -> dict[str, Any]:
     """A run's lines over epochs and over seconds of training and evaluation."""
     ends = np.cumsum([x["train_seconds"] + x["evaluation_seconds"] for x in run.timings])
-    seconds = {line["step"]: round(float(end), 2) for line, end in zip(run.timings, ends, strict=True)}
+    steps = [line["step"] for line in run.timings]
+    seconds = dict(zip(steps, np.round(ends, 2).tolist(), strict=True))
     return {
         "group": group,
         "seed": run.config.seed,
@@ -242,7 +244,7 @@ def _training(
                 "age": one.age.tolist(),
                 "classes": one.classes,
                 "firstPicture": first_picture,
-                "names": [x.source.names[x.index] for x in one.pictures],
+                "names": [x.source.names[x.number] for x in one.pictures],
             }
         )
         first_picture += len(one.pictures)
@@ -269,7 +271,5 @@ def _template() -> jinja2.Template:
         loader=jinja2.PackageLoader("dml_jax.report", "page"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
     )
     return environment.get_template("report.html")

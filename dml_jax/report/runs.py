@@ -129,4 +129,5 @@ def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
         return [os.path.basename(folders[0])]
     root = os.path.commonpath(folders)
     # A folder above the others would be called ".".
-    return [os.path.relpath(folder, root if root not in folders else f"{root}/..") for folder in folders]
+    root = os.path.dirname(root) if root in folders else root
+    return [os.path.relpath(folder, root) for folder in folders]

@@ -150,7 +150,7 @@ def settings(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 def _flat(config: ConfigDict) -> dict[str, Any]:
     def walk(tree: Mapping[str, Any], above: str) -> dict[str, Any]:
-        leaves = {}
+        leaves: dict[str, Any] = {}
         for name, value in tree.items():
             nested = isinstance(value, Mapping)
             leaves |= walk(value, f"{above}{name}.") if nested else {above + name: value}

@@ -24,10 +24,10 @@ _MOST_LARGE = 6000
 
 
 class Picture(NamedTuple):
-    """An image of a data set."""
+    """An image of a data set, by its number there."""
 
     source: data.Source
-    index: int
+    number: int
 
 
 class Sheets(NamedTuple):
@@ -56,8 +56,8 @@ def draw(pictures: Sequence[Picture], config: ConfigDict) -> Sheets:
     resize = max(side, round(side * config.data.resize / config.data.image_size))
 
     def small(picture: Picture) -> UInt8[np.ndarray, "h w 3"]:
-        source, index = picture
-        pixels = _decode(source[index], source.names[index], resize)
+        source, number = picture
+        pixels = _decode(source[number], source.names[number], resize)
         return images.centre_view(pixels, size=side, resize_to=resize)
 
     per_sheet = COLUMNS**2

@@ -32,6 +32,7 @@ KINDS = (
 _CLASSES = 8
 _IMAGES = 20
 _AGES = 20
+_STEPS = 8
 
 
 class _Points(NamedTuple):
@@ -110,7 +111,9 @@ def draw(run: Run) -> TrainingMap | None:
     )
 
 
-def _restore(built: Experiment, folder: Path) -> tuple[Any, np.ndarray, memvir.Memory | None] | None:
+def _restore(
+    built: Experiment, folder: Path
+) -> tuple[Any, np.ndarray, memvir.Memory | None] | None:
     """The network's variables, the proxies and the memory of the last checkpoint."""
     everything = experiment.abstract_state(built)
     wanted = jax.tree.map(lambda _: checkpoint.SKIPPED, everything)._replace(
@@ -140,13 +143,14 @@ def _entries(memory: memvir.Memory) -> _Entries:
     steps = np.arange(done - 2, max(done - 2 - (blocks * slots - 1), -1), -1)
     block, slot = steps % blocks, steps // blocks % slots
 
-    def ordered(ring: np.ndarray, pending: np.ndarray) -> np.ndarray:
-        earlier = np.moveaxis(ring[:, block, slot], 1, 0)
-        return np.concatenate([pending[None, ...], earlier])[: max(done, 0)]
+    def ordered(name: str) -> np.ndarray:
+        ring, pending = (np.asarray(getattr(x, name)) for x in (memory.ring, memory.pending))
+        return np.concatenate([pending[None, ...], np.moveaxis(ring[:, block, slot], 1, 0)])[:done]
 
-    embeddings, proxies, labels = map(ordered, memory.ring, memory.pending)
     return _Entries(
-        embeddings.astype(np.float32), proxies.astype(np.float32), labels.astype(np.int64)
+        ordered("embeddings").astype(np.float32),
+        ordered("proxies").astype(np.float32),
+        ordered("labels").astype(np.int64),
     )
 
 
@@ -192,34 +196,39 @@ def _synthetic(
     proxies: Float[Array, "p d2"],
     labels: Int64[np.ndarray, " n"],
 ) -> list[_Points]:
-    """Mixtures as a training step makes them, with the shown images for its batch."""
+    """Mixtures as training steps make them, with the shown images for their batch.
+
+    A step mixes all its pairs by one weight. So that several weights are seen, each of some steps
+    gives a part of the points.
+    """
     recipe, batch = built.recipe, len(labels)
-    lam, partner = proxy_synthesis.draw(
-        jax.random.key(recipe.seed),
-        jnp.asarray(labels),
-        alpha=recipe.mixing_alpha,
-        ratio=recipe.mixing_ratio,
-    )
-    problem = proxy_synthesis.synthesize(
-        embeddings,
-        proxies,
-        jnp.asarray(labels),
-        lam=lam,
-        partner=partner,
-        ratio=recipe.mixing_ratio,
-        loss=recipe.loss,
-    )
-    kept = np.asarray(problem.row_mask[batch:])
-    count = len(kept)
-    second = labels[np.asarray(partner).ravel()[:count]][kept]
-    first = labels[np.arange(count) % batch][kept]
     per_class = recipe.loss.proxies_per_class
-    # Of a class with several proxies, the first mixture.
-    mixed = np.asarray(problem.proxies)[len(proxies) :: per_class][kept]
-    return [
-        _points("synthetic embedding", np.asarray(problem.embeddings)[batch:][kept], first, second),
-        _points("synthetic proxy", mixed, first, second),
-    ]
+    points = []
+    for part in range(_STEPS):
+        lam, partner = proxy_synthesis.draw(
+            jax.random.key(part),
+            jnp.asarray(labels),
+            alpha=recipe.mixing_alpha,
+            ratio=recipe.mixing_ratio,
+        )
+        problem = proxy_synthesis.synthesize(
+            embeddings,
+            proxies,
+            jnp.asarray(labels),
+            lam=lam,
+            partner=partner,
+            ratio=recipe.mixing_ratio,
+            loss=recipe.loss,
+        )
+        kept = np.flatnonzero(problem.row_mask[batch:])
+        kept = kept[kept % _STEPS == part]
+        first, second = labels[kept % batch], labels[np.asarray(partner).ravel()[kept]]
+        # Of a class with several proxies, the first mixture.
+        mixed = np.asarray(problem.proxies)[len(proxies) :: per_class]
+        rows = np.asarray(problem.embeddings)[batch:]
+        points.append(_points("synthetic embedding", rows[kept], first, second))
+        points.append(_points("synthetic proxy", mixed[kept], first, second))
+    return points
 
 
 def _remembered(

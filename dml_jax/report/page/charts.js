@@ -2,7 +2,7 @@
 
 const charts = [];
 
-function chartLayout(x, y) {
+function chartLayout(x, suffix) {
   const axis = (title) => ({
     title: { text: title, font: { size: 12 } }, gridcolor: colour("--line"), zeroline: false,
     linecolor: colour("--line"), automargin: true, fixedrange: true,
@@ -12,7 +12,7 @@ function chartLayout(x, y) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("--quiet") },
     hoverlabel: { bgcolor: colour("--raised"), bordercolor: colour("--line"), font: { color: colour("--text") } },
-    xaxis: axis(x), yaxis: { ...axis(y), rangemode: "tozero" },
+    xaxis: axis(x), yaxis: { ...axis(""), ticksuffix: suffix, rangemode: "tozero" },
   };
 }
 
@@ -98,13 +98,13 @@ function drawHistograms() {
       };
     };
     const layout = () => {
-      const made = chartLayout("cosine", "% of pairs");
+      const made = chartLayout("cosine", "%");
       return {
-        ...made, showlegend: true,
+        ...made, showlegend: true, xaxis: { ...made.xaxis, range: [centres[first], 1.02] },
         legend: { orientation: "h", x: 0, y: 1.16, bgcolor: "rgba(0,0,0,0)", itemclick: false, itemdoubleclick: false },
       };
     };
-    const traces = () => [trace(other, "other class", "--wrong"), trace(same, "same class", "--right")];
+    const traces = () => [trace(other, "other class", "--quiet"), trace(same, "same class", "--accent")];
     addChart(parent, run.name, traces, layout);
   });
 }
