@@ -12,12 +12,15 @@ from rich.table import Table
 
 from configs import glyphs
 from dml_jax import command_line, data, retrieval, sharding
+from dml_jax.report import page, runs
 from dml_jax.training import experiment, run, workdir
 
 _ROOT = flags.DEFINE_string("root", "runs/quickstart", "Folder of the runs.")
 _EPOCHS = flags.DEFINE_integer(
     "epochs", None, "Epochs of each run; the config's by default.", lower_bound=1
 )
+
+_VARIANTS = ("baseline", "ps", "memvir")
 
 
 def main() -> None:
@@ -31,7 +34,7 @@ def main() -> None:
         table.add_row(name, *cells, "" if seconds is None else f"{seconds:.0f}")
 
     with command_line.mendable():
-        for variant in ("baseline", "ps", "memvir"):
+        for variant in _VARIANTS:
             config = glyphs.get_config(variant)
             config.epochs = _EPOCHS.value or config.epochs
             config.memvir.warmup_epochs = min(config.memvir.warmup_epochs, config.epochs - 1)
@@ -46,7 +49,14 @@ def main() -> None:
             result = run.run(config, folder)
             add(variant, result["last"], workdir.seconds(folder))
     Console().print(table)
-    print(f"Runs with checkpoints, metrics and embeddings: {_ROOT.value}")
+    print(f"Runs with checkpoints, metrics and embeddings: {_ROOT.value}\n")
+    out = Path(_ROOT.value) / "report.html"
+    with command_line.mendable():
+        groups = runs.group([runs.read(Path(_ROOT.value) / name) for name in _VARIANTS])
+        newest = max((run.first.folder / workdir.RESULT).stat().st_mtime for run in groups)
+        if not out.exists() or out.stat().st_mtime < newest:
+            page.write(groups, vars(glyphs), out)
+    print(f"Open in a browser what they find and confuse: {out.absolute()}")
 
 
 def _pixels(source: data.Source) -> np.ndarray:

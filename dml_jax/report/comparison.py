@@ -46,20 +46,22 @@ def table(
             baseline = [100 * fraction for fraction in scores[baselines[variant]]]
             gain = statistics.mean(percents) - statistics.mean(baseline)
             against = f"{baselines[variant]} {gain:+.2f}"
-            p = _p_value(percents, baseline)
+            p = p_value(percents, baseline)
         told = "{:g} ± {:g}".format(*published[variant]) if variant in published else ""
         rows.append(
-            [variant, *(f"{x:.1f}" for x in percents), _mean_and_std(percents), against, p, told]
+            [variant, *(f"{x:.1f}" for x in percents), mean_and_std(percents), against, p, told]
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows).replace("| --- ", "|---")
 
 
-def _mean_and_std(percents: Sequence[float]) -> str:
+def mean_and_std(percents: Sequence[float]) -> str:
+    """Mean and, of several, standard deviation, as text with two decimals."""
     mean = f"{statistics.mean(percents):.2f}"
     return mean if len(percents) < 2 else f"{mean} ± {statistics.stdev(percents):.2f}"
 
 
-def _p_value(percents: Sequence[float], baseline: Sequence[float]) -> str:
+def p_value(percents: Sequence[float], baseline: Sequence[float]) -> str:
+    """The p-value of Welch's t-test, two-sided, as text; empty where there are too few seeds."""
     if min(len(percents), len(baseline)) < 2:
         return ""
     return f"{scipy.stats.ttest_ind(percents, baseline, equal_var=False).pvalue:.2g}"

@@ -1,0 +1,110 @@
+// Learning curves and histograms, drawn by Plotly in the page's colours.
+
+const charts = [];
+
+function chartLayout(x, suffix) {
+  const axis = (title) => ({
+    title: { text: title, font: { size: 12 } }, gridcolor: colour("--line"), zeroline: false,
+    linecolor: colour("--line"), automargin: true, fixedrange: true,
+  });
+  return {
+    margin: { l: 8, r: 8, t: 12, b: 8 }, showlegend: false, dragmode: false, hovermode: "x unified",
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("--quiet") },
+    hoverlabel: { bgcolor: colour("--raised"), bordercolor: colour("--line"), font: { color: colour("--text") } },
+    xaxis: axis(x), yaxis: { ...axis(""), ticksuffix: suffix, rangemode: "tozero" },
+  };
+}
+
+// traces() and layout() are asked again when the colours change.
+function addChart(parent, title, traces, layout) {
+  const plot = element("div");
+  parent.append(element("div", { className: "chart" }, element("h3", {}, title), plot));
+  const draw = () => Plotly.react(plot, traces(), layout(), { displayModeBar: false, responsive: true });
+  charts.push(draw);
+  draw();
+}
+
+const axis = () => Number(document.querySelector("input[name=axis]:checked").value);
+
+// Seconds in the unit that suits the longest run.
+function timeUnit() {
+  const longest = Math.max(0, ...content.curves.flatMap((c) => c.lines.loss.map((line) => line[1] ?? 0)));
+  if (longest > 7200) return ["hours", 3600];
+  return longest > 180 ? ["minutes", 60] : ["seconds", 1];
+}
+
+function curveTraces(metric, scale) {
+  const [, unit] = timeUnit();
+  return content.curves.map((curve) => {
+    const line = curve.lines[metric].filter((point) => point[axis()] !== null);
+    const alone = content.curves.filter((other) => other.group === curve.group).length === 1;
+    return {
+      x: line.map((point) => (axis() ? point[1] / unit : point[0])),
+      y: line.map((point) => point[2] * scale),
+      name: runs[curve.group].name + (alone ? "" : `, seed ${curve.seed}`),
+      mode: line.length > 30 ? "lines" : "lines+markers",
+      line: { color: runColour(curve.group), width: alone ? 2 : 1.25 },
+      marker: { size: 5 },
+      hovertemplate: scale === 100 ? "%{y:.1f} %" : "%{y:.3f}",
+    };
+  });
+}
+
+function drawCurves() {
+  const parent = document.getElementById("curve-charts");
+  const layout = (unit) => () => chartLayout(axis() ? timeUnit()[0] : "epoch", unit);
+  for (const [name, metric] of content.scores) {
+    addChart(parent, name, () => curveTraces(metric, 100), layout("%"));
+  }
+  addChart(parent, "Loss", () => curveTraces("loss", 1), layout(""));
+  for (const input of document.querySelectorAll("input[name=axis]")) {
+    input.addEventListener("change", () => charts.forEach((draw) => draw()));
+  }
+}
+
+// The same for those who cannot point at lines.
+function drawCurveTable() {
+  const titles = ["Run", "Seed", "Epoch", "Seconds", "Loss", ...content.scores.map(([name]) => name)];
+  const head = element("tr", {}, ...titles.map((x, i) => element("th", { scope: "col", className: i ? "number" : "" }, x)));
+  const rows = [];
+  for (const curve of content.curves) {
+    const scores = content.scores.map(([, metric]) => new Map(curve.lines[metric].map((x) => [x[0], x[2]])));
+    for (const [epoch, seconds, loss] of curve.lines.loss) {
+      const cells = [
+        runs[curve.group].name, curve.seed, epoch, seconds ?? "–", loss.toFixed(3),
+        ...scores.map((score) => (score.has(epoch) ? percent(score.get(epoch)) : "–")),
+      ];
+      rows.push(element("tr", {}, ...cells.map((x, i) => element("td", { className: i ? "number" : "" }, String(x)))));
+    }
+  }
+  document.getElementById("curve-table").append(
+    element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)),
+  );
+}
+
+function drawHistograms() {
+  const parent = document.getElementById("similarity-charts");
+  runs.forEach((run) => {
+    const { same, other } = run.histogram;
+    const centres = same.map((_, bin) => -1 + (2 * (bin + 0.5)) / same.length);
+    const first = Math.max(0, [...same.keys()].findIndex((bin) => same[bin] + other[bin] > 0) - 1);
+    const trace = (counts, name, hue) => {
+      const total = Math.max(1, counts.reduce((a, b) => a + b, 0));
+      return {
+        x: centres.slice(first), y: counts.slice(first).map((count) => (100 * count) / total), name,
+        line: { color: colour(hue), width: 1.5, shape: "hvh" }, fill: "tozeroy", mode: "lines",
+        fillcolor: `color-mix(in srgb, ${colour(hue)} 22%, transparent)`, hovertemplate: "%{y:.1f} %",
+      };
+    };
+    const layout = () => {
+      const made = chartLayout("cosine", "%");
+      return {
+        ...made, showlegend: true, xaxis: { ...made.xaxis, range: [centres[first], 1.02] },
+        legend: { orientation: "h", x: 0, y: 1.16, bgcolor: "rgba(0,0,0,0)", itemclick: false, itemdoubleclick: false },
+      };
+    };
+    const traces = () => [trace(other, "other class", "--quiet"), trace(same, "same class", "--accent")];
+    addChart(parent, run.name, traces, layout);
+  });
+}

@@ -1,0 +1,99 @@
+import collections
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from dml_jax import retrieval
+from dml_jax.report import ranking
+from dml_jax.report.runs import Run
+from dml_jax.retrieval.embed import Embeddings
+
+CLASSES = 9
+
+
+def embeddings(seed, count, spread=1.0):
+    # Class 8 has one image, which therefore has nothing to find among the others.
+    rng = np.random.default_rng(seed)
+    labels = np.append(rng.integers(CLASSES - 1, size=count - 1), CLASSES - 1)
+    centres = np.random.default_rng(0).normal(size=(CLASSES, 6))
+    vectors = 3 * (centres[labels] + spread * rng.normal(size=(count, 6)))
+    names = tuple(f"{seed}/{i}" for i in range(count))
+    return Embeddings(
+        vectors.astype(np.float32), labels, names, tuple(f"class{c}" for c in range(CLASSES))
+    )
+
+
+def make(tmp_path, gallery=False):
+    return Run(
+        folder=tmp_path,
+        config=ConfigDict(),
+        metrics=[],
+        timings=[],
+        scores={},
+        queries=embeddings(1, 150),
+        gallery=embeddings(2, 70) if gallery else None,
+    )
+
+
+@pytest.fixture(params=[False, True], ids=["alone", "gallery"])
+def run(request, tmp_path):
+    return make(tmp_path, request.param)
+
+
+def expected(run):
+    gallery = run.gallery and (run.gallery.embeddings, run.gallery.labels)
+    return retrieval.evaluate(run.queries.embeddings, run.queries.labels, gallery=gallery)
+
+
+def test_first_neighbours_and_precisions_are_those_that_evaluate_scores(run):
+    ranked, scores = ranking.rank(run), expected(run)
+    counted = ranked.relevant > 0
+    assert 0 < scores["recall@1"] < 1
+    np.testing.assert_allclose(ranked.right[counted, 0].mean(), scores["recall@1"])
+    np.testing.assert_allclose(ranked.right[counted].any(axis=1).mean(), scores["recall@8"])
+    np.testing.assert_allclose(ranked.average_precision[counted].mean(), scores["map@r"])
+    assert (~counted).sum() == scores["queries_without_match"]
+    assert (np.diff(ranked.similarities, axis=1) <= 1e-6).all()
+
+
+def test_classes_average_to_the_scores(run):
+    classes, scores = ranking.by_class(run, ranking.rank(run)), expected(run)
+    weights = classes.queries / classes.queries.sum()
+    np.testing.assert_allclose(weights @ classes.recall, scores["recall@1"])
+    np.testing.assert_allclose(weights @ classes.precision, scores["map@r"])
+
+
+def test_every_wrong_first_neighbour_is_in_one_pair(run):
+    ranked = ranking.rank(run)
+    labels = (run.gallery or run.queries).labels
+    counts = collections.Counter()
+    for i, near in enumerate(ranked.neighbours[:, 0]):
+        if ranked.relevant[i] and labels[near] != run.queries.labels[i]:
+            counts[run.queries.labels[i], labels[near]] += 1
+    pairs = ranking.confused_pairs(run, ranked, 1000)
+    found = {(p["first"], p["second"]): p["there"] for p in pairs}
+    found |= {(p["second"], p["first"]): p["back"] for p in pairs}
+    assert {pair: n for pair, n in found.items() if n} == dict(counts)
+    scores = expected(run)
+    answered = (ranked.relevant > 0).sum()
+    assert sum(found.values()) == round((1 - scores["recall@1"]) * answered)
+    totals = [p["there"] + p["back"] for p in pairs]
+    assert totals == sorted(totals, reverse=True)
+    assert ranking.confused_pairs(run, ranked, 2) == pairs[:2]
+
+
+def test_histograms_count_every_pair_once(run):
+    same, other = ranking.similarity_histogram(run)
+    queries = ranking.unit(run.queries.embeddings)
+    gallery = run.gallery or run.queries
+    cosines = queries @ ranking.unit(gallery.embeddings).T
+    pairs = np.ones(cosines.shape, bool)
+    if run.gallery is None:
+        np.fill_diagonal(pairs, False)
+    equal = run.queries.labels[:, None] == gallery.labels
+    edges = np.linspace(-1, 1, ranking.BINS + 1)
+    for counts, chosen in ((same, equal & pairs), (other, ~equal & pairs)):
+        assert counts.sum() == chosen.sum()
+        # A cosine on an edge may fall to either side, of both its directions.
+        assert abs(counts - np.histogram(cosines[chosen], edges)[0]).sum() <= 4

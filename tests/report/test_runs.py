@@ -1,0 +1,91 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import cars196, folder
+from dml_jax.report import runs, tables
+from dml_jax.retrieval.embed import Embeddings
+
+
+def make(path, config, score=0.5, names=("a", "b")):
+    embedded = Embeddings(np.eye(2, dtype=np.float32), np.arange(2), tuple(names), ("x", "y"))
+    return runs.Run(
+        folder=Path(path),
+        config=config,
+        metrics=[],
+        timings=[],
+        scores={"recall@1": score, "r_precision": score / 2, "map@r": score / 4},
+        queries=embedded,
+        gallery=None,
+    )
+
+
+def seeded(module, variant, seed, **settings):
+    config = module.get_config(variant)
+    config.update_from_flattened_dict({"seed": seed, **settings})
+    return config
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_group():
+    found = [
+        make("/r/ps/seed1", seeded(cars196, "ps", 1), 0.6),
+        make("/r/base/seed0", seeded(cars196, "baseline", 0), 0.5),
+        make("/r/ps/seed0", seeded(cars196, "ps", 0), 0.7),
+        make("/r/ps_slow", seeded(cars196, "ps", 0, **{"optimizer.learning_rate": 1e-5})),
+    ]
+    groups = runs.group(found)
+    assert [group.name for group in groups] == ["ps", "base/seed0", "ps_slow"]
+    assert [run.config.seed for run in groups[0].runs] == [0, 1]
+
+    rows = tables.scores(groups, vars(cars196))
+    assert rows[0]["cells"][0] == {
+        "value": "65.00 ± 7.07",
+        "best": True,
+        "spread": "70.00, 60.00",
+        "published": "84.25 ± 0.31",
+        "against": "+15.00",
+    }
+    assert rows[1]["cells"][0]["against"] == "" and not rows[1]["cells"][0]["best"]
+    assert rows[2]["bare"] == ""  # Nothing else has its learning rate.
+    assert tables.scores(groups, vars(folder))[0]["cells"][0]["published"] == ""
+
+    first, *rest = tables.settings(groups)
+    assert first["differ"] and not rest[-1]["differ"]
+    differing = {row["path"]: row["values"] for row in (first, *rest) if row["differ"]}
+    assert differing["optimizer.learning_rate"] == ["0.0001", "0.0001", "1e-05"]
+    assert differing.keys() == {"optimizer.learning_rate", "proxy_synthesis.ratio"}
+
+
+@pytest.mark.parametrize("variant", ["baseline", "ps_memvir", "memvir_proxy_nca", "cosface"])
+def test_the_command_gives_the_configuration_again(variant):
+    settings = {"optimizer.decay_epochs": (3,), "data.root": "my images", "loss.scale": 7.0}
+    config = seeded(folder, variant, 3, **settings)
+    (row,) = tables.commands(runs.group([make("/r/a b", config)]), vars(folder))
+    words = row["command"].replace("\\\n", "").split()
+    assert words[:2] == ["python", "scripts/train.py"]
+    assert "--workdir='/r/a b'" in row["command"]
+    name = words[2].removeprefix("--config=configs/folder.py:")
+    assert folder.get_config(name).loss.name == config.loss.name
+    assert set(words[3:]) >= {"--config.seed=3", "--config.loss.scale=7.0"}
+    assert "--config.optimizer.decay_epochs='(3,)'" in words
+    assert "--config.data.root='my images'" in row["command"]
+    assert len([word for word in words if word.startswith("--config.")]) == 4
+
+
+def test_runs_on_other_images_are_not_compared():
+    config = folder.get_config()
+    first, second = make("/r/a", config), make("/r/b", config, names=("a", "c"))
+    with pytest.raises(ValueError, match="/r/b and /r/a were tested on different images"):
+        runs.group([first, second])
+    with pytest.raises(ValueError, match="/r/a is named twice"):
+        runs.group([first, first])
+
+
+def test_a_run_that_has_not_ended_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        runs.read(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"seed": 0}))
+    with pytest.raises(FileNotFoundError, match="has not ended"):
+        runs.read(tmp_path)
