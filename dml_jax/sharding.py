@@ -5,6 +5,7 @@ losses, synthetic pairs and batch statistics are the same on any number of devic
 """
 
 import collections
+import resource
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,16 @@ def gathered(x: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
+def peak_memory() -> int:
+    """Bytes in use on this process's first device when it was fullest.
+
+    Where the device does not tell, as CPUs do not, those of the whole process.
+    """
+    told = jax.local_devices()[0].memory_stats() or {}
+    of_process = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in kB.
+    return told.get("peak_bytes_in_use", of_process)
 
 
 def join_processes(

@@ -67,7 +67,9 @@ def _write_run(path: Path, images: Path, seed: int) -> None:
     scores = retrieval.evaluate(embeddings, source.labels)
     line = {"step": 1, "epoch": 1}
     timings = {"images_per_second": 1.0, "train_seconds": 1.0, "evaluation_seconds": 1.0}
+    timings["peak_memory_gb"] = 1.0
     workdir.write_json(path / workdir.CONFIG, json.loads(config.to_json()))
+    workdir.write_json(path / workdir.FINDINGS, data.Findings({}, {})._asdict())
     workdir.write_json(path / workdir.RESULT, {"last": line | scores})
     workdir.write_text(path / workdir.METRICS, json.dumps(line | {"loss": 1.0} | scores) + "\n")
     workdir.write_text(path / workdir.TIMINGS, json.dumps(line | timings) + "\n")

@@ -5,26 +5,29 @@ python scripts/search.py --index=mine.index --workdir=runs/memvir --serve
 """
 
 import contextlib
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
+import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dml_jax import command_line, sharding
+import dml_jax
+from dml_jax import command_line, data
 from dml_jax.retrieval import index, page, server
-from dml_jax.training import checkpoint, experiment, workdir
+from dml_jax.training import checkpoint, workdir
 
 _INDEX = flags.DEFINE_string("index", None, "What index.py wrote.", required=True)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run that the gallery was embedded with.", required=True
+    "workdir",
+    None,
+    "Folder of the run that the gallery was embedded with, or of its export.",
+    required=True,
 )
 _CHECKPOINT = flags.DEFINE_enum(
-    "checkpoint", "last", ["last", *checkpoint.BEST], "Which of the run's checkpoints."
+    "checkpoint", None, ["last", *checkpoint.BEST], "Which of the run's checkpoints; the last."
 )
 _NEIGHBOURS = flags.DEFINE_integer("neighbours", 12, "How many to show.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "search.html", "The contact sheet to write.")
@@ -40,13 +43,14 @@ def main(*queries: str) -> None:
             raise ValueError("give one or more images to look for, or --serve without any")
         images = [(name, Path(name).read_bytes()) for name in queries]
         gallery = index.load(Path(_INDEX.value))
-        network, variables = experiment.trained_network(
-            Path(_WORKDIR.value), _CHECKPOINT.value, sharding.make_mesh(jax.devices()[:1])
-        )
-        embed = functools.partial(experiment.embed_one, network, variables)
+        model = dml_jax.load(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
+
+        def embed(image: bytes, name: str) -> np.ndarray:
+            return model.embed([data.decode(image, name)])
+
         first = gallery.file(0)
         if first is not None:
-            gallery.check_network(embed(first.read_bytes(), str(first)))
+            gallery.check_network(model.embed([first]))
         if _SERVE.value:
             serving = server.make_server(
                 gallery, embed, host=_HOST.value, port=_PORT.value, neighbours=_NEIGHBOURS.value

@@ -196,6 +196,7 @@ BAD = {
     "proxy_synthesis.ratio": (1e-3, "ratio is 0.001, which makes no synthetic class of 128 images"),
     "evaluation.recall_at": ((2, 4), "config.evaluation.recall_at is .* with 1"),
     "memvir.warmup_epochs": (6, "warmup_epochs is 6, but the run ends after 6"),
+    "wandb": ("my/letters", "config.wandb is 'my/letters'; it must be a project's name at Weights"),
     "loss.name": ("triplet", "config.loss.name is 'triplet'; choose one of softmax, norm_softmax"),
 }
 

@@ -6,12 +6,10 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from dml_jax.data.images import decode, resize
+from dml_jax.data.images import check_size, decode, resize
 
 UPLOADED = ("BMP", "JPEG", "PNG", "PPM", "WEBP")
 """Formats that are taken from strangers; Pillow reads more, some of them with other programs."""
-
-_MOST_PIXELS = 1 << 26
 
 
 def check_upload(encoded: bytes) -> None:
@@ -21,12 +19,10 @@ def check_upload(encoded: bytes) -> None:
         ValueError: it is of none of the formats `UPLOADED`, or too large to be decoded.
     """
     try:
-        with Image.open(io.BytesIO(encoded), formats=UPLOADED) as image:
-            pixels = image.width * image.height
+        image = Image.open(io.BytesIO(encoded), formats=UPLOADED)
     except Exception as error:  # Pillow's parsers raise nearly anything on broken input.
         raise ValueError(f"this is no image; {', '.join(UPLOADED)} are read") from error
-    if pixels > _MOST_PIXELS:
-        raise ValueError(f"this image has {pixels} pixels; up to {_MOST_PIXELS} are read")
+    check_size(image)
 
 
 def preview(encoded: bytes, name: str, *, side: int) -> bytes:
@@ -43,7 +39,7 @@ def preview(encoded: bytes, name: str, *, side: int) -> bytes:
     Raises:
         ValueError: the image cannot be decoded.
     """
-    image = decode(encoded, name)
+    image = decode(encoded, name, enough=side)
     height, width = image.shape[:2]
     scale = min(1.0, side / max(height, width))
     if scale < 1:

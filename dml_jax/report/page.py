@@ -19,7 +19,8 @@ import dml_jax
 from dml_jax import data, retrieval
 from dml_jax.report import layout, ranking, tables, thumbnails, training_map
 from dml_jax.report.runs import Group, Run
-from dml_jax.training import workdir
+from dml_jax.retrieval import search
+from dml_jax.training import experiment, workdir
 
 MOST_IMAGES = 12_000
 """Images that a page shows; of a larger test set some queries and what they find."""
@@ -110,7 +111,7 @@ def _command(groups: Sequence[Group], path: Path) -> str:
 def _sources(run: Run) -> dict[str, data.Source]:
     """The images that a run was tested on, made sure to be those."""
     config = run.config
-    sources = data.create(config.data.name, root=config.data.root or None)
+    sources, _ = experiment.make_sources(config, workdir.read_findings(run.folder))
     for split, embedded in (("test", run.queries), ("gallery", run.gallery)):
         if embedded is not None and sources[split].names != embedded.names:
             raise ValueError(
@@ -145,7 +146,7 @@ def _choose(
 
 def _vectors(run: Run, shown: Int64[np.ndarray, " n"]) -> np.ndarray:
     parts = [part.embeddings for part in (run.queries, run.gallery) if part is not None]
-    return ranking.unit(np.concatenate(parts)[shown])
+    return search.unit_rows(np.concatenate(parts)[shown])
 
 
 def _maps(groups: Sequence[Group], shown: Int64[np.ndarray, " n"]) -> list[np.ndarray]:

@@ -38,17 +38,11 @@ class Ranking(NamedTuple):
     average_precision: Float64[np.ndarray, " q"]
 
 
-def unit(vectors: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
-    """Vectors of length 1; those of length 0 stay."""
-    norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-    return (vectors / np.where(norms == 0, 1, norms)).astype(np.float32)
-
-
 def rank(run: Run) -> Ranking:
     """Searches the neighbours of a run's test images, each left out of its own."""
-    queries, labels = unit(run.queries.embeddings), run.queries.labels
+    queries, labels = search.unit_rows(run.queries.embeddings), run.queries.labels
     alone = run.gallery is None
-    gallery = queries if run.gallery is None else unit(run.gallery.embeddings)
+    gallery = queries if run.gallery is None else search.unit_rows(run.gallery.embeddings)
     gallery_labels = labels if run.gallery is None else run.gallery.labels
     relevant = np.bincount(gallery_labels, minlength=labels.max() + 1)[labels] - alone
     count = min(max(SHOWN, int(relevant.max())), len(gallery) - alone)
@@ -137,8 +131,8 @@ def similarity_histogram(
     Returns:
         Counts of same-class and of other-class pairs, in equal bins over -1..1.
     """
-    queries, labels = unit(run.queries.embeddings), run.queries.labels
-    gallery = queries if run.gallery is None else unit(run.gallery.embeddings)
+    queries, labels = search.unit_rows(run.queries.embeddings), run.queries.labels
+    gallery = queries if run.gallery is None else search.unit_rows(run.gallery.embeddings)
     gallery_labels = labels if run.gallery is None else run.gallery.labels
     chosen = np.random.default_rng(0).permutation(len(queries))[:_HISTOGRAM_QUERIES]
     same, other = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)

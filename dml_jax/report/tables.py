@@ -7,12 +7,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dml_jax import config as configs
 from dml_jax import retrieval
 from dml_jax.report import comparison
 from dml_jax.report.runs import Group, Run
-from dml_jax.training import workdir
-
-_FREE = {path.removeprefix("config.") for path in workdir.FREE}
 
 
 def variant(config: ConfigDict) -> tuple[str, str]:
@@ -113,6 +111,7 @@ def _cost(group: Group, run: Run) -> dict[str, str]:
         "training": duration(training),
         "evaluation": duration(evaluation),
         "total": duration(training + evaluation),
+        "memory": f"{max(line.get('peak_memory_gb', 0.0) for line in run.timings):.1f} GB",
     }
 
 
@@ -149,16 +148,9 @@ def settings(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def _flat(config: ConfigDict) -> dict[str, Any]:
-    def walk(tree: Mapping[str, Any], above: str) -> dict[str, Any]:
-        leaves: dict[str, Any] = {}
-        for name, value in tree.items():
-            nested = isinstance(value, Mapping)
-            leaves |= walk(value, f"{above}{name}.") if nested else {above + name: value}
-        return leaves
-
     return {
         path: tuple(value) if isinstance(value, list | tuple) else value
-        for path, value in walk(config.to_dict(), "").items()
+        for path, value in configs.leaves(config)
     }
 
 
@@ -188,7 +180,7 @@ def _command(run: Run, recipe: Mapping[str, Any]) -> str:
     changed = [
         f"--config.{path}={shlex.quote(_flag(value))}"
         for path, value in _flat(run.config).items()
-        if start.get(path) != value and path not in _FREE
+        if start.get(path) != value
     ]
     words = [
         "python scripts/train.py",

@@ -13,10 +13,11 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Float64, Int64
 
 from dml_jax import data, memvir, proxy_synthesis, sharding
-from dml_jax.report import layout, ranking
+from dml_jax.report import layout
 from dml_jax.report.runs import Run
 from dml_jax.report.thumbnails import Picture
-from dml_jax.training import checkpoint, experiment
+from dml_jax.retrieval import search
+from dml_jax.training import checkpoint, experiment, workdir
 from dml_jax.training.experiment import Experiment
 
 KINDS = (
@@ -79,7 +80,8 @@ def draw(run: Run) -> TrainingMap | None:
     config = run.config
     if not (config.proxy_synthesis.ratio or config.memvir.num_steps):
         return None
-    built = experiment.build(config, sharding.make_mesh())
+    device = sharding.make_mesh(jax.local_devices()[:1])
+    built = experiment.build(config, device, workdir.read_findings(run.folder))
     state = _restore(built, run.folder)
     if state is None:
         return None
@@ -89,7 +91,7 @@ def draw(run: Run) -> TrainingMap | None:
     chosen = _choose(train.labels, remembered)
     images = np.concatenate([np.flatnonzero(train.labels == c)[:_IMAGES] for c in chosen])
     source = _some(train, images)
-    embeddings = jnp.asarray(experiment.embed_images(built, variables, source))
+    embeddings = jnp.asarray(experiment.embed_images(built.network, variables, source))
     per_class = built.recipe.loss.proxies_per_class
     own = jnp.asarray(proxies.reshape(len(train.class_names), -1)[chosen])
     own = own.reshape(len(chosen) * per_class, -1)
@@ -99,7 +101,7 @@ def draw(run: Run) -> TrainingMap | None:
         points += _synthetic(built, embeddings, own, labels)
     if remembered is not None:
         points += _remembered(remembered, chosen, per_class)
-    vectors = ranking.unit(np.concatenate([part.vectors for part in points]))
+    vectors = search.unit_rows(np.concatenate([part.vectors for part in points]))
     return TrainingMap(
         places=layout.layout(vectors),
         kind=np.concatenate([np.full(len(x.label), KINDS.index(x.kind)) for x in points]),
@@ -116,15 +118,13 @@ def _restore(
 ) -> tuple[Any, np.ndarray, memvir.Memory | None] | None:
     """The network's variables, the proxies and the memory of the last checkpoint."""
     everything = experiment.abstract_state(built)
-    wanted = jax.tree.map(lambda _: checkpoint.SKIPPED, everything)._replace(
-        params=everything.params, batch_stats=everything.batch_stats, memory=everything.memory
-    )
+    wanted = {name: getattr(everything, name) for name in ("params", "batch_stats", "memory")}
     with checkpoint.Checkpoints(folder) as checkpoints:
         if checkpoints.latest is None:
             return None
-        state = checkpoints.restore(checkpoints.latest, wanted)
-    memory = jax.device_get(state.memory)
-    return experiment.network(state), jax.device_get(state.params["proxies"]), memory
+        found = everything._replace(**checkpoints.restore(checkpoints.latest, wanted))
+    proxies, memory = jax.device_get((found.params["proxies"], found.memory))
+    return experiment.network(found), proxies, memory
 
 
 class _Entries(NamedTuple):

@@ -79,7 +79,7 @@ def build(
             f"config.batch_size is {config.batch_size}, which the {mesh.size} devices cannot share "
             f"evenly; choose a multiple of {mesh.size}"
         )
-    sources, findings = _sources(config, findings)
+    sources, findings = make_sources(config, findings)
     train = sources["train"]
     steps_per_epoch = data.steps_per_epoch(
         train.labels, batch_size=config.batch_size, n_instance=config.data.n_instance
@@ -178,9 +178,23 @@ def _check_lengths(config: ConfigDict, steps_per_epoch: int) -> None:
         )
 
 
-def _sources(
-    config: ConfigDict, findings: data.Findings | None
+def make_sources(
+    config: ConfigDict, findings: data.Findings | None = None
 ) -> tuple[dict[str, data.Source], data.Findings]:
+    """Finds the images that a configuration names, without those that it leaves out.
+
+    Args:
+        config: a whole config.
+        findings: what the run found in its images when it began; by default they are looked at
+            now, every one of them.
+
+    Returns:
+        The images by split, and what was found in them.
+
+    Raises:
+        ValueError: an image is bad, or a split has too few.
+        FileNotFoundError: the images are not where the config says.
+    """
     sources = data.create(config.data.name, root=config.data.root or None)
     found = findings or _inspected(sources)
     sources = data.accept(sources, found, config.data.unreadable)
@@ -368,31 +382,6 @@ def embed_images(
         return embed.embed(network.embed, variables, batches, len(source), network.mesh)
     finally:
         batches.close()
-
-
-def embed_one(
-    network: Network, variables: dict[str, PyTree], image: bytes, name: str
-) -> Float32[np.ndarray, "1 dim"]:
-    """Embeds one image, cropped as for testing.
-
-    Args:
-        network: the network, on a mesh of a single device.
-        variables: its.
-        image: encoded.
-        name: what to call the image in an error.
-
-    Returns:
-        Its raw embedding.
-
-    Raises:
-        ValueError: it cannot be decoded; the message begins with `name`.
-    """
-    view = data.centre_view(
-        data.decode(image, name),
-        size=network.config.data.image_size,
-        resize_to=network.config.data.resize,
-    )
-    return np.asarray(network.embed(variables, view[None]))
 
 
 def embed_split(

@@ -110,6 +110,7 @@ def train(
                     ),
                     "train_seconds": trained - epoch_began,
                     "evaluation_seconds": time.perf_counter() - trained,
+                    "peak_memory_gb": sharding.peak_memory() / 1e9,
                 }
                 writer.epoch(metrics | scores, timings)
                 if scores or stops or metrics["epoch"] % config.checkpoint.every_epochs == 0:

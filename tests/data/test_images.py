@@ -193,6 +193,15 @@ def test_an_augmentation_that_makes_no_sense_is_refused(wrong):
         images.Augmentation(**wrong)
 
 
+def test_a_large_jpeg_may_be_decoded_at_a_fraction(photograph):
+    large = encode(Image.fromarray(photograph).resize((800, 640)), "JPEG", quality=95)
+    whole, small = images.decode(large, "x"), images.decode(large, "x", enough=150)
+    assert whole.shape == (640, 800, 3) and 150 <= small.shape[0] < 640
+    assert images.decode(large, "x", enough=641).shape == whole.shape
+    shrunk = images.resize(whole, *small.shape[:2])
+    assert np.abs(small - shrunk.astype(float)).mean() < 3
+
+
 def test_centre_view_scales_the_shorter_side_and_crops_the_middle():
     image = np.zeros((60, 120, 3), np.uint8)
     image[20:40, 50:70] = 255

@@ -1,14 +1,15 @@
 import numpy as np
 import pytest
 
-from dml_jax.report import layout, ranking
+from dml_jax.report import layout
+from dml_jax.retrieval import search
 
 
 def clusters(count):
     rng = np.random.default_rng(0)
     labels = np.arange(count) % 4
     vectors = rng.normal(size=(4, 10))[labels] + 0.2 * rng.normal(size=(count, 10))
-    return ranking.unit(vectors.astype(np.float32)), labels
+    return search.unit_rows(vectors.astype(np.float32)), labels
 
 
 def nearest_labels(places, labels):
