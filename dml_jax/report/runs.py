@@ -23,7 +23,7 @@ class Run:
         config: its configuration.
         metrics: a line an epoch.
         timings: a line an epoch.
-        scores: of the last epoch, as fractions.
+        scores: the line of the last epoch; scores are fractions.
         queries: embeddings of the test images.
         gallery: embeddings of what they are looked for in, if not among themselves.
     """
@@ -32,7 +32,7 @@ class Run:
     config: ConfigDict
     metrics: list[dict[str, Any]]
     timings: list[dict[str, Any]]
-    scores: dict[str, float]
+    scores: dict[str, Any]
     queries: Embeddings
     gallery: Embeddings | None
 

@@ -1,6 +1,5 @@
 """A headless Chromium, spoken to in its own protocol: JSON over two pipes."""
 
-import base64
 import json
 import os
 import select
@@ -158,14 +157,3 @@ class Page:
                 code=code or key,
                 windowsVirtualKeyCode=virtual.get(key, 0),
             )
-
-    def screenshot(self, path, selector):
-        """Writes a picture of an element."""
-        self.place(selector)
-        box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
-        x, y, width, height = self.get(
-            f"((b) => [b.x + scrollX, b.y + scrollY, b.width, b.height])({box})"
-        )
-        clip = {"x": x, "y": y, "width": width, "height": height, "scale": 1}
-        shot = self.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(shot["data"]))
