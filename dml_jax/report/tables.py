@@ -118,7 +118,7 @@ def _cost(group: Group, run: Run) -> dict[str, str]:
 def duration(seconds: float) -> str:
     """Seconds as people say them.
 
-    >>> duration(7.25), duration(184), duration(9000)
+    >>> duration(7.25), duration(184.0), duration(9000.0)
     ('7.2 s', '3 min 4 s', '2 h 30 min')
     """
     if seconds < 60:

@@ -53,7 +53,12 @@ function curveTraces(metric, scale) {
 
 function drawCurves() {
   const parent = document.getElementById("curve-charts");
-  const layout = (unit) => () => chartLayout(axis() ? timeUnit()[0] : "epoch", unit);
+  const last = Math.max(...content.curves.flatMap((c) => c.lines.loss.map((line) => line[0])));
+  const layout = (unit) => () => {
+    const made = chartLayout(axis() ? timeUnit()[0] : "epoch", unit);
+    if (!axis() && last <= 10) made.xaxis.dtick = 1; // There is no half epoch.
+    return made;
+  };
   for (const [name, metric] of content.scores) {
     addChart(parent, name, () => curveTraces(metric, 100), layout("%"));
   }
@@ -85,10 +90,12 @@ function drawCurveTable() {
 
 function drawHistograms() {
   const parent = document.getElementById("similarity-charts");
+  const start = ({ same, other }) => same.findIndex((count, bin) => count + other[bin] > 0);
+  // One axis, so that runs can be compared.
+  const first = Math.max(0, Math.min(...runs.map((run) => start(run.histogram))) - 1);
   runs.forEach((run) => {
     const { same, other } = run.histogram;
     const centres = same.map((_, bin) => -1 + (2 * (bin + 0.5)) / same.length);
-    const first = Math.max(0, [...same.keys()].findIndex((bin) => same[bin] + other[bin] > 0) - 1);
     const trace = (counts, name, hue) => {
       const total = Math.max(1, counts.reduce((a, b) => a + b, 0));
       return {
