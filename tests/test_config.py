@@ -128,7 +128,10 @@ def test_every_variant_of_every_file_takes_two_steps(file, method, loss, roots):
     state = built.init()
     before = jax.device_get(state.params)
     for _, batch in loop.batches(built, 0, 2):
-        state, observed = compiled(state, batch)
+        # Other files' steps differ in numbers alone: taken operation by operation, since the
+        # compilation of 256 of them would be a quarter of all that the tests do.
+        with jax.disable_jit(file.stem != "cars196"):
+            state, observed = compiled(state, batch)
         chex.assert_tree_all_finite(observed)
     chex.assert_tree_all_finite(state.params)
     assert (before["proxies"] != state.params["proxies"]).any()

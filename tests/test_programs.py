@@ -130,7 +130,7 @@ def test_a_search_that_cannot_be_made_is_told(finished, indexed, tmp_path):
     assert not sheet.exists()
 
 
-PRETRAINED = {"model__width": 64, "model__stem": "imagenet"}
+PRETRAINED = {"model__backbone": "resnet18", "model__width": 64, "model__stem": "imagenet"}
 
 
 def test_a_run_starts_from_pretrained_weights_and_goes_on_without_their_file(images, tmp_path):
@@ -142,7 +142,7 @@ def test_a_run_starts_from_pretrained_weights_and_goes_on_without_their_file(ima
     settings = PRETRAINED | still | {"model__pretrained": file, "model__freeze_bn": True}
     training = ["train.py", f"--workdir={folder}", *tiny.arguments(images, epochs=1, **settings)]
     succeed(*training)
-    like = tiny.config(images, model__backbone="resnet18", **PRETRAINED)
+    like = tiny.config(images, **PRETRAINED)
     built = experiment.build(like, sharding.make_mesh(jax.devices()[:1]))
     variables = experiment.load_network(built.network, folder, "last")
     backbone = {collection: tree["backbone"] for collection, tree in variables.items()}
@@ -293,8 +293,25 @@ def test_quickstart_compares_and_reuses(tmp_path):
     assert runs == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
-def test_two_processes_train_like_one_and_one_goes_on_with_their_checkpoint(images, tmp_path):
-    arguments = tiny.arguments(images, "ps_memvir", model__width=4, epochs=3)
+def test_a_full_disk_ends_a_run_and_room_lets_it_go_on(images, tmp_path):
+    folder = tmp_path / "run"
+    arguments = tiny.arguments(images, epochs=2, model__width=64)
+    training = ("train.py", f"--workdir={folder}", *arguments)
+    # No file may grow beyond 200 KiB, and the state is larger.
+    limited = ["bash", "-c", 'ulimit -f 200 && exec "$@"', "bash", *command(*training)]
+    full = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
+    assert full.returncode == 2, full.stderr
+    assert "checkpoint of step 4 could not be written" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert not (folder / workdir.RESULT).exists()
+    assert "last: R@1" in succeed(*training)
+
+
+def test_two_processes_train_like_one_and_one_goes_on_with_their_checkpoint(tmp_path):
+    images = tiny.write_images(tmp_path / "images")
+    # One process looks at the images, and tells the other what to leave out.
+    (images / "train" / "class0" / "0.png").write_bytes(b"")
+    arguments = tiny.arguments(images, "ps_memvir", epochs=3, data__unreadable="skip")
     slow = ["--config.optimizer.learning_rate=1e-4", "--config.evaluation.recall_at=(1,2)"]
 
     def start(folder, devices, *flags):
@@ -333,6 +350,9 @@ def test_two_processes_train_like_one_and_one_goes_on_with_their_checkpoint(imag
     for ours, expected in zip(*lines, strict=True):
         assert ours.keys() == expected.keys()
         np.testing.assert_allclose(ours["loss"], expected["loss"], rtol=1e-5)
+    for folder in (together, alone):
+        result = json.loads((folder / workdir.RESULT).read_text())
+        assert result["unreadable"] == {"train": 1, "test": 0}
     ours, expected = (embed.load_embeddings(x / workdir.EMBEDDINGS) for x in (together, alone))
     np.testing.assert_allclose(ours.embeddings, expected.embeddings, rtol=1e-4, atol=1e-4)
 

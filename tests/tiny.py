@@ -30,15 +30,16 @@ SETTINGS = {
     "data.image_size": SIZE,
     "data.resize": SIZE,
     "data.num_workers": 0,
-    "model.backbone": "resnet18",
+    "model.backbone": "conv4",
     "model.pretrained": "none",
     "model.freeze_bn": False,
     "model.width": 4,
-    "model.stem": "small",
     "model.dim": 16,
     "optimizer.eps": 1e-3,
     "evaluation.every_epochs": 1,
 }
+# In this process alone (tests/conftest.py): the residual network that compiles in a moment.
+RESNET = {"model.backbone": "resnet6", "model.stem": "small"}
 MEMVIR_SETTINGS = {
     "memvir.num_steps": 2,
     "memvir.step_gap": 1,
@@ -52,12 +53,12 @@ def config(root, variant="baseline", **settings):
     made.data.root = str(root)
     memvir = MEMVIR_SETTINGS if "memvir" in variant else {}
     given = {name.replace("__", "."): value for name, value in settings.items()}
-    made.update_from_flattened_dict(SETTINGS | {"model.backbone": "resnet6"} | memvir | given)
+    made.update_from_flattened_dict(SETTINGS | RESNET | memvir | given)
     return made
 
 
 def arguments(root, variant="baseline", **settings):
-    """The same as the arguments of a program, which has no network that is quite so tiny."""
+    """The same as the arguments of a program, whose smallest network is the plain one."""
     memvir = MEMVIR_SETTINGS if "memvir" in variant else {}
     given = {name.replace("__", "."): value for name, value in settings.items()}
     values = SETTINGS | memvir | given | {"data.root": root}

@@ -1,6 +1,8 @@
 import os
 import resource
 import shutil
+import tempfile
+from pathlib import Path
 
 import chex
 import jax
@@ -113,18 +115,21 @@ def test_a_full_disk_ends_a_save_and_keeps_what_was_saved(saved, tmp_path, caplo
     assert not caplog.text  # It is told once, by the error.
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else, and back")
-def test_a_folder_that_must_not_be_written_is_told(saved, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(saved, folder)
-    for path in (tmp_path, *tmp_path.parents[:3]):
-        path.chmod(0o755)
-    (folder / workdir.CHECKPOINTS).chmod(0o555)
-    with pytest.raises(OSError, match="ermission denied"):
-        os.seteuid(65534)
-        try:
-            with checkpoint.Checkpoints(folder, keep_last=2) as checkpoints:
-                checkpoints.save(4, STATE, SCORES)
-        finally:
-            os.seteuid(0)
-    assert steps(folder) == [2, 3]
+def test_a_folder_that_must_not_be_written_is_told(saved):
+    # Root may write everywhere, so it becomes somebody else for a moment, who may not look into
+    # pytest's folders.
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as open_to_all:
+        folder = Path(open_to_all, "run")
+        shutil.copytree(saved, folder)
+        folder.parent.chmod(0o755)
+        (folder / workdir.CHECKPOINTS).chmod(0o555)
+        with pytest.raises(OSError, match="ermission denied"):
+            os.seteuid(user or 65534)
+            try:
+                with checkpoint.Checkpoints(folder, keep_last=2) as checkpoints:
+                    checkpoints.save(4, STATE, SCORES)
+            finally:
+                os.seteuid(user)
+        (folder / workdir.CHECKPOINTS).chmod(0o755)
+        assert steps(folder) == [2, 3]
