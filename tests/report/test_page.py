@@ -29,17 +29,20 @@ needs_chromium = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Two seeds of one run, the second a copy with other embeddings, and a run with everything."""
+    """One run with two seeds, of which the second is a copy, and a run with everything."""
     root = tmp_path_factory.mktemp("report")
     images = tiny.write_images(root / "images")
+    # What would open a comment and a script, were it not escaped.
+    (images / "test" / "class3").rename(images / "test" / "<!--<script>")
     (images / "test" / "class0" / "bad.png").write_text("left out by all runs, and by the page")
-    skips = {"epochs": 2, "data__unreadable": "skip"}
-    training.run(tiny.config(images, **skips), root / "plain" / "seed0")
+    plain = {"model__backbone": "conv4", "model__stem": None}
+    settings = plain | {"epochs": 2, "data__unreadable": "skip"}
+    training.run(tiny.config(images, **settings), root / "plain" / "seed0")
     shutil.copytree(root / "plain" / "seed0", root / "plain" / "seed1")
     config = workdir.read_config(root / "plain" / "seed1")
     config.seed = 1
     workdir.write_json(root / "plain" / "seed1" / workdir.CONFIG, json.loads(config.to_json()))
-    training.run(tiny.config(images, "ps_memvir", **skips), root / "both")
+    training.run(tiny.config(images, "ps_memvir", **settings), root / "both")
     return root
 
 
