@@ -1,15 +1,16 @@
 """Decoding, cropping and resizing of single images, as pure functions."""
 
+import contextlib
 import dataclasses
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import cv2
 import numpy as np
 import simplejpeg
-from jaxtyping import UInt8
+from jaxtyping import Float64, UInt8
 from PIL import ExifTags, Image, ImageOps
 
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -18,6 +19,7 @@ CROP_RATIO = (3 / 4, 4 / 3)
 MAX_PIXELS = 1 << 26
 """The largest image that is decoded, 8192 x 8192; a small file may claim to be far larger."""
 
+_JPEG_SCALES = (1, 2, 4, 8)  # Others are not faster than the whole image.
 _LONGEST = 32  # Longer side of a test image over its shorter one, beyond which it is cut first.
 
 # MAX_PIXELS is lower, and an error.
@@ -59,6 +61,87 @@ class Augmentation:
                 )
 
 
+class Picture:
+    """An image whose size is known before it is decoded; each scale is decoded once and kept.
+
+    Attributes:
+        height: of the upright image, pixels.
+        width: of the upright image, pixels.
+        scales: it can be decoded at one part in so many of its size; a JPEG that is shrunk while
+            it is decoded takes a fraction of the time.
+    """
+
+    height: int
+    width: int
+    scales: tuple[int, ...]
+
+    def __init__(self, data: bytes, name: str) -> None:
+        """Reads the header, and of what is no usual JPEG the pixels too; see `decode`.
+
+        Raises:
+            ValueError: `data` cannot be decoded; the message begins with `name`.
+        """
+        self._data, self._name = data, name
+        self._decoded: dict[int, np.ndarray] = {}
+        with _named(name):
+            image = Image.open(io.BytesIO(data))
+            check_size(image)
+            upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+            if image.format == "JPEG" and image.mode in ("L", "RGB") and upright:
+                self.scales = _JPEG_SCALES
+                self.height, self.width = image.height, image.width
+            else:
+                self.scales = (1,)
+                self._data, self._decoded[1] = b"", _upright(image)
+                self.height, self.width = self._decoded[1].shape[:2]
+
+    def pixels(self, scale: int = 1) -> UInt8[np.ndarray, "h w 3"]:
+        """The upright pixels; not to be written to.
+
+        Args:
+            scale: one of `scales`; both sides are divided by it and rounded up.
+
+        Raises:
+            ValueError: it cannot be decoded; the message begins with the image's name.
+        """
+        if scale not in self._decoded:
+            with _named(self._name):
+                self._decoded[scale] = self._decode_jpeg(scale)
+        return self._decoded[scale]
+
+    def scale_for(self, height: int, width: int, size: int) -> int:
+        """The coarsest of the scales at which a part of the image is no smaller than a square.
+
+        Args:
+            height: of the part, pixels of the whole image.
+            width: of the part.
+            size: the square's side, pixels; where the part is smaller at once, the scale is 1.
+        """
+        return max((x for x in self.scales if min(height, width) >= x * size), default=1)
+
+    def _decode_jpeg(self, scale: int) -> np.ndarray:
+        # The least sides that a decoded image must have choose the scale; 0 is the whole image.
+        least = [-(-side // scale) if scale > 1 else 0 for side in (self.height, self.width)]
+        try:
+            # The same pixels as Pillow in 60 % of the time.
+            decoded = simplejpeg.decode_jpeg(
+                self._data, "RGB", min_height=least[0], min_width=least[1]
+            )
+        except ValueError:  # It also refuses harmless flaws; whether this is one, Pillow decides.
+            whole = np.asarray(_to_rgb(Image.open(io.BytesIO(self._data))))
+            height, width = (-(-side // scale) for side in whole.shape[:2])
+            decoded = resize(whole, height, width)
+        return decoded
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Pillow's decoders raise nearly anything on broken input.
+        raise ValueError(f"{name}: not a readable image ({error})") from error
+
+
 def decode(data: bytes, name: str, *, enough: int = 0) -> UInt8[np.ndarray, "h w 3"]:
     """Decodes an encoded image to upright 8-bit RGB.
 
@@ -75,23 +158,9 @@ def decode(data: bytes, name: str, *, enough: int = 0) -> UInt8[np.ndarray, "h w
     Raises:
         ValueError: `data` cannot be decoded; the message begins with `name`.
     """
-    try:
-        image = Image.open(io.BytesIO(data))
-        check_size(image)
-        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        if image.format == "JPEG" and image.mode in ("L", "RGB") and upright:
-            return _decode_jpeg(data, image, enough)
-        return _upright(image)
-    except Exception as error:  # Pillow's decoders raise nearly anything on broken input.
-        raise ValueError(f"{name}: not a readable image ({error})") from error
-
-
-def _decode_jpeg(data: bytes, image: Image.Image, enough: int) -> np.ndarray:
-    try:
-        # The same pixels as Pillow in 60 % of the time.
-        return simplejpeg.decode_jpeg(data, "RGB", min_height=enough, min_width=enough)
-    except ValueError:  # It also refuses harmless flaws; whether this is one, Pillow decides.
-        return np.asarray(_to_rgb(image))
+    picture = Picture(data, name)
+    scale = picture.scale_for(picture.height, picture.width, enough) if enough else 1
+    return picture.pixels(scale)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -129,18 +198,31 @@ def _upright(image: Image.Image) -> np.ndarray:
 
 
 def resize(
-    image: UInt8[np.ndarray, "h w 3"], height: int, width: int
+    image: UInt8[np.ndarray, "h w 3"],
+    height: int,
+    width: int,
+    out: UInt8[np.ndarray, "{height} {width} 3"] | None = None,
 ) -> UInt8[np.ndarray, "{height} {width} 3"]:
     """Resizes bilinearly, or by averaging the covered pixels when the image shrinks.
 
     The average stands for the antialiasing with which Pillow and torchvision shrink an image:
     plain bilinear interpolation would skip pixels.
+
+    Args:
+        image: upright RGB.
+        height: of the result, pixels.
+        width: of the result, pixels.
+        out: where to put the result, contiguous; by default in a new array, or nowhere if the image
+            has that size already.
     """
     if image.shape[:2] == (height, width):
-        return image
+        if out is None:
+            return image
+        out[:] = image
+        return out
     shrinks = height <= image.shape[0] and width <= image.shape[1]
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return cv2.resize(image, (width, height), interpolation=interpolation)
+    return cv2.resize(image, (width, height), dst=out, interpolation=interpolation)
 
 
 def random_crop_box(
@@ -175,33 +257,53 @@ def random_crop_box(
 
 
 def random_view(
-    image: UInt8[np.ndarray, "h w 3"],
+    picture: Picture,
     rng: np.random.Generator,
     *,
-    size: int,
     augmentation: Augmentation,
-) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """A random view: turned, zoomed and shifted; a resized crop of that; perhaps mirrored.
+    out: UInt8[np.ndarray, "size size 3"],
+) -> None:
+    """Makes a random view: turned, zoomed and shifted; a resized crop of that; perhaps mirrored.
+
+    Where the crop is at least twice as large as the view, the picture is decoded at a fraction of
+    its size; the crop is then rounded to the pixels that are left.
 
     Args:
-        image: upright RGB.
+        picture: what to look at.
         rng: source of randomness.
-        size: side of the result, pixels.
-        augmentation: how far the view may differ from the image.
+        augmentation: how far the view may differ from the picture.
+        out: where to put the view, contiguous.
     """
-    if augmentation.rotation or augmentation.zoom or augmentation.shift:
-        image = _moved(image, rng, augmentation)
-    height, width = image.shape[:2]
-    top, left, height, width = random_crop_box(height, width, rng, scale=augmentation.crop_scale)
-    view = resize(image[top : top + height, left : left + width], size, size)
-    return view[:, ::-1] if augmentation.flip and rng.random() < 0.5 else view
+    size = len(out)
+    movement = _movement(picture, rng, augmentation)
+    top, left, height, width = random_crop_box(
+        picture.height, picture.width, rng, scale=augmentation.crop_scale
+    )
+    if movement is None:
+        scale = picture.scale_for(height, width, size)
+        image = picture.pixels(scale)
+    else:
+        scale = 1
+        border = cv2.BORDER_REPLICATE  # It goes on outside.
+        sides = picture.width, picture.height
+        image = cv2.warpAffine(picture.pixels(), movement, sides, borderMode=border)
+    # Each edge goes to the nearest that is left, so that the crop stays as large as the view.
+    rows, columns = (
+        slice(*((edge + scale // 2) // scale for edge in (start, start + length)))
+        for start, length in ((top, height), (left, width))
+    )
+    resize(image[rows, columns], size, size, out)
+    if augmentation.flip and rng.random() < 0.5:
+        cv2.flip(out, 1, dst=out)
 
 
-def _moved(
-    image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, augmentation: Augmentation
-) -> UInt8[np.ndarray, "h w 3"]:
-    """The image turned and zoomed about its middle, and shifted; its border goes on outside."""
-    height, width = image.shape[:2]
+def _movement(
+    picture: Picture, rng: np.random.Generator, augmentation: Augmentation
+) -> Float64[np.ndarray, "2 3"] | None:
+    """Where a turn and a zoom about the middle and a shift take each point; None for nowhere."""
+    if not (augmentation.rotation or augmentation.zoom or augmentation.shift):
+        return None
+    height, width = picture.height, picture.width
     turn, zoom, right, down = rng.uniform(-1, 1, 4) * (
         augmentation.rotation,
         augmentation.zoom,
@@ -210,7 +312,7 @@ def _moved(
     )
     matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), turn, 1 + zoom)
     matrix[:, 2] += right, down
-    return cv2.warpAffine(image, matrix, (width, height), borderMode=cv2.BORDER_REPLICATE)
+    return matrix
 
 
 def centre_view(

@@ -271,11 +271,11 @@ class _TrainLoader:
         for i, (row, index) in enumerate(zip(self.rows, indices.tolist(), strict=True)):
             # A counter-based generator: its stream is given by the two numbers of its key.
             key = np.array([self.order.seed, step * self.order.batch_size + row], np.uint64)
-            image[i] = images.random_view(
-                images.decode(self.source[index], self.source.where(index)),
+            images.random_view(
+                self.source.picture(index),
                 np.random.Generator(np.random.Philox(key=key)),
-                size=self.image_size,
                 augmentation=self.augmentation,
+                out=image[i],
             )
         return {"image": image, "label": self.source.labels[indices]}
 
@@ -296,7 +296,7 @@ class _TestLoader:
         index[index >= len(self.source)] = -1
         for view, i in zip(image, index.tolist(), strict=True):
             if i >= 0:
-                decoded = images.decode(self.source[i], self.source.where(i))
+                decoded = self.source.picture(i).pixels()
                 view[:] = images.centre_view(decoded, size=self.image_size, resize_to=self.resize)
         return {"image": image, "index": index}
 

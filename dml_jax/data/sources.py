@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from dml_jax.data.images import Picture
 from dml_jax.data.records import INDEX, Images, read_index
 
 IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".webp")
@@ -63,6 +64,15 @@ class Source:
             raise OSError(f"{record} is no regular file")
         with open(record, "rb") as file:
             return file.read()
+
+    def picture(self, index: int) -> Picture:
+        """The image at `index`, ready to be decoded.
+
+        Raises:
+            OSError: its file cannot be read; the message has its path.
+            ValueError: it cannot be decoded; the message has its path, or its name.
+        """
+        return Picture(self[index], self.where(index))
 
     def size(self, index: int) -> int:
         """Bytes of the encoded image at `index`."""

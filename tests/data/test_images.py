@@ -14,6 +14,14 @@ def encode(image, file_format, **options):
     return file.getvalue()
 
 
+def random_view(pixels, seed, size, augmentation):
+    view = np.empty((size, size, 3), np.uint8)
+    picture = images.Picture(encode(Image.fromarray(pixels), "PNG"), "x")
+    rng = np.random.default_rng(seed)
+    images.random_view(picture, rng, augmentation=augmentation, out=view)
+    return view
+
+
 @pytest.fixture
 def photograph():
     """A smooth [24, 40, 3] image without symmetry, which JPEG keeps nearly as it is."""
@@ -138,9 +146,8 @@ def test_a_crop_that_never_fits_becomes_the_largest_central_one(height, width, b
 
 def test_random_views_are_a_function_of_the_generator(photograph):
     def view(seed, flip=True):
-        rng = np.random.default_rng(seed)
         augmentation = images.Augmentation(crop_scale=(0.3, 1.0), flip=flip)
-        return images.random_view(photograph, rng, size=16, augmentation=augmentation)
+        return random_view(photograph, seed, 16, augmentation)
 
     assert view(0).shape == (16, 16, 3)
     np.testing.assert_array_equal(view(5), view(5))
@@ -157,9 +164,7 @@ def view_of_a_dot(seed, **moves):
     image[30:50, 50:70] = 255
     still = images.Augmentation(crop_scale=(1.0, 1.0), flip=False)
     augmentation = dataclasses.replace(still, **moves)
-    view = images.random_view(
-        image, np.random.default_rng(seed), size=80, augmentation=augmentation
-    )
+    view = random_view(image, seed, 80, augmentation)
     weight = view[:, :, 0] / 255
     place = np.array([(weight * axis).sum() for axis in np.indices((80, 80))]) / weight.sum()
     return *place, weight.sum() ** 0.5
@@ -181,8 +186,7 @@ def test_a_view_is_turned_zoomed_and_shifted_as_far_as_asked_for():
 def test_what_comes_in_from_outside_continues_the_border():
     grey = np.full((20, 20, 3), 77, np.uint8)
     augmentation = images.Augmentation(rotation=45.0, zoom=0.5, shift=0.5)
-    view = images.random_view(grey, np.random.default_rng(0), size=8, augmentation=augmentation)
-    assert (view == 77).all()
+    assert (random_view(grey, 0, 8, augmentation) == 77).all()
 
 
 @pytest.mark.parametrize(
@@ -200,6 +204,46 @@ def test_a_large_jpeg_may_be_decoded_at_a_fraction(photograph):
     assert images.decode(large, "x", enough=641).shape == whole.shape
     shrunk = images.resize(whole, *small.shape[:2])
     assert np.abs(small - shrunk.astype(float)).mean() < 3
+
+
+@pytest.fixture(scope="module")
+def large():
+    """A JPEG of 650 x 810 pixels, smooth and without symmetry."""
+    rows, columns = np.mgrid[:650, :810]
+    waves = 128 + 60 * np.sin(rows / 90 + columns / 180) + 60 * np.cos(columns / 110 - rows / 260)
+    pixels = np.stack([waves, waves[::-1], waves[:, ::-1]], -1).astype(np.uint8)
+    return encode(Image.fromarray(pixels), "JPEG", quality=95)
+
+
+def test_a_picture_is_decoded_at_the_scale_that_is_asked_for_and_once(large):
+    picture = images.Picture(large, "x")
+    assert (picture.height, picture.width) == (650, 810)
+    for scale in picture.scales:
+        assert picture.pixels(scale).shape == (-(-650 // scale), -(-810 // scale), 3)
+        assert picture.pixels(scale) is picture.pixels(scale)
+    np.testing.assert_array_equal(picture.pixels(), Image.open(io.BytesIO(large)))
+    scales = [picture.scale_for(side, 500, 100) for side in (50, 199, 200, 399, 400, 800)]
+    assert scales == [1, 1, 2, 2, 4, 4]
+    turned = images.Picture(encode(Image.open(io.BytesIO(large)), "PNG"), "x")
+    assert turned.scales == (1,) and turned.scale_for(650, 650, 1) == 1
+
+
+def test_crops_are_those_of_the_whole_image_at_whatever_scale_it_is_decoded(large):
+    whole = images.Picture(large, "x").pixels()
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        top, left, height, width = images.random_crop_box(650, 810, rng, scale=(0.08, 1.0))
+        crop = whole[top : top + height, left : left + width]
+        expected = images.resize(crop, 60, 60)[:, :: -1 if rng.random() < 0.5 else 1]
+        view = np.empty((60, 60, 3), np.uint8)
+        picture = images.Picture(large, "x")
+        images.random_view(
+            picture, np.random.default_rng(seed), augmentation=images.Augmentation(), out=view
+        )
+        apart = np.abs(view.astype(float) - expected)
+        assert apart.mean() < 2 and apart.max() < 12
+        if min(height, width) < 120:
+            np.testing.assert_array_equal(view, expected)
 
 
 def test_centre_view_scales_the_shorter_side_and_crops_the_middle():
