@@ -49,6 +49,11 @@ def default() -> ConfigDict:
                 "augmentation": dataclasses.asdict(data.Augmentation()),
                 # Processes that decode images; 0 decodes in the training process.
                 "num_workers": 4,
+                # "host" keeps decoded images in memory, and changes nothing else. "device" keeps
+                # them, smaller, in the devices' memory, and crops them inside the step.
+                "cache": "none",
+                # Of "device": shorter side of an image there; one that is smaller stays so.
+                "cache_size": 320,
             },
             "model": {
                 "backbone": "bninception",
@@ -181,6 +186,8 @@ RULES = {
     "data.augmentation.zoom": rules.number(least=0.0, below=1.0),
     "data.augmentation.shift": rules.number(least=0.0, below=1.0),
     "data.num_workers": rules.whole(0),
+    "data.cache": rules.choice(("none", "host", "device")),
+    "data.cache_size": rules.whole(1, 2**16),
     "model.backbone": rules.choice(BACKBONES),
     "model.width": rules.optional(rules.whole(1)),
     "model.stem": rules.optional(rules.choice(STEMS)),
@@ -262,6 +269,14 @@ def _resize(resize: int, size: int) -> str | None:
     return f"config.data.resize is {resize}; it must be at least config.data.image_size, {size}"
 
 
+def _cache_size(cache: str, cache_size: int, resize: int) -> str | None:
+    if cache != "device" or cache_size >= resize:
+        return None
+    return (
+        f"config.data.cache_size is {cache_size}; it must be at least config.data.resize, {resize}"
+    )
+
+
 def _root(name: str, root: str) -> str | None:
     if name in data.WITH_IMAGES:
         return f"config.data.root is {root!r}, but {name} comes with its images" if root else None
@@ -327,6 +342,7 @@ def _backbone_option(option: str, value: Any, backbone: str, place: str) -> str 
 
 _TOGETHER: dict[Callable[..., str | None], tuple[str, ...]] = {
     _resize: ("data.resize", "data.image_size"),
+    _cache_size: ("data.cache", "data.cache_size", "data.resize"),
     _root: ("data.name", "data.root"),
     _instances: ("batch_size", "data.n_instance"),
     _image_size: ("model.backbone", "data.image_size"),

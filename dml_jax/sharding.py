@@ -190,7 +190,7 @@ def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
 
     Args:
         mesh: of the devices.
-        batch: arrays `[batch / processes, ...]`.
+        batch: arrays `[batch / processes, ...]`; what is on the devices already stays as it is.
 
     Returns:
         Global arrays `[batch, ...]`, split by row.
@@ -198,6 +198,8 @@ def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
     # With several processes JAX takes this for an implicit transfer, which the loop forbids.
     with jax.transfer_guard_host_to_device("allow"):
         return {
-            name: jax.make_array_from_process_local_data(by_row(mesh), rows)
+            name: rows
+            if isinstance(rows, jax.Array)
+            else jax.make_array_from_process_local_data(by_row(mesh), rows)
             for name, rows in batch.items()
         }

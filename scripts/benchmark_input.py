@@ -63,7 +63,7 @@ def _photograph(rng: np.random.Generator) -> np.ndarray:
         noise = rng.standard_normal((cells, cells * WIDTH // HEIGHT, 3), np.float32)
         picture += strength * cv2.resize(noise, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
     texture = rng.standard_normal((HEIGHT, WIDTH, 1), np.float32)
-    return np.uint8((picture + 3 * texture).clip(0, 255))
+    return (picture + 3 * texture).clip(0, 255).astype(np.uint8)
 
 
 def _rng(position: int) -> np.random.Generator:

@@ -190,6 +190,8 @@ BAD = {
     "data.root": ("letters", "config.data.root is 'letters', but glyphs comes with its images"),
     "data.resize": (16, "config.data.resize is 16; it must be at least config.data.image_size, 32"),
     "data.augmentation.crop_scale": ((0.9, 0.5), r"crop_scale is \(0.9, 0.5\); .* least and most"),
+    "data.cache": ("gpu", "config.data.cache is 'gpu'; choose one of none, host, device"),
+    "data.cache_size": (0, "config.data.cache_size is 0; it must be a whole number from 1 to"),
     "model.pooling": ("max", "config.model.pooling is 'max'; choose one of gap, gmp"),
     "model.backbone": ("bninception", "config.model.width is 16, but bninception has no width"),
     "model.pretrained": ("x.pth", "config.model.pretrained is 'x.pth'; choose none, a file that"),
@@ -211,6 +213,15 @@ def test_a_bad_value_is_refused_by_its_path(path):
     made.data.n_instance = 2
     made.update_from_flattened_dict({path: value})
     with pytest.raises(ValueError, match=message):
+        config.validate(made)
+
+
+def test_images_on_the_device_are_no_smaller_than_tests_need_them():
+    made = glyphs.get_config()
+    made.data.cache_size = 31
+    config.validate(made)
+    made.data.cache = "device"
+    with pytest.raises(ValueError, match=r"cache_size is 31; .* at least config.data.resize, 32"):
         config.validate(made)
 
 

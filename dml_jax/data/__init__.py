@@ -2,7 +2,16 @@
 
 from dml_jax.data.images import Augmentation, centre_view, decode
 from dml_jax.data.inspection import POLICIES, Findings, accept, inspect, report
-from dml_jax.data.pipeline import TestBatch, TrainBatch, test_batches, train_batches
+from dml_jax.data.pipeline import (
+    Batches,
+    IndexBatch,
+    TestBatch,
+    TrainBatch,
+    test_batches,
+    test_indices,
+    train_batches,
+    train_indices,
+)
 from dml_jax.data.previews import check_upload, preview
 from dml_jax.data.sampling import Order, epoch_order, steps_per_epoch
 from dml_jax.data.sources import (
@@ -20,6 +29,8 @@ __all__ = [
     "Augmentation",
     "Order",
     "Source",
+    "Batches",
+    "IndexBatch",
     "TestBatch",
     "TrainBatch",
     "POLICIES",
@@ -37,5 +48,7 @@ __all__ = [
     "split_classes",
     "steps_per_epoch",
     "test_batches",
+    "test_indices",
     "train_batches",
+    "train_indices",
 ]

@@ -46,6 +46,13 @@ class TrainBatch(TypedDict):
     label: Int32[np.ndarray, " b"]
 
 
+class IndexBatch(TypedDict):
+    """One process's rows of a training batch, whose images are elsewhere."""
+
+    index: Int32[np.ndarray, " b"]
+    label: Int32[np.ndarray, " b"]
+
+
 class TestBatch(TypedDict):
     """One process's rows of a test batch; index -1 marks rows that only fill it up."""
 
@@ -185,7 +192,8 @@ def train_batches(
         seed: seed of the run, non-negative.
         start_step: first batch to read, counted from the beginning of the run.
         num_steps: batches in the whole run, not only from `start_step` on.
-        num_workers: worker processes; 0 reads in threads of this process.
+        num_workers: worker processes, or threads of this one if the source keeps its images;
+            0 is a few threads.
         process_index: which part of every batch to read.
         process_count: parts into which a batch is cut, row by row in order.
 
@@ -202,7 +210,41 @@ def train_batches(
     rows = _rows(batch_size, process_index, process_count)
     order = sampling.Order(source.labels, batch_size, n_instance, seed)
     load = _TrainLoader(source, order, rows, image_size, augmentation)
-    return _read(grain.MapDataset.range(start_step, num_steps).map(load), num_workers)
+    return _read(grain.MapDataset.range(start_step, num_steps).map(load), num_workers, source)
+
+
+def train_indices(
+    source: Source,
+    *,
+    batch_size: int,
+    n_instance: int,
+    seed: int,
+    start_step: int,
+    num_steps: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[IndexBatch]:
+    """Which images `train_batches` would read, with the same arguments, and their labels."""
+    rows = _rows(batch_size, process_index, process_count)
+    order = sampling.Order(source.labels, batch_size, n_instance, seed)
+    for step in range(start_step, num_steps):
+        indices = order(step)[rows.start : rows.stop]
+        yield {"index": indices.astype(np.int32), "label": source.labels[indices]}
+
+
+def test_indices(
+    count: int, *, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[Int32[np.ndarray, " b"]]:
+    """Which of so many images are in each of `test_batches`; -1 fills up the last."""
+    rows = _rows(batch_size, process_index, process_count)
+    for step in range(-(-count // batch_size)):
+        yield _test_index(count, rows, step * batch_size)
+
+
+def _test_index(count: int, rows: range, start: int) -> Int32[np.ndarray, " b"]:
+    index = np.arange(rows.start, rows.stop, dtype=np.int32) + start
+    index[index >= count] = -1
+    return index
 
 
 def test_batches(
@@ -222,7 +264,8 @@ def test_batches(
         batch_size: images in a global batch.
         image_size: side of the centre crop, pixels.
         resize: length of an image's shorter side before the crop, at least `image_size`.
-        num_workers: worker processes; 0 reads in threads of this process.
+        num_workers: worker processes, or threads of this one if the source keeps its images;
+            0 is a few threads.
         process_index: which part of every batch to read.
         process_count: parts into which a batch is cut, row by row in order.
 
@@ -239,7 +282,7 @@ def test_batches(
     rows = _rows(batch_size, process_index, process_count)
     load = _TestLoader(source, batch_size, rows, image_size, resize)
     steps = -(-len(source) // batch_size)
-    return _read(grain.MapDataset.range(steps).map(load), num_workers)
+    return _read(grain.MapDataset.range(steps).map(load), num_workers, source)
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> range:
@@ -292,8 +335,7 @@ class _TestLoader:
 
     def __call__(self, step: int) -> TestBatch:
         image = np.zeros((len(self.rows), self.image_size, self.image_size, 3), np.uint8)
-        index = np.arange(self.rows.start, self.rows.stop, dtype=np.int32) + step * self.batch_size
-        index[index >= len(self.source)] = -1
+        index = _test_index(len(self.source), self.rows, step * self.batch_size)
         for view, i in zip(image, index.tolist(), strict=True):
             if i >= 0:
                 decoded = self.source.picture(i).pixels()
@@ -301,13 +343,17 @@ class _TestLoader:
         return {"image": image, "index": index}
 
 
-def _read(batches: grain.MapDataset, num_workers: int) -> Batches:
-    """Reads ahead in worker processes, or without them in threads."""
+def _read(batches: grain.MapDataset, num_workers: int, source: Source) -> Batches:
+    """Reads ahead in worker processes, or without them in threads.
+
+    In threads too if images are kept: each process would decode, and keep, all of them.
+    """
     if num_workers < 0:
         raise ValueError(f"num_workers must not be negative, got {num_workers}")
-    if num_workers == 0:
-        ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
-        return Batches(batches.to_iter_dataset(ahead), num_workers)
+    if num_workers == 0 or source.kept is not None:
+        threads = max(num_workers, _THREADS)
+        ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+        return Batches(batches.to_iter_dataset(ahead), 0)
     if not flags.FLAGS.is_parsed():  # Grain reads its flags, also in programs that parse none.
         flags.FLAGS.mark_as_parsed()
     # Batches come through pipes. Grain's shared memory would save a copy, but a container may

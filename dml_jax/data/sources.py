@@ -39,12 +39,14 @@ class Source:
         labels: each image's class, 0 .. C - 1.
         class_names: names of the C classes.
         names: what to call each image in a message, unique.
+        kept: the images that were asked for, if they are to stay decoded in memory.
     """
 
     records: Sequence[bytes | str]
     labels: Int32[np.ndarray, " n"]
     class_names: tuple[str, ...]
     names: tuple[str, ...]
+    kept: dict[int, Picture] | None = None
 
     def __len__(self) -> int:
         """Number of images."""
@@ -66,13 +68,17 @@ class Source:
             return file.read()
 
     def picture(self, index: int) -> Picture:
-        """The image at `index`, ready to be decoded.
+        """The image at `index`, ready to be decoded, or decoded if it is kept.
 
         Raises:
             OSError: its file cannot be read; the message has its path.
             ValueError: it cannot be decoded; the message has its path, or its name.
         """
-        return Picture(self[index], self.where(index))
+        if self.kept is None:
+            return Picture(self[index], self.where(index))
+        if index not in self.kept:
+            self.kept[index] = Picture(self[index], self.where(index))
+        return self.kept[index]
 
     def size(self, index: int) -> int:
         """Bytes of the encoded image at `index`."""

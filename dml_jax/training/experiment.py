@@ -1,7 +1,9 @@
 """From a configuration to what it names: images, network, loss, optimizer."""
 
+import dataclasses
+import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -10,11 +12,11 @@ import clu.parameter_overview
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, PyTree
+from jaxtyping import Array, Float32, PRNGKeyArray, PyTree
 from ml_collections import ConfigDict
 
 from dml_jax import config as configs
-from dml_jax import data, losses, memvir, retrieval, sharding
+from dml_jax import data, device_cache, losses, memvir, retrieval, sharding
 from dml_jax.models import Embedder, create_embedder, pretrained
 from dml_jax.retrieval import embed
 from dml_jax.training import checkpoint, optimizer, state, step, workdir
@@ -53,6 +55,9 @@ class Experiment(NamedTuple):
     state_sharding: PyTree
     """The sharding of every array of the state."""
     network: Network
+    cache: Callable[[str], device_cache.Cache | None]
+    """The images of a split on the devices, put there when first asked for; None if the config
+    wants none there."""
 
 
 def build(
@@ -101,7 +106,14 @@ def build(
         mixing_ratio=config.proxy_synthesis.ratio,
         memory_warmup_steps=config.memvir.warmup_epochs * steps_per_epoch,
         frozen_steps=config.optimizer.frozen_epochs * steps_per_epoch,
+        images=_images(config, mesh),
     )
+
+    @functools.cache
+    def cache(split: str) -> device_cache.Cache | None:
+        if config.data.cache != "device":
+            return None
+        return device_cache.load(sources[split], mesh, config.data.cache_size)
 
     def initial_state(backbone: PyTree | None = None) -> state.TrainState:
         return state.create(
@@ -134,7 +146,19 @@ def build(
         state_shape=state_shape,
         state_sharding=state_sharding,
         network=network,
+        cache=cache,
     )
+
+
+def _images(
+    config: ConfigDict, mesh: jax.sharding.Mesh
+) -> Callable[[Mapping[str, Array], PRNGKeyArray], Array]:
+    """How a step comes by its images."""
+    if config.data.cache != "device":
+        return step.sent
+    augmentation = data.Augmentation(**config.data.augmentation)
+    size = config.data.image_size
+    return partial(device_cache.train_views, mesh=mesh, size=size, augmentation=augmentation)
 
 
 def make_network(config: ConfigDict, mesh: jax.sharding.Mesh) -> Network:
@@ -205,6 +229,8 @@ def make_sources(
         sources["train"], sources["validation"] = data.split_classes(
             sources["train"], config.data.validation_classes, seed=0
         )
+    if config.data.cache == "host":
+        sources = {k: dataclasses.replace(source, kept={}) for k, source in sources.items()}
     for split in sources.keys() - {"train", "gallery"}:
         _check_enough(sources, split, max(config.evaluation.recall_at))
     for split, source in sources.items():
@@ -355,7 +381,10 @@ def trained_network(
 
 
 def embed_images(
-    network: Network, variables: dict[str, PyTree], source: data.Source
+    network: Network,
+    variables: dict[str, PyTree],
+    source: data.Source,
+    cache: device_cache.Cache | None = None,
 ) -> Float32[np.ndarray, "images dim"]:
     """Embeds images, cropped as for testing.
 
@@ -363,25 +392,43 @@ def embed_images(
         network: the network.
         variables: its.
         source: the images.
+        cache: the same images on the devices; by default they are read.
 
     Returns:
         Raw embeddings in the order of the source.
     """
-    config, devices = network.config, network.mesh.size
-    batches = data.test_batches(
-        source,
-        # Here may be other devices than those that the run's batches were shared by.
-        batch_size=-(-config.batch_size // devices) * devices,
-        image_size=config.data.image_size,
-        resize=config.data.resize,
-        num_workers=config.data.num_workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    batches = _test_batches(network, source, cache)
     try:
         return embed.embed(network.embed, variables, batches, len(source), network.mesh)
     finally:
         batches.close()
+
+
+def _test_batches(
+    network: Network, source: data.Source, cache: device_cache.Cache | None
+) -> data.Batches | Generator[dict[str, Array | np.ndarray]]:
+    config, mesh = network.config.data, network.mesh
+    # Here may be other devices than those that the run's batches were shared by.
+    batch_size = -(-network.config.batch_size // mesh.size) * mesh.size
+    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    if cache is None:
+        return data.test_batches(
+            source,
+            batch_size=batch_size,
+            image_size=config.image_size,
+            resize=config.resize,
+            num_workers=config.num_workers,
+            **process,
+        )
+    boxes = device_cache.centre_boxes(cache.sides, size=config.image_size, resize_to=config.resize)
+    view = partial(device_cache.test_views, mesh=mesh, size=config.image_size)
+
+    def views() -> Generator[dict[str, Array | np.ndarray]]:
+        for index in data.test_indices(len(source), batch_size=batch_size, **process):
+            placed = sharding.put_batch(mesh, {"index": index, "box": boxes[index]})
+            yield {"image": view(cache.images, placed["index"], placed["box"]), "index": index}
+
+    return views()
 
 
 def embed_split(
@@ -399,7 +446,9 @@ def embed_split(
     """
     names = [split] if _gallery(experiment.sources, split) is None else [split, "gallery"]
     return {
-        name: embed_images(experiment.network, variables, experiment.sources[name])
+        name: embed_images(
+            experiment.network, variables, experiment.sources[name], experiment.cache(name)
+        )
         for name in names
     }
 

@@ -4,7 +4,7 @@ import collections
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,8 @@ def batches(
 ) -> Iterator[tuple[int, dict[str, Array]]]:
     """Batches on their devices, with the number of steps done after each; one is sent ahead.
 
+    They hold labels, and either images or what the step makes images of.
+
     Args:
         experiment: whose images.
         start: steps that are done.
@@ -179,24 +181,11 @@ def batches(
     Yields:
         Steps done after the batch, and the batch.
     """
-    config = experiment.config
-    reader = data.train_batches(
-        experiment.sources["train"],
-        batch_size=config.batch_size,
-        n_instance=config.data.n_instance,
-        image_size=config.data.image_size,
-        augmentation=data.Augmentation(**config.data.augmentation),
-        seed=config.seed,
-        start_step=start,
-        num_steps=total_steps,
-        num_workers=config.data.num_workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    reader, on_devices = _reader(experiment, start, total_steps)
     try:
         sent = None
         for step, batch in enumerate(reader, start):
-            ahead = sharding.put_batch(experiment.mesh, batch)
+            ahead = sharding.put_batch(experiment.mesh, batch | on_devices)
             if sent is not None:
                 yield step, sent
             sent = ahead
@@ -204,6 +193,38 @@ def batches(
             yield total_steps, sent
     finally:
         reader.close()
+
+
+def _reader(
+    experiment: Experiment, start: int, total_steps: int
+) -> tuple[data.Batches | Generator[dict[str, Any]], dict[str, Array]]:
+    """This process's rows of each batch, and what is on the devices and in every batch."""
+    config, source, cache = (
+        experiment.config,
+        experiment.sources["train"],
+        experiment.cache("train"),
+    )
+    which = {
+        "batch_size": config.batch_size,
+        "n_instance": config.data.n_instance,
+        "seed": config.seed,
+        "start_step": start,
+        "num_steps": total_steps,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+    if cache is not None:
+        indices = data.train_indices(source, **which)
+        rows = (batch | {"sides": cache.sides[batch["index"]]} for batch in indices)
+        return rows, {"cache": cache.images}
+    reader = data.train_batches(
+        source,
+        image_size=config.data.image_size,
+        augmentation=data.Augmentation(**config.data.augmentation),
+        num_workers=config.data.num_workers,
+        **which,
+    )
+    return reader, {}
 
 
 class _Watch:

@@ -12,6 +12,14 @@ from dml_jax import losses, memvir, proxy_synthesis, sharding
 from dml_jax.models import Embedder
 from dml_jax.training.state import EpochMetrics, Skipped, TrainState
 
+_VIEWS = 2**32 - 1  # Sets the random numbers of views apart from all others of a step.
+
+
+def sent(batch: Mapping[str, Array], key: PRNGKeyArray) -> Array:
+    """The images that a batch brings with it; nothing is random about them any more."""
+    del key
+    return batch["image"]
+
 
 class Recipe(NamedTuple):
     """What a step does, as opposed to what it does it to."""
@@ -29,6 +37,8 @@ class Recipe(NamedTuple):
     """MemVir: steps before the memory is used; of no effect where the state has no memory."""
     frozen_steps: int
     """Steps at the beginning in which the backbone stays as it is, its batch statistics too."""
+    images: Callable[[Mapping[str, Array], PRNGKeyArray], Array] = sent
+    """From a batch and a key to the images to train on, `[batch, height, width, 3]`."""
 
 
 def objective(
@@ -96,13 +106,15 @@ def train_step(
     Args:
         recipe: what to do.
         state: before the step.
-        batch: `image` `[batch, height, width, 3]` and `label` `[batch]`.
+        batch: `label` `[batch]`, and whatever the recipe makes images of.
 
     Returns:
         The state after the step, and what is to be seen of it.
     """
     # A key that depends on the step alone makes a resumed run the same run.
     key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+    images = recipe.images(batch, jax.random.fold_in(key, _VIEWS))
+    batch = {"image": images, "label": batch["label"]}
     (loss, (batch_stats, memory)), gradients = jax.value_and_grad(
         lambda params: objective(recipe, params, state, batch, key), has_aux=True
     )(state.params)

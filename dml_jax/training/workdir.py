@@ -42,10 +42,12 @@ FREE = (
 )
 """Settings, and groups of them, that may change when a run goes on: no step depends on them.
 
-The images may have moved (`data.root`), but must be the same: see `fingerprints`.
+The images may have moved (`data.root`), but must be the same: see `fingerprints`. So may the
+host's cache come or go (`data.cache`), but not the device's.
 """
 
 _FREE_PATHS = tuple(f"{path}{end}" for path in FREE for end in (".", ":"))
+_CACHE_PATHS = ("config.data.cache:", "config.data.cache_size:")
 _PART = ".part"
 
 
@@ -128,7 +130,10 @@ def check(workdir: Path, config: ConfigDict) -> list[str]:
         return []
     there, here = read_config(workdir).to_dict(), json.loads(config.to_json())
     differences = list(_differences(there, here))
-    _refuse(workdir, "configuration", [x for x in differences if not x.startswith(_FREE_PATHS)])
+    # Whether the host keeps images changes no step; crops on the device are others.
+    on_device = "device" in (there["data"].get("cache"), here["data"]["cache"])
+    free = _FREE_PATHS if on_device else _FREE_PATHS + _CACHE_PATHS
+    _refuse(workdir, "configuration", [x for x in differences if not x.startswith(free)])
     return differences
 
 

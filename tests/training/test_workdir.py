@@ -60,6 +60,8 @@ FREE = {
     "evaluation.patience": 3,
     "checkpoint.keep_last": 5,
     "data.num_workers": 1,
+    "data.cache": "host",
+    "data.cache_size": 64,
 }
 
 
@@ -69,7 +71,7 @@ def test_what_changes_no_step_may_change_and_is_written_down(tmp_path, name, cap
     (tmp_path / workdir.RESULT).write_text("{}")
     config = changed(**{name: FREE[name]})
     (difference,) = workdir.check(tmp_path, config)
-    assert difference.startswith(f"config.{name}: ") and difference.endswith(f" {FREE[name]} now")
+    assert difference.startswith(f"config.{name}: ") and difference.endswith(f" {FREE[name]!r} now")
     workdir.claim(tmp_path, config)
     assert difference in caplog.text
     assert workdir.check(tmp_path, config) == []
@@ -86,6 +88,7 @@ FIXED = {
     "proxy_synthesis.ratio": 0.5,
     "data.image_size": 8,
     "data.validation_classes": 0.5,
+    "data.cache": "device",
 }
 
 
@@ -94,6 +97,12 @@ def test_what_a_step_depends_on_may_not_change(tmp_path, name):
     workdir.claim(tmp_path, changed())
     with pytest.raises(ValueError, match=rf"another configuration.*\n  config\.{name}: "):
         workdir.check(tmp_path, changed(**{name: FIXED[name]}))
+
+
+def test_the_size_of_the_devices_images_may_not_change(tmp_path):
+    workdir.claim(tmp_path, changed(**{"data.cache": "device"}))
+    with pytest.raises(ValueError, match=r"config\.data\.cache_size: 320 there, 64 now"):
+        workdir.check(tmp_path, changed(**{"data.cache": "device", "data.cache_size": 64}))
 
 
 def test_a_finished_run_goes_on_only_when_it_may_train_longer(tmp_path):
