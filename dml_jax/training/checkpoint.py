@@ -87,7 +87,9 @@ class Checkpoints:
                 # Whoever only reads must not clean up behind the run that is writing.
                 cleanup_tmp_directories=self._writes,
             )
-        except ValueError as error:  # It reads all scores.
+        except (ValueError, OSError) as error:  # It reads all scores.
+            if self._writes and isinstance(error, OSError):
+                raise
             raise ValueError(_DAMAGED.format(self._directory, error)) from error
 
     def __enter__(self) -> "Checkpoints":

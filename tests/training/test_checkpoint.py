@@ -1,6 +1,7 @@
 import os
 import resource
 import shutil
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -36,10 +37,17 @@ def flip(path):
     path.write_bytes(content)
 
 
+def unreadable(path):
+    """Has whoever reads it told of an input/output error, as a disk that is going does."""
+    path.unlink()
+    path.symlink_to("/proc/self/mem" if sys.platform == "linux" else path)
+
+
 DAMAGES = {
     "flipped": flip,
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "missing": lambda path: path.unlink(),
+    "unreadable": unreadable,
 }
 
 
