@@ -25,7 +25,7 @@ from rich.table import Table
 from dml_jax import command_line, losses, memvir, sharding
 from dml_jax.models import BACKBONES, create_embedder
 from dml_jax.training import optimizer, state, step
-from tests.oracles import DenseMemVir, normalized
+from tests.oracles import NOTHING, DenseMemVir, normalized
 
 _STEPS = flags.DEFINE_list("steps", ["1", "5", "15", "45"], "Values of N.")
 _GAP = flags.DEFINE_integer("gap", 10, "M.")
@@ -171,7 +171,7 @@ def _dense(steps: int) -> Form:
     )
     embeddings, proxies, labels = _problem()
     virtual = [(normalized(embeddings), normalized(proxies), labels)] * steps
-    problem = (embeddings, proxies, labels, virtual, jnp.ones(steps, bool))
+    problem = (embeddings, proxies, labels, virtual, jnp.ones(steps, bool), *NOTHING)
     compiled = dense.value_and_grad.lower(*problem).compile()
     return Form(lambda: jax.block_until_ready(compiled(*problem)), _temporary(compiled))
 
