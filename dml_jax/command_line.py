@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from dml_jax import tuning
 from dml_jax.training import stopping
 
 
@@ -20,6 +21,7 @@ def run(main: Callable[..., None], *arguments: str) -> None:
         arguments: what its arguments are called, in their order; it takes them as strings.
     """
     logging.set_verbosity(logging.WARNING)
+    tuning.prepare()
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
