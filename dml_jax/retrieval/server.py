@@ -160,10 +160,18 @@ class _Handler(BaseHTTPRequestHandler):
         raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
 
     def _post(self) -> tuple[str, bytes]:
+        # Read first: a connection that is closed with something unread takes the answer with it.
+        image = self._body()
         if self.path != "/search":
             raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
         if not self.headers.get_content_type().startswith("image/"):
             raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "only images are searched for")
+        try:
+            return "text/html; charset=utf-8", self.search(image).encode()
+        except ValueError as error:
+            raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, str(error)) from error
+
+    def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch(r"[0-9]{1,18}", length):
             raise Refused(HTTPStatus.LENGTH_REQUIRED, "say how large the image is")
@@ -172,13 +180,10 @@ class _Handler(BaseHTTPRequestHandler):
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 f"images of up to {page.MOST_BYTES >> 20} MB are searched for",
             )
-        image = self.rfile.read(int(length))
-        if len(image) < int(length):
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
             raise Refused(HTTPStatus.BAD_REQUEST, "the image is not whole")
-        try:
-            return "text/html; charset=utf-8", self.search(image).encode()
-        except ValueError as error:
-            raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, str(error)) from error
+        return body
 
     def log_message(self, *_: object) -> None:
         """Keeps the terminal for what its user wants to know."""
