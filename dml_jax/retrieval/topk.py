@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int, Int64
 
 from dml_jax import sharding
@@ -41,16 +41,10 @@ class MeshSearcher:
         pieces = -(-share // _PIECE_ROWS)
         self._rows = -(-share // pieces)
 
-        def shard(index: tuple[slice, ...]) -> Float32[np.ndarray, "pieces rows d"]:
-            begin, end, _ = index[0].indices(pieces * self._mesh.size)
-            part = gallery[begin * self._rows : end * self._rows]
-            missing = (end - begin) * self._rows - len(part)
-            return np.pad(part, ((0, missing), (0, 0))).reshape(-1, self._rows, dim)
-
         shape = (pieces * self._mesh.size, self._rows, dim)
-        # JAX takes this for an implicit transfer, which training forbids.
-        with jax.transfer_guard_host_to_device("allow"):
-            self._gallery = jax.make_array_from_callback(shape, sharding.by_row(self._mesh), shard)
+        missing = shape[0] * self._rows - self._count
+        padded = np.pad(gallery, ((0, missing), (0, 0))).reshape(shape)
+        self._gallery = _put(padded, sharding.by_row(self._mesh))
 
     def nearest(
         self,
@@ -105,8 +99,7 @@ class MeshSearcher:
         block = np.pad(some, ((0, missing), (0, 0)))
         block_own = np.pad(own[start : start + rows], (0, missing)).astype(np.int32)
         everywhere = sharding.replicated(self._mesh)
-        with jax.transfer_guard_host_to_device("allow"):
-            placed = jax.device_put((block, block_own), everywhere)
+        placed = _put(block, everywhere), _put(block_own, everywhere)
         return _nearest(self._gallery, *placed, k=depth, count=self._count, mesh=self._mesh)
 
 
@@ -114,7 +107,7 @@ class _Best(NamedTuple):
     """The best gallery rows so far, the nearest first."""
 
     similarities: jax.Array
-    index: jax.Array
+    rows: jax.Array
 
 
 def check_depth(k: int, count: int, *, own: bool) -> None:
@@ -124,6 +117,13 @@ def check_depth(k: int, count: int, *, own: bool) -> None:
             f"{k} neighbours asked for{' beside the query' if own else ''}, "
             f"but the gallery holds {count} images"
         )
+
+
+def _put(array: np.ndarray, where: NamedSharding) -> jax.Array:
+    """Copies an array to devices, of which each process fills its own; nothing is compared."""
+    # JAX takes this for an implicit transfer, which training forbids.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
 def _power_of_two(count: int) -> int:
@@ -151,28 +151,28 @@ def _nearest(
 
     def in_share(share: jax.Array, queries: jax.Array, own: jax.Array) -> jax.Array:
         pieces, rows, _ = share.shape
-        starts = (jax.lax.axis_index("data") * pieces + jnp.arange(pieces)) * rows
+        starts = (jax.lax.axis_index("data") * pieces + jnp.arange(pieces, dtype=jnp.int32)) * rows
         depth = min(k, pieces * rows)
 
         def compare(best: _Best, piece: tuple[jax.Array, jax.Array]) -> tuple[_Best, None]:
             start, vectors = piece
             similarities = jnp.einsum("qd,rd->qr", queries, vectors, precision="highest")
-            index = (start + jnp.arange(rows))[None]
+            index = (start + jnp.arange(rows, dtype=jnp.int32))[None]
             hidden = (index >= count) | (index == own[:, None])
             similarities = jnp.where(hidden, -jnp.inf, similarities)
             # The best so far come first, since of equals the first is chosen.
             values, at = jax.lax.top_k(jnp.concatenate([best.similarities, similarities], 1), depth)
-            kept = jnp.take_along_axis(best.index, jnp.minimum(at, depth - 1), axis=1)
+            kept = jnp.take_along_axis(best.rows, jnp.minimum(at, depth - 1), axis=1)
             return _Best(values, jnp.where(at < depth, kept, start + at - depth)), None
 
         shape = (len(queries), depth)
-        nothing = _Best(jnp.full(shape, -jnp.inf), jnp.full(shape, -1))
+        nothing = _Best(jnp.full(shape, -jnp.inf, jnp.float32), jnp.full(shape, -1, jnp.int32))
         nothing = jax.lax.pcast(nothing, "data", to="varying")
         best, _ = jax.lax.scan(compare, nothing, (starts, share))
         # Each device gets what all have found for its part of the queries.
         best = jax.lax.all_to_all(best, "data", split_axis=0, concat_axis=1, tiled=True)
         _, at = jax.lax.top_k(best.similarities, k)
-        return jnp.take_along_axis(best.index, at, axis=1)
+        return jnp.take_along_axis(best.rows, at, axis=1)
 
     split, whole = PartitionSpec("data"), PartitionSpec()
     found = jax.shard_map(in_share, mesh=mesh, in_specs=(split, whole, whole), out_specs=split)(
