@@ -121,15 +121,6 @@ def test_search_finds_an_image_of_the_gallery_first(images, finished, indexed, t
     assert sheet.read_text().count("data:image/jpeg;base64,") == 4
 
 
-def test_a_search_that_cannot_be_made_is_told(finished, indexed, tmp_path):
-    note, sheet = tmp_path / "note.png", tmp_path / "sheet.html"
-    note.write_text("not an image")
-    done = run("search.py", f"--index={indexed}", f"--workdir={finished}", f"--out={sheet}", note)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"{note}: not a readable image" in done.stderr
-    assert not sheet.exists()
-
-
 PRETRAINED = {"model__backbone": "resnet18", "model__width": 64, "model__stem": "imagenet"}
 
 

@@ -18,6 +18,10 @@ CROP_RATIO = (3 / 4, 4 / 3)
 MAX_PIXELS = 1 << 26
 """The largest image that is decoded, 8192 x 8192; a small file may claim to be far larger."""
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "WEBP")
+"""What is read, whatever a file is called. Pillow reads more, some of it with other programs, or
+with an image inside whose size only its decoder sees."""
+
 _LONGEST = 32  # Longer side of a test image over its shorter one, beyond which it is cut first.
 
 # MAX_PIXELS is lower, and an error.
@@ -67,7 +71,7 @@ def decode(data: bytes, name: str, *, enough: int = 0) -> UInt8[np.ndarray, "h w
     frame is taken. Images of more than `MAX_PIXELS` are refused before they are decoded.
 
     Args:
-        data: the encoded image, any format that Pillow reads.
+        data: the encoded image, of one of `FORMATS`.
         name: what to call the image in an error.
         enough: a length that both sides must have, pixels: a larger JPEG is decoded at a fraction
             of its size, which takes a fraction of the time. By default all images are read whole.
@@ -76,7 +80,7 @@ def decode(data: bytes, name: str, *, enough: int = 0) -> UInt8[np.ndarray, "h w
         ValueError: `data` cannot be decoded; the message begins with `name`.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         check_size(image)
         upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
         if image.format == "JPEG" and image.mode in ("L", "RGB") and upright:
