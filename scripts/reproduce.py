@@ -64,7 +64,9 @@ def main() -> None:
 
 def _bare(variant: str) -> str:
     """The bare variant of the same loss, called as the variant is: with its loss or without."""
-    _, loss = configs.parse_variant(variant)
+    method, loss = configs.parse_variant(variant)
+    if method == "baseline":
+        return variant
     return loss if variant.endswith(loss) else "baseline"
 
 

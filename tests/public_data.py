@@ -1,6 +1,7 @@
 """Small copies of the public data sets, laid out as the real ones are on people's disks."""
 
 import io
+import itertools
 import struct
 from pathlib import Path
 
@@ -77,6 +78,23 @@ def cars196_tree(root: Path) -> Path:
         for number in range(3):
             split = "test" if number == 2 else "train"
             put(root / f"car_data/{split}/{name}/{number}.jpg", jpeg(10 * label + number))
+    return root
+
+
+def cars196_numbers(root: Path) -> Path:
+    """`train/CLASS/*` and `test/CLASS/*` with all classes, which are called by numbers."""
+    for number, split in itertools.product((1, 2, 9, 10), ("train", "test")):
+        for i in range(2 if split == "train" else 1):
+            put(root / f"{split}/{number}/{i}.jpg", jpeg(10 * number + i + 5 * (split == "test")))
+    return root
+
+
+def cars196_prepared(root: Path) -> Path:
+    """`carDB/train/1...` and `carDB/test/...196`, as the official programs write it."""
+    for label, number in enumerate((1, 98, 99, 196)):
+        for i in range(3):
+            split = "train" if number < 99 else "test"
+            put(root / f"carDB/{split}/{number}/{i}.jpg", jpeg(10 * label + i))
     return root
 
 

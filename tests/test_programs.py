@@ -20,7 +20,7 @@ import dml_jax
 from dml_jax import sharding
 from dml_jax.models import pretrained
 from dml_jax.retrieval import embed
-from dml_jax.training import experiment, workdir
+from dml_jax.training import experiment, networks, workdir
 from tests import tiny, weights
 
 ROOT = Path(__file__).parents[1]
@@ -121,15 +121,6 @@ def test_search_finds_an_image_of_the_gallery_first(images, finished, indexed, t
     assert sheet.read_text().count("data:image/jpeg;base64,") == 4
 
 
-def test_a_search_that_cannot_be_made_is_told(finished, indexed, tmp_path):
-    note, sheet = tmp_path / "note.png", tmp_path / "sheet.html"
-    note.write_text("not an image")
-    done = run("search.py", f"--index={indexed}", f"--workdir={finished}", f"--out={sheet}", note)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"{note}: not a readable image" in done.stderr
-    assert not sheet.exists()
-
-
 PRETRAINED = {"model__backbone": "resnet18", "model__width": 64, "model__stem": "imagenet"}
 
 
@@ -144,7 +135,7 @@ def test_a_run_starts_from_pretrained_weights_and_goes_on_without_their_file(ima
     succeed(*training)
     like = tiny.config(images, **PRETRAINED)
     built = experiment.build(like, sharding.make_mesh(jax.devices()[:1]))
-    variables = experiment.load_network(built.network, folder, "last")
+    variables = networks.load(built.network, folder, "last")
     backbone = {collection: tree["backbone"] for collection, tree in variables.items()}
     chex.assert_trees_all_equal(
         jax.device_get(backbone), jax.device_get(pretrained.convert("resnet18", expected))

@@ -19,6 +19,10 @@ CROP_RATIO = (3 / 4, 4 / 3)
 MAX_PIXELS = 1 << 26
 """The largest image that is decoded, 8192 x 8192; a small file may claim to be far larger."""
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "WEBP")
+"""What is read, whatever a file is called. Pillow reads more, some of it with other programs, or
+with an image inside whose size only its decoder sees."""
+
 _JPEG_SCALES = (1, 2, 4, 8)  # Others are not faster than the whole image.
 _LONGEST = 32  # Longer side of a test image over its shorter one, beyond which it is cut first.
 
@@ -84,7 +88,7 @@ class Picture:
         self._data, self._name = data, name
         self._decoded: dict[int, np.ndarray] = {}
         with _named(name):
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
             check_size(image)
             upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
             if image.format == "JPEG" and image.mode in ("L", "RGB") and upright:
@@ -128,7 +132,7 @@ class Picture:
                 self._data, "RGB", min_height=least[0], min_width=least[1]
             )
         except ValueError:  # It also refuses harmless flaws; whether this is one, Pillow decides.
-            whole = np.asarray(_to_rgb(Image.open(io.BytesIO(self._data))))
+            whole = np.asarray(_to_rgb(Image.open(io.BytesIO(self._data), formats=FORMATS)))
             height, width = (-(-side // scale) for side in whole.shape[:2])
             decoded = resize(whole, height, width)
         return decoded
@@ -150,7 +154,7 @@ def decode(data: bytes, name: str, *, enough: int = 0) -> UInt8[np.ndarray, "h w
     frame is taken. Images of more than `MAX_PIXELS` are refused before they are decoded.
 
     Args:
-        data: the encoded image, any format that Pillow reads.
+        data: the encoded image, of one of `FORMATS`.
         name: what to call the image in an error.
         enough: a length that both sides must have, pixels: a larger JPEG is decoded at a fraction
             of its size, which takes a fraction of the time. By default all images are read whole.

@@ -6,22 +6,19 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from dml_jax.data.images import check_size, decode, resize
-
-UPLOADED = ("BMP", "JPEG", "PNG", "PPM", "WEBP")
-"""Formats that are taken from strangers; Pillow reads more, some of them with other programs."""
+from dml_jax.data.images import FORMATS, check_size, decode, resize
 
 
 def check_upload(encoded: bytes) -> None:
     """Looks at an image's header, whatever it is said to be.
 
     Raises:
-        ValueError: it is of none of the formats `UPLOADED`, or too large to be decoded.
+        ValueError: it is of none of the formats `FORMATS`, or too large to be decoded.
     """
     try:
-        image = Image.open(io.BytesIO(encoded), formats=UPLOADED)
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     except Exception as error:  # Pillow's parsers raise nearly anything on broken input.
-        raise ValueError(f"this is no image; {', '.join(UPLOADED)} are read") from error
+        raise ValueError(f"this is no image; {', '.join(FORMATS)} are read") from error
     check_size(image)
 
 

@@ -59,6 +59,7 @@ class Checkpoints:
         """
         self._directory = (workdir / workdirs.CHECKPOINTS).absolute()
         self._writes, self._saving = keep_last is not None, 0
+        self._save: ocp.AsyncResponse[bool] | None = None
         if self._writes:
             sharding.in_first_process(lambda: _set_damaged_aside(workdir, self._directory))
         policies = ocp.training.preservation_policies
@@ -86,7 +87,9 @@ class Checkpoints:
                 # Whoever only reads must not clean up behind the run that is writing.
                 cleanup_tmp_directories=self._writes,
             )
-        except ValueError as error:  # It reads all scores.
+        except (ValueError, OSError) as error:  # It reads all scores.
+            if self._writes and isinstance(error, OSError):
+                raise
             raise ValueError(_DAMAGED.format(self._directory, error)) from error
 
     def __enter__(self) -> "Checkpoints":
@@ -100,8 +103,7 @@ class Checkpoints:
             OSError: it could not be written.
         """
         try:
-            with self._telling():
-                self._checkpointer.wait()
+            self._finish()
         finally:
             self._checkpointer.close()
 
@@ -116,12 +118,23 @@ class Checkpoints:
         Raises:
             OSError: this state, or the one before, could not be written; earlier ones are kept.
         """
-        with self._telling():
-            self._checkpointer.wait()
+        self._finish()
         self._saving = step
         # The copy to the host counts as an implicit one.
         with self._telling(), jax.transfer_guard("allow"):
-            self._checkpointer.save_async(step, state, force=True, metrics=metrics)
+            self._save = self._checkpointer.save_async(step, state, force=True, metrics=metrics)
+
+    def _finish(self) -> None:
+        """Waits for the save that is under way."""
+        save, self._save = self._save, None
+        if save is not None:
+            with self._telling():
+                try:
+                    # A failure is told once to each thread that waits, so here and not on closing.
+                    self._checkpointer.wait()
+                finally:
+                    # Not asked for its result, a save would leave a thread and three open files.
+                    save.result()
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:

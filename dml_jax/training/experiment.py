@@ -1,9 +1,9 @@
-"""From a configuration to what it names: images, network, loss, optimizer."""
+"""From a configuration to what it names: images, network, loss, optimizer, and what they give."""
 
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,21 +17,7 @@ from ml_collections import ConfigDict
 
 from dml_jax import config as configs
 from dml_jax import data, device_cache, losses, memvir, retrieval, sharding
-from dml_jax.models import Embedder, create_embedder, pretrained
-from dml_jax.retrieval import embed
-from dml_jax.training import checkpoint, optimizer, state, step, workdir
-
-
-class Network(NamedTuple):
-    """What makes embeddings of images; its variables are kept apart."""
-
-    config: ConfigDict
-    mesh: jax.sharding.Mesh
-    embedder: Embedder
-    variables_shape: dict[str, PyTree]
-    """The shape, type and place of every variable."""
-    embed: Callable[[PyTree, Array | np.ndarray], Array]
-    """Compiled: variables and images `[batch, ...]` to embeddings."""
+from dml_jax.training import networks, optimizer, state, step, workdir
 
 
 class Experiment(NamedTuple):
@@ -54,7 +40,7 @@ class Experiment(NamedTuple):
     """The shape and type of every array of the state."""
     state_sharding: PyTree
     """The sharding of every array of the state."""
-    network: Network
+    network: networks.Network
     cache: Callable[[str], device_cache.Cache | None]
     """The images of a split on the devices, put there when first asked for; None if the config
     wants none there."""
@@ -90,7 +76,7 @@ def build(
         train.labels, batch_size=config.batch_size, n_instance=config.data.n_instance
     )
     _check_lengths(config, steps_per_epoch)
-    network = make_network(config, mesh)
+    network = networks.make(config, mesh)
     transformation, learning_rate = optimizer.create(
         **config.optimizer, steps_per_epoch=steps_per_epoch
     )
@@ -142,7 +128,7 @@ def build(
         steps_per_epoch=steps_per_epoch,
         recipe=recipe,
         learning_rate=learning_rate,
-        init=lambda: init(load_weights(config)),
+        init=lambda: init(networks.load_pretrained(config)),
         state_shape=state_shape,
         state_sharding=state_sharding,
         network=network,
@@ -159,33 +145,6 @@ def _images(
     augmentation = data.Augmentation(**config.data.augmentation)
     size = config.data.image_size
     return partial(device_cache.train_views, mesh=mesh, size=size, augmentation=augmentation)
-
-
-def make_network(config: ConfigDict, mesh: jax.sharding.Mesh) -> Network:
-    """Makes the network that a configuration names; it needs none of the images.
-
-    Args:
-        config: a whole config.
-        mesh: the devices to run on.
-    """
-    embedder = create_embedder(
-        **{name: value for name, value in config.model.items() if name != "pretrained"}
-    )
-    everywhere = sharding.replicated(mesh)
-    image = jax.ShapeDtypeStruct((1, *(config.data.image_size,) * 2, 3), jnp.uint8)
-    shapes = jax.eval_shape(partial(embedder.init, train=False), jax.random.key(0), image)
-    return Network(
-        config=config,
-        mesh=mesh,
-        embedder=embedder,
-        variables_shape=jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes
-        ),
-        embed=jax.jit(
-            lambda variables, images: embedder.apply(variables, images, train=False),
-            in_shardings=(everywhere, sharding.by_row(mesh)),
-        ),
-    )
 
 
 def _check_lengths(config: ConfigDict, steps_per_epoch: int) -> None:
@@ -285,18 +244,6 @@ def _memory(
     )
 
 
-def load_weights(config: ConfigDict) -> dict[str, PyTree] | None:
-    """The backbone's pretrained variables; None if the config names none.
-
-    Raises:
-        ValueError: they are not the backbone's.
-        FileNotFoundError: they are not where the config says.
-    """
-    if config.model.pretrained == pretrained.NONE:
-        return None
-    return pretrained.load(config.model.backbone, config.model.pretrained)
-
-
 def abstract_state(experiment: Experiment) -> state.TrainState:
     """The shapes, types and places of the state, for `Checkpoints.restore`."""
     return jax.tree.map(
@@ -311,29 +258,6 @@ def parameter_overview(experiment: Experiment) -> str:
     return clu.parameter_overview.get_parameter_overview(
         experiment.state_shape.params, include_stats=False
     )
-
-
-def network(train_state: state.TrainState) -> dict[str, PyTree]:
-    """The network's variables in a state, as `Network.embed` takes them."""
-    return {"params": train_state.params["embedder"], "batch_stats": train_state.batch_stats}
-
-
-def load_network(network: Network, folder: Path, name: str) -> dict[str, PyTree]:
-    """The network's variables in a run's checkpoint, without the rest of it.
-
-    Args:
-        network: the run's.
-        folder: the run's.
-        name: of the checkpoint: `last`, or a key of `checkpoint.BEST`.
-
-    Raises:
-        FileNotFoundError: there is no such checkpoint.
-    """
-    shapes = network.variables_shape
-    wanted = {"params": {"embedder": shapes["params"]}, "batch_stats": shapes["batch_stats"]}
-    with checkpoint.Checkpoints(folder) as checkpoints:
-        found = checkpoints.restore(checkpoints.find(name), wanted)
-    return {"params": found["params"]["embedder"], "batch_stats": found["batch_stats"]}
 
 
 def load_fork(experiment: Experiment, folder: Path) -> dict[str, PyTree]:
@@ -354,81 +278,7 @@ def load_fork(experiment: Experiment, folder: Path) -> dict[str, PyTree]:
                 f"config.model.{name} is {here[name]!r}, but {folder}, from which to fork, has "
                 f"{there[name]!r}"
             )
-    return load_network(experiment.network, folder, "last")
-
-
-def trained_network(
-    folder: Path, name: str, mesh: jax.sharding.Mesh
-) -> tuple[Network, dict[str, PyTree]]:
-    """A run's network, of which only the configuration and the checkpoint must still be there.
-
-    Args:
-        folder: the run's.
-        name: of the checkpoint: `last`, or a key of `checkpoint.BEST`.
-        mesh: the devices to run on.
-
-    Returns:
-        The network and its variables.
-
-    Raises:
-        FileNotFoundError: there is no run, or no such checkpoint.
-        ValueError: its configuration is damaged.
-    """
-    config = workdir.read_config(folder)
-    configs.validate(config)
-    network = make_network(config, mesh)
-    return network, load_network(network, folder, name)
-
-
-def embed_images(
-    network: Network,
-    variables: dict[str, PyTree],
-    source: data.Source,
-    cache: device_cache.Cache | None = None,
-) -> Float32[np.ndarray, "images dim"]:
-    """Embeds images, cropped as for testing.
-
-    Args:
-        network: the network.
-        variables: its.
-        source: the images.
-        cache: the same images on the devices; by default they are read.
-
-    Returns:
-        Raw embeddings in the order of the source.
-    """
-    batches = _test_batches(network, source, cache)
-    try:
-        return embed.embed(network.embed, variables, batches, len(source), network.mesh)
-    finally:
-        batches.close()
-
-
-def _test_batches(
-    network: Network, source: data.Source, cache: device_cache.Cache | None
-) -> data.Batches | Generator[dict[str, Array | np.ndarray]]:
-    config, mesh = network.config.data, network.mesh
-    # Here may be other devices than those that the run's batches were shared by.
-    batch_size = -(-network.config.batch_size // mesh.size) * mesh.size
-    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    if cache is None:
-        return data.test_batches(
-            source,
-            batch_size=batch_size,
-            image_size=config.image_size,
-            resize=config.resize,
-            num_workers=config.num_workers,
-            **process,
-        )
-    boxes = device_cache.centre_boxes(cache.sides, size=config.image_size, resize_to=config.resize)
-    view = partial(device_cache.test_views, mesh=mesh, size=config.image_size)
-
-    def views() -> Generator[dict[str, Array | np.ndarray]]:
-        for index in data.test_indices(len(source), batch_size=batch_size, **process):
-            placed = sharding.put_batch(mesh, {"index": index, "box": boxes[index]})
-            yield {"image": view(cache.images, placed["index"], placed["box"]), "index": index}
-
-    return views()
+    return networks.load(experiment.network, folder, "last")
 
 
 def embed_split(
@@ -446,7 +296,7 @@ def embed_split(
     """
     names = [split] if _gallery(experiment.sources, split) is None else [split, "gallery"]
     return {
-        name: embed_images(
+        name: networks.embed_images(
             experiment.network, variables, experiment.sources[name], experiment.cache(name)
         )
         for name in names

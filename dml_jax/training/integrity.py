@@ -14,7 +14,8 @@ def seal(folder: Path) -> None:
         folder: a checkpoint's. What lies in it directly is orbax's own account of the time and the
             success of its writing, which it still changes and no restoring needs.
     """
-    (folder / SEAL).write_text(json.dumps(_digests(folder), indent=2) + "\n", encoding="utf-8")
+    digests = {name: _digest(folder / name) for name in sorted(_names(folder))}
+    (folder / SEAL).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
 
 
 def damage(folder: Path) -> str | None:
@@ -29,18 +30,24 @@ def damage(folder: Path) -> str | None:
         return f"{SEAL} is missing"
     except (ValueError, TypeError):
         return f"{SEAL} is not as it was written"
-    found = _digests(folder)
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
+    except OSError as error:
+        return f"{SEAL} cannot be read ({error.strerror})"
+    names = _names(folder)
+    for name in sorted(expected.keys() | names):
+        if name not in names:
             return f"{name} is missing"
-        if found[name] != expected.get(name):
+        try:
+            digest = _digest(folder / name)
+        except OSError as error:  # The disk is going.
+            return f"{name} cannot be read ({error.strerror})"
+        if digest != expected.get(name):
             return f"{name} is not as it was written"
     return None
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    paths = sorted(path for path in folder.glob("*/**/*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _digest(path) for path in paths}
+def _names(folder: Path) -> set[str]:
+    paths = (path for path in folder.glob("*/**/*") if path.is_file())
+    return {path.relative_to(folder).as_posix() for path in paths}
 
 
 def _digest(path: Path) -> str:

@@ -58,7 +58,10 @@ def _part(path: Path) -> Path:
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     part = _part(path)
-    part.write_text(text, encoding="utf-8")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # Or after a power failure the name might be there without it.
     os.replace(part, path)
 
 

@@ -57,6 +57,9 @@ BAD = {
     "bomb.png": bomb(50_000, 50_000),
     "smaller bomb.png": bomb(8200, 8200),
     "no pixels.ppm": b"P6 0 0 255\n",
+    # Pillow would hand the first to Ghostscript, and sees the second's size too late.
+    "postscript.jpg": encoded(Image.fromarray(noise(14)), "EPS"),
+    "icon.png": encoded(Image.fromarray(noise(15)), "ICO"),
 }
 PALETTE = Image.fromarray(noise(2)).convert("P", palette=Image.Palette.ADAPTIVE)
 GOOD = {

@@ -17,6 +17,8 @@ LAYOUTS = {
     "cars196_annos": ("cars196", public_data.cars196_annos, public_data.CARS_COUNTS),
     "cars196_devkit": ("cars196", public_data.cars196_devkit, public_data.CARS_COUNTS),
     "cars196_tree": ("cars196", public_data.cars196_tree, public_data.CARS_COUNTS),
+    "cars196_numbers": ("cars196", public_data.cars196_numbers, public_data.CARS_COUNTS),
+    "cars196_prepared": ("cars196", public_data.cars196_prepared, public_data.CARS_COUNTS),
     "cars196_tfrecord": ("cars196", public_data.cars196_tfds, public_data.CARS_COUNTS),
     "cars196_array_record": (
         "cars196",
@@ -59,6 +61,10 @@ def test_every_layout_becomes_a_data_set_of_disjoint_classes(layout, tmp_path):
         assert source.labels.dtype == np.int32
         assert len(set(source.names)) == images
     assert not set(found["train"].class_names) & set(found["test"].class_names)
+
+    numbers = {"cars196_numbers": ["1", "2"], "cars196_prepared": ["1", "98"]}
+    if layout in numbers:
+        assert list(found["train"].class_names) == numbers[layout]
 
     # Plain TFDS reads the same, in the same order.
     builder = tfds.builder_from_directory(out)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from dml_jax import data
-from dml_jax.data import images, previews
+from dml_jax.data import images
 
 
 def encoded(width, height, format="PNG", **options):
@@ -31,14 +31,14 @@ def test_a_preview_is_upright_and_keeps_nothing_of_the_camera():
     assert not preview.getexif()
 
 
-@pytest.mark.parametrize("format", previews.UPLOADED)
+@pytest.mark.parametrize("format", images.FORMATS)
 def test_images_may_be_uploaded(format):
     data.check_upload(encoded(4, 4, format))
 
 
 @pytest.mark.parametrize("content", [b"", b"<svg/>", encoded(4, 4, "EPS"), encoded(4, 4)[:20]])
 def test_what_is_no_image_may_not(content):
-    with pytest.raises(ValueError, match="no image; BMP, JPEG"):
+    with pytest.raises(ValueError, match="no image; BMP, GIF, JPEG"):
         data.check_upload(content)
 
 

@@ -1,7 +1,9 @@
 import os
 import resource
 import shutil
+import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import chex
@@ -35,10 +37,17 @@ def flip(path):
     path.write_bytes(content)
 
 
+def unreadable(path):
+    """Has whoever reads it told of an input/output error, as a disk that is going does."""
+    path.unlink()
+    path.symlink_to("/proc/self/mem" if sys.platform == "linux" else path)
+
+
 DAMAGES = {
     "flipped": flip,
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "missing": lambda path: path.unlink(),
+    "unreadable": unreadable,
 }
 
 
@@ -113,6 +122,15 @@ def test_a_full_disk_ends_a_save_and_keeps_what_was_saved(saved, tmp_path, caplo
         checkpoints.save(4, large, SCORES)
     assert steps(folder) == [4]
     assert not caplog.text  # It is told once, by the error.
+
+
+def test_a_save_leaves_no_thread(tmp_path):
+    with checkpoint.Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        for step in range(1, 11):
+            checkpoints.save(step, STATE, SCORES)
+        # Each has an event loop of its own, in a thread; the last one may still be at work.
+        loops = [thread for thread in threading.enumerate() if "_run_loop" in thread.name]
+    assert len(loops) <= 2
 
 
 def test_a_folder_that_must_not_be_written_is_told(saved):

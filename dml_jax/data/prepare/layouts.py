@@ -68,13 +68,14 @@ def read(layout: Callable[[Path], Contents], source: Path) -> Contents:
 def cars196(source: Path) -> Contents:
     """CARS196; the first half of its classes trains, the second tests.
 
-    In any of four layouts:
+    In any of five layouts:
 
     - `cars_annos.mat` and `car_ims/`;
     - `cars_train/`, `cars_test/` and the devkit, with `cars_test_annos_withlabels.mat` in it or
       beside it;
     - `train/CLASS/*` and `test/CLASS/*`, both with all classes, whose order is that of their names
-      (not the official order, but its halves are the same);
+      (not the official order, but its halves are the same) or numbers;
+    - the same with no class in both, as the official programs prepare it: split already;
     - a copy by TensorFlow Datasets, as ArrayRecord or TFRecord files.
 
     Raises:
@@ -92,7 +93,12 @@ def cars196(source: Path) -> Contents:
     if root := _find(source, "dataset_info.json"):
         return _halves(_copied(root))
     others = "cars_annos.mat with car_ims/, cars_train_annos.mat, dataset_info.json (of TFDS)"
-    return _halves(_tree(_need(source, "train/*/*", others)))
+    tree = _tree(_need(source, "train/*/*", others))
+    train, test = (
+        {picture.class_name for picture in tree.pictures if picture.split == split}
+        for split in ("train", "test")
+    )
+    return _halves(tree) if train & test else tree
 
 
 def _cars196_devkit(source: Path, devkit: Path) -> Contents:
@@ -165,7 +171,9 @@ def inshop(source: Path) -> Contents:
         if split not in splits:
             raise ValueError(f"{partition}: {name} is in a split {split!r}, not in {list(splits)}")
         pictures.append(Picture(splits[split], item, name, _inside(root, name)))
-    return Contents(_in_order(sorted(p.class_name for p in pictures)), pictures)
+    names = {picture.class_name for picture in pictures}
+    numbered = all(name.isdecimal() for name in names)
+    return Contents(tuple(sorted(names, key=int if numbered else str)), pictures)
 
 
 def omniglot(source: Path) -> Contents:
@@ -223,7 +231,9 @@ def _tree(root: Path) -> Contents:
         for split, images in sources.create("folder", root=root).items()
         for label, name in zip(images.labels.tolist(), images.names, strict=True)
     ]
-    return Contents(_in_order(sorted(p.class_name for p in pictures)), pictures)
+    names = {picture.class_name for picture in pictures}
+    numbered = all(name.isdecimal() for name in names)
+    return Contents(tuple(sorted(names, key=int if numbered else str)), pictures)
 
 
 def _copied(directory: Path, *splits: str) -> Contents:

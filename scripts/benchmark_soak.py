@@ -1,0 +1,127 @@
+"""Whether a long run grows: memory, open files, threads and step time from beginning to end.
+
+python -m scripts.benchmark_soak --steps=20000 --out=soak.png
+
+Trains a tiny network with Proxy Synthesis, MemVir and two input workers on noise, with evaluations
+and checkpoints all along, and looks at its processes once a second, as Linux shows them in /proc.
+"""
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from dml_jax import command_line
+from dml_jax.training import workdir
+
+_STEPS = flags.DEFINE_integer("steps", 20_000, "Training steps.", lower_bound=1000)
+_OUT = flags.DEFINE_string("out", None, "An image to draw the curves to.")
+
+_CLASSES, _IMAGES, _SIZE, _BATCH = 8, 20, 16, 16
+_STEPS_PER_EPOCH = _CLASSES * _IMAGES // _BATCH
+QUANTITIES = ("memory, MB", "open files", "threads", "processes")
+
+
+def main() -> None:
+    """Runs the program."""
+    with tempfile.TemporaryDirectory() as root, command_line.mendable():
+        _write_images(Path(root) / "images")
+        run = Path(root) / "run"
+        process = subprocess.Popen(_command(Path(root) / "images", run), stdout=subprocess.DEVNULL)
+        samples = []
+        while process.poll() is None:
+            # A process that ends while it is looked at is looked at again.
+            with contextlib.suppress(OSError, IndexError):
+                if (run / workdir.TIMINGS).exists():
+                    samples.append(_sample(process.pid))
+            time.sleep(1)
+        if process.returncode:
+            raise ValueError(f"the run ended with code {process.returncode}")
+        epochs = workdir.read_lines(run / workdir.TIMINGS)
+    milliseconds = [1e3 * line["train_seconds"] / _STEPS_PER_EPOCH for line in epochs]
+    series = dict(zip(QUANTITIES, np.transpose(samples), strict=True))
+    series["step, ms"] = np.array(milliseconds)
+    table = Table("", "first tenth", "last tenth", title="Medians")
+    for name, values in series.items():
+        tenth = max(1, len(values) // 10)
+        table.add_row(name, *(f"{np.median(x):.1f}" for x in (values[:tenth], values[-tenth:])))
+    Console().print(table)
+    if _OUT.value:
+        _draw(series, _OUT.value)
+
+
+def _command(images: Path, run: Path) -> list[str]:
+    settings = {
+        "data.root": images,
+        "data.image_size": _SIZE,
+        "data.resize": _SIZE,
+        "data.num_workers": 2,
+        "model.backbone": "conv4",
+        "model.width": 8,
+        "model.pretrained": "none",
+        "model.dim": 16,
+        "batch_size": _BATCH,
+        "epochs": _STEPS.value // _STEPS_PER_EPOCH,
+        "memvir.num_steps": 4,
+        "memvir.step_gap": 2,
+        "memvir.warmup_epochs": 1,
+        "evaluation.every_epochs": 100,
+        "checkpoint.every_epochs": 20,
+    }
+    program = [sys.executable, "scripts/train.py", "--config=configs/folder.py:ps_memvir"]
+    return [
+        *program,
+        f"--workdir={run}",
+        *(f"--config.{name}={value}" for name, value in settings.items()),
+    ]
+
+
+def _write_images(root: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for c in range(_CLASSES):
+            directory = root / split / f"class{c}"
+            directory.mkdir(parents=True)
+            for i in range(_IMAGES):
+                noise = rng.integers(256, size=(_SIZE, _SIZE, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(directory / f"{i}.png")
+
+
+def _sample(process: int) -> tuple[float, int, int, int]:
+    """Resident megabytes, open files and threads of a process and its children; how many."""
+    family = [process, *_children(process)]
+    status = [Path(f"/proc/{one}/status").read_text() for one in family]
+    kilobytes = [int(text.split("VmRSS:")[1].split()[0]) for text in status]
+    threads = [int(text.split("Threads:")[1].split()[0]) for text in status]
+    files = [len(list(Path(f"/proc/{one}/fd").iterdir())) for one in family]
+    return sum(kilobytes) / 1000, sum(files), sum(threads), len(family)
+
+
+def _children(process: int) -> list[int]:
+    tasks = Path(f"/proc/{process}/task").iterdir()
+    direct = [int(x) for task in tasks for x in (task / "children").read_text().split()]
+    return [x for child in direct for x in (child, *_children(child))]
+
+
+def _draw(series: dict[str, np.ndarray], path: str) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(series), figsize=(6, 7), sharex=True)
+    for axis, (name, values) in zip(axes, series.items(), strict=True):
+        axis.plot(np.linspace(0, 100, len(values)), values, linewidth=1)
+        axis.set(ylabel=name, ylim=(0, 1.2 * np.quantile(values, 0.99)))
+        axis.grid(alpha=0.3)
+    axes[-1].set(xlabel="% of the run")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
