@@ -32,7 +32,7 @@ def main() -> None:
         policy = workdir.read_config(folder).data.unreadable
         images = data.accept(given, findings, policy)["images"]
         data.report(findings)
-        network, variables = experiment.trained_network(
+        network, variables, _ = experiment.trained_network(
             folder, _CHECKPOINT.value, sharding.make_mesh()
         )
         embeddings = experiment.embed_images(network, variables, images)

@@ -303,11 +303,15 @@ def load_network(network: Network, folder: Path, name: str) -> dict[str, PyTree]
     Raises:
         FileNotFoundError: there is no such checkpoint.
     """
+    return _load_network(network, folder, name)[1]
+
+
+def _load_network(network: Network, folder: Path, name: str) -> tuple[int, dict[str, PyTree]]:
+    """With the step, which a run that goes on may have another of a moment later."""
     shapes = network.variables_shape
     wanted = {"params": {"embedder": shapes["params"]}, "batch_stats": shapes["batch_stats"]}
-    with checkpoint.Checkpoints(folder) as checkpoints:
-        found = checkpoints.restore(checkpoints.find(name), wanted)
-    return {"params": found["params"]["embedder"], "batch_stats": found["batch_stats"]}
+    step, found = checkpoint.read(folder, name, wanted)
+    return step, {"params": found["params"]["embedder"], "batch_stats": found["batch_stats"]}
 
 
 def load_fork(experiment: Experiment, folder: Path) -> dict[str, PyTree]:
@@ -333,7 +337,7 @@ def load_fork(experiment: Experiment, folder: Path) -> dict[str, PyTree]:
 
 def trained_network(
     folder: Path, name: str, mesh: jax.sharding.Mesh
-) -> tuple[Network, dict[str, PyTree]]:
+) -> tuple[Network, dict[str, PyTree], int]:
     """A run's network, of which only the configuration and the checkpoint must still be there.
 
     Args:
@@ -342,7 +346,7 @@ def trained_network(
         mesh: the devices to run on.
 
     Returns:
-        The network and its variables.
+        The network, its variables, and the step of the checkpoint.
 
     Raises:
         FileNotFoundError: there is no run, or no such checkpoint.
@@ -351,7 +355,8 @@ def trained_network(
     config = workdir.read_config(folder)
     configs.validate(config)
     network = make_network(config, mesh)
-    return network, load_network(network, folder, name)
+    step, variables = _load_network(network, folder, name)
+    return network, variables, step
 
 
 def embed_images(

@@ -20,16 +20,40 @@ class Stopped(Exception):
     """The run was asked to stop and has saved its state."""
 
 
+class Request(threading.Event):
+    """Set when the process is asked to stop.
+
+    Attributes:
+        unsaved: whether there is something that stopping at once would lose. As long as there is
+            not, the process ends at the first signal.
+    """
+
+    unsaved: bool = False
+
+
+def expect(module: str) -> None:
+    """Lets a program be asked to stop while it is still importing, until `listening` takes over.
+
+    Args:
+        module: the `__name__` of the program, which its worker processes import, too.
+    """
+    for number in _SIGNALS:
+        if module == "__main__":
+            signal.signal(number, lambda *_: os._exit(EXIT_CODE))
+        elif module == "__mp_main__":  # They may reach all; the main process acts.
+            signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
-def listening() -> Iterator[threading.Event]:
+def listening() -> Iterator[Request]:
     """Takes the first signal for a request, and ends the process at the second, wherever it is.
 
     Must be entered in the main thread.
 
     Yields:
-        An event that is set by the first signal.
+        What is set by the first signal; while nothing is unsaved, that one ends the process too.
     """
-    asked = threading.Event()
+    asked = Request()
     # Python calls its handlers between two steps of the main thread, which may be compiling for
     # minutes; but the number of a signal is in this pipe at once.
     reading, writing = os.pipe()
@@ -50,14 +74,17 @@ def listening() -> Iterator[threading.Event]:
         os.close(reading)
 
 
-def _watch(pipe: int, asked: threading.Event) -> None:
+def _watch(pipe: int, asked: Request) -> None:
     first = 0.0
     while number := os.read(pipe, 1):
         if number[0] not in _SIGNALS:
             continue
         if not asked.is_set():
             first = time.monotonic()
-            asked.set()
+            asked.set()  # Before a look at `unsaved`: whoever has just saved looks the other way.
+            if not asked.unsaved:
+                logging.warning("asked to stop: nothing is unsaved; start again to go on")
+                os._exit(EXIT_CODE)
             logging.warning("asked to stop: finishes the step and saves; once more stops at once")
         elif time.monotonic() - first > _ONE_REQUEST:
             os._exit(128 + number[0])

@@ -31,9 +31,40 @@ def test_a_finished_run_that_gets_more_epochs_is_the_longer_run(images, tmp_path
         assert (folder / name).read_bytes() == (expected / name).read_bytes()
     assert run.run(short, folder)["last"]["epoch"] == 3  # It has done more than that.
 
+    result = (folder / workdir.RESULT).read_bytes()
     (folder / workdir.RESULT).unlink()
-    with pytest.raises(ValueError, match="config.epochs is 1, but the run has done 3"):
+    with pytest.raises(ValueError, match="config.epochs is 1, but the run has done 3 and does not"):
         run.run(short, folder)
+
+    # Lines are lost, the last one or another.
+    metrics = (folder / workdir.METRICS).read_bytes()
+    first, second, _ = metrics.splitlines(keepends=True)
+    (folder / workdir.METRICS).write_bytes(first + second)
+    with pytest.raises(
+        ValueError, match=r"metrics.jsonl lacks the lines of epochs \[3\].* above 8"
+    ):
+        run.run(long, folder)
+    (folder / workdir.METRICS).write_bytes(second)
+    with pytest.raises(ValueError, match=r"lines of epochs \[1, 3\], but .* of step 12.* above 0"):
+        run.run(long, folder)
+    # As the message says.
+    (folder / workdir.METRICS).write_bytes(first + second)
+    for step in (folder / workdir.CHECKPOINTS).iterdir():
+        if int(step.name) > 8:
+            shutil.rmtree(step)
+    run.run(long, folder)
+    assert (folder / workdir.METRICS).read_bytes() == metrics
+    assert (folder / workdir.RESULT).read_bytes() == result
+
+
+def test_a_last_epoch_without_an_evaluation_is_told(images, tmp_path):
+    config = tiny.config(images, epochs=2, evaluation__every_epochs=2, **NETWORK)
+    run.run(config, tmp_path)
+    (tmp_path / workdir.RESULT).unlink()
+    shutil.rmtree(tmp_path / workdir.CHECKPOINTS / "8")
+    config.epochs = 1
+    with pytest.raises(ValueError, match="has not evaluated the last one"):
+        run.run(config, tmp_path)
 
 
 def test_a_fork_starts_with_the_network_of_another_run_and_needs_it_no_more(images, tmp_path):

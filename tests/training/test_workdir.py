@@ -60,6 +60,9 @@ FREE = {
     "evaluation.patience": 3,
     "checkpoint.keep_last": 5,
     "data.num_workers": 1,
+    "data.root": "/elsewhere",
+    "skip_nonfinite": 2,
+    "wandb": "letters",
 }
 
 
@@ -69,7 +72,7 @@ def test_what_changes_no_step_may_change_and_is_written_down(tmp_path, name, cap
     (tmp_path / workdir.RESULT).write_text("{}")
     config = changed(**{name: FREE[name]})
     (difference,) = workdir.check(tmp_path, config)
-    assert difference.startswith(f"config.{name}: ") and difference.endswith(f" {FREE[name]} now")
+    assert difference.startswith(f"config.{name}: ") and difference.endswith(f" {FREE[name]!r} now")
     workdir.claim(tmp_path, config)
     assert difference in caplog.text
     assert workdir.check(tmp_path, config) == []
@@ -85,7 +88,11 @@ FIXED = {
     "optimizer.learning_rate": 1.0,
     "proxy_synthesis.ratio": 0.5,
     "data.image_size": 8,
+    "data.unreadable": "skip",
     "data.validation_classes": 0.5,
+    "loss.name": "sphereface",
+    "loss.scale": 7.0,
+    "model.width": 8,
 }
 
 
@@ -110,10 +117,39 @@ def test_a_finished_run_goes_on_only_when_it_may_train_longer(tmp_path):
     assert workdir.finished(tmp_path, longer) is None
 
 
+def test_a_finished_run_says_which_settings_come_too_late(tmp_path, caplog):
+    workdir.claim(tmp_path, changed(epochs=5))
+    result = {"last": {"epoch": 5}}
+    workdir.write_json(tmp_path / workdir.RESULT, result)
+    assert workdir.finished(tmp_path, changed(epochs=5)) == result and not caplog.text
+    late = {"epochs": 3, "evaluation.nmi": True, "evaluation.recall_at": (1, 2), "wandb": "w"}
+    assert workdir.finished(tmp_path, changed(**late)) == result
+    for name in late:
+        assert f"finished and stays as it is, without another config.{name}: " in caplog.text
+    assert "scripts/evaluate.py scores" in caplog.text
+    assert workdir.read_config(tmp_path).epochs == 5
+
+
+def test_a_file_for_which_there_is_no_room_is_named(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("{}")
+    with (
+        tiny.full_disk(100),
+        pytest.raises(OSError, match=f"File too large: '{path}'"),
+    ):
+        workdir.write_text(path, "x" * 101)
+    assert path.read_text() == "{}"
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(ValueError, match="mine"), workdir.naming(path):
+        raise ValueError("mine")
+
+
 def test_other_images_are_refused(tmp_path):
     images = tiny.write_images(tmp_path / "images")
     folder = tmp_path / "run"
     there = workdir.fingerprints(data.create("folder", root=images))
+    workdir.write_json(folder / workdir.IMAGES, {"train": "what a kill has left"})
+    workdir.check_images(folder, there)
     workdir.claim(folder, glyphs.get_config(), there)
     moved = images.rename(tmp_path / "elsewhere")
     same = workdir.fingerprints(data.create("folder", root=moved))
