@@ -92,6 +92,8 @@ class Checkpoints:
         except (ValueError, OSError) as error:  # It reads all scores.
             if self._writes and isinstance(error, OSError):
                 raise
+            for step, damage in _damaged(self._directory).items():
+                raise ValueError(_DAMAGED.format(self._directory / str(step), damage)) from error
             raise ValueError(
                 f"the checkpoints in {self._directory} cannot be read: {error}"
             ) from error
@@ -238,12 +240,14 @@ def _steps(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
 
 
+def _damaged(directory: Path) -> dict[int, str]:
+    found = {step: integrity.damage(directory / str(step)) for step in _steps(directory)}
+    return {step: damage for step, damage in found.items() if damage}
+
+
 def _set_damaged_aside(workdir: Path, directory: Path) -> None:
-    steps = _steps(directory)
-    damaged = {
-        step: damage for step in steps if (damage := integrity.damage(directory / str(step)))
-    }
-    sound = [step for step in steps if step not in damaged]
+    damaged = _damaged(directory)
+    sound = [step for step in _steps(directory) if step not in damaged]
     if damaged and not sound:
         raise ValueError(
             f"no checkpoint in {directory} is sound; to train from the beginning, delete it:\n"

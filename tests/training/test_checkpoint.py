@@ -107,7 +107,6 @@ def test_a_reader_looks_again_when_the_run_deletes_what_it_was_about_to_read(
         checkpoint.read(folder, "last", LIKE)
     shutil.move(checkpoints / "4", tmp_path)
     assert checkpoint.read(folder, "last", LIKE)[0] == 2
-    assert checkpoint.read(folder, "best_map", LIKE)[0] == 1
 
 
 def test_no_sound_checkpoint_makes_room_for_a_damaged_one(saved, tmp_path):

@@ -147,6 +147,7 @@ def test_a_file_for_which_there_is_no_room_is_named(tmp_path):
 def test_other_images_are_refused(tmp_path):
     images = tiny.write_images(tmp_path / "images")
     folder = tmp_path / "run"
+    folder.mkdir()
     there = workdir.fingerprints(data.create("folder", root=images))
     workdir.write_json(folder / workdir.IMAGES, {"train": "what a kill has left"})
     workdir.check_images(folder, there)
