@@ -40,9 +40,7 @@ def test_a_finished_run_that_gets_more_epochs_is_the_longer_run(images, tmp_path
     metrics = (folder / workdir.METRICS).read_bytes()
     first, second, _ = metrics.splitlines(keepends=True)
     (folder / workdir.METRICS).write_bytes(first + second)
-    with pytest.raises(
-        ValueError, match=r"lacks the lines of epochs \[3\].* above 8"
-    ):
+    with pytest.raises(ValueError, match=r"lacks the lines of epochs \[3\].* above 8"):
         run.run(long, folder)
     (folder / workdir.METRICS).write_bytes(second)
     with pytest.raises(ValueError, match=r"lines of epochs \[1, 3\], but .* of step 12.* above 0"):
