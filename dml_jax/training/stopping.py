@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 from absl import logging
 
@@ -39,9 +40,14 @@ def expect(module: str) -> None:
     """
     for number in _SIGNALS:
         if module == "__main__":
-            signal.signal(number, lambda *_: os._exit(EXIT_CODE))
+            signal.signal(number, _leave)
         elif module == "__mp_main__":  # They may reach all; the main process acts.
             signal.signal(number, signal.SIG_IGN)
+
+
+def _leave(*_: object) -> NoReturn:
+    os.write(2, b"asked to stop; start again to go on\n")
+    os._exit(EXIT_CODE)
 
 
 @contextlib.contextmanager
