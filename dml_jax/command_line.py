@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from dml_jax import tuning
 from dml_jax.training import stopping
 
 
@@ -21,6 +22,7 @@ def run(main: Callable[..., None], *arguments: str, many: str | None = None) -> 
         many: what further arguments are called, if there may be any number of them.
     """
     logging.set_verbosity(logging.WARNING)
+    tuning.prepare()
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from dml_jax import model_card, sharding
 from dml_jax.retriever import FUNCTION, WEIGHTS
-from dml_jax.training import experiment, workdir
+from dml_jax.training import networks, workdir
 
 CARD = "README.md"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -36,7 +36,7 @@ def write(run: Path, out: Path, checkpoint: str) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not an empty folder; choose a new one")
     device = sharding.make_mesh(jax.local_devices()[:1])
-    network, variables, step = experiment.trained_network(run, checkpoint, device)
+    network, variables, step = networks.trained(run, checkpoint, device)
     weights = traverse_util.flatten_dict(jax.device_get(variables), sep="/")
     published = _without_places(network.config)
     part = out.absolute().with_name(f".{out.absolute().name}.part")
@@ -57,7 +57,7 @@ def write(run: Path, out: Path, checkpoint: str) -> None:
     os.replace(part, out)
 
 
-def serialize(network: experiment.Network, weights: dict[str, Any]) -> bytes:
+def serialize(network: networks.Network, weights: dict[str, Any]) -> bytes:
     """The embedding function as `jax.export` serialises it, for `PLATFORMS`.
 
     Args:

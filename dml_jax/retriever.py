@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from dml_jax import sharding
 from dml_jax.data import images as pictures
 from dml_jax.retrieval import embed, search
-from dml_jax.training import experiment, workdir
+from dml_jax.training import networks, workdir
 
 FUNCTION = "embed.jax_export"
 WEIGHTS = "weights.safetensors"
@@ -163,7 +163,7 @@ def _exported(folder: Path) -> Callable[[np.ndarray], Array]:
 
 def _of_run(folder: Path, checkpoint: str) -> Callable[[np.ndarray], Array]:
     device = sharding.make_mesh(jax.local_devices()[:1])
-    network, variables, _ = experiment.trained_network(folder, checkpoint, device)
+    network, variables, _ = networks.trained(folder, checkpoint, device)
     return lambda images: network.embed(variables, images)
 
 

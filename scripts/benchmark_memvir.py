@@ -1,15 +1,13 @@
-"""Times MemVir against its dense form, and what it adds to a whole training step.
+"""Times MemVir against its dense form.
 
 python -m scripts.benchmark_memvir --out=memvir.png
 python -m scripts.benchmark_memvir --classes=11318 --steps=1,5,15 --torch
-python -m scripts.benchmark_memvir --backbone=resnet50 --image_size=224 --dtype=bfloat16
 
 The dense form is what the tests hold ours against, compiled: loss and gradients. Ours has the
 memory's update in it, and a memory that is full. `--torch` adds the dense form in PyTorch. The
 forms take turns in one process, and the fastest call of each counts.
 """
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -22,10 +20,8 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from dml_jax import command_line, losses, memvir, sharding
-from dml_jax.models import BACKBONES, create_embedder
-from dml_jax.training import optimizer, state, step
-from tests.oracles import DenseMemVir, normalized
+from dml_jax import command_line, losses, memvir
+from tests.oracles import NOTHING, DenseMemVir, normalized
 
 _STEPS = flags.DEFINE_list("steps", ["1", "5", "15", "45"], "Values of N.")
 _GAP = flags.DEFINE_integer("gap", 10, "M.")
@@ -35,11 +31,6 @@ _DIM = flags.DEFINE_integer("dim", 512, "D.")
 _DENSE_STEPS = flags.DEFINE_integer("dense_steps", 45, "The largest N of the dense forms.")
 _TORCH = flags.DEFINE_bool("torch", False, "Whether to time the dense form in PyTorch as well.")
 _OUT = flags.DEFINE_string("out", None, "An image to draw the times to.")
-_BACKBONE = flags.DEFINE_enum(
-    "backbone", None, list(BACKBONES), "Times whole training steps of this network instead."
-)
-_IMAGE_SIZE = flags.DEFINE_integer("image_size", 32, "Of a training step, pixels.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "The network's.")
 
 LOSS = "norm_softmax"
 _TURNS, _SECONDS = 5, 0.5  # How often each takes its turn, and for how long at least.
@@ -55,13 +46,6 @@ class Form(NamedTuple):
 
 def main() -> None:
     """Runs the program."""
-    if _BACKBONE.value:
-        _compare_steps(_BACKBONE.value)
-    else:
-        _compare_forms()
-
-
-def _compare_forms() -> None:
     table = Table(
         *("N", "ours, ms", "dense, ms", "PyTorch, ms"),
         *("memory, MB", "ours beside it, MB", "dense, MB"),
@@ -171,7 +155,7 @@ def _dense(steps: int) -> Form:
     )
     embeddings, proxies, labels = _problem()
     virtual = [(normalized(embeddings), normalized(proxies), labels)] * steps
-    problem = (embeddings, proxies, labels, virtual, jnp.ones(steps, bool))
+    problem = (embeddings, proxies, labels, virtual, jnp.ones(steps, bool), *NOTHING)
     compiled = dense.value_and_grad.lower(*problem).compile()
     return Form(lambda: jax.block_until_ready(compiled(*problem)), _temporary(compiled))
 
@@ -199,77 +183,6 @@ def _torch(steps: int) -> Form:
             torch.cuda.synchronize()
 
     return Form(call, 0)
-
-
-def _compare_steps(backbone: str) -> None:
-    """Prints the time of whole training steps: bare, with either method, with both."""
-    calls = {}
-    for mixing, steps in itertools.product((0.0, 1.0), (0, *map(int, _STEPS.value))):
-        parts = [*(["PS"] if mixing else []), *([f"MemVir, N = {steps}"] if steps else [])]
-        calls[" + ".join(parts) or "bare"] = _training_step(backbone, mixing, steps)
-    table = Table("step", "ms", "of it beyond the bare one")
-    for name, seconds in (timed := _fastest(calls)).items():
-        more = (seconds - timed["bare"]) / seconds
-        table.add_row(name, f"{1e3 * seconds:.1f}", f"{100 * more:.1f} %")
-    Console().print(table)
-
-
-def _training_step(backbone: str, mixing_ratio: float, memory_steps: int) -> Callable[[], None]:
-    adam, _ = optimizer.create(
-        name="adam",
-        learning_rate=1e-4,
-        proxy_learning_rate=1e-2,
-        eps=0.01,
-        weight_decay=1e-4,
-        steps_per_epoch=1,
-        decay_rate=1.0,
-        decay_epochs=(),
-    )
-    loss = losses.create(LOSS)
-    recipe = step.Recipe(
-        embedder=create_embedder(
-            backbone=backbone,
-            pooling="gap",
-            dim=_DIM.value,
-            freeze_bn=True,
-            dtype=_DTYPE.value,
-        ),
-        loss=loss,
-        optimizer=adam,
-        seed=0,
-        steps_per_epoch=1,
-        mixing_alpha=0.4,
-        mixing_ratio=mixing_ratio,
-        memory_warmup_steps=0,
-        frozen_steps=0,
-    )
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    initial = jax.jit(
-        lambda: state.create(
-            jax.random.key(0),
-            embedder=recipe.embedder,
-            optimizer=adam,
-            image_size=_IMAGE_SIZE.value,
-            proxy_shape=loss.proxy_shape(_CLASSES.value, _DIM.value),
-            proxy_init="uniform_dim",
-            memory=_memory(loss, memory_steps) if memory_steps else None,
-        )
-    )
-    kept = [initial()]
-    compiled = step.compile_step(recipe, sharding.replicated(mesh), sharding.by_row(mesh))
-    shape = (_BATCH.value, _IMAGE_SIZE.value, _IMAGE_SIZE.value, 3)
-    batch = sharding.put_batch(
-        mesh,
-        {
-            "image": np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8),
-            "label": np.arange(_BATCH.value, dtype=np.int32) % _CLASSES.value,
-        },
-    )
-
-    def call() -> None:
-        kept[0], _ = jax.block_until_ready(compiled(kept[0], batch))
-
-    return call
 
 
 def _draw(rows: list[tuple[int, dict[str, float]]], path: str) -> None:

@@ -1,6 +1,6 @@
 """Measures a report of 11,000 images: seconds and megabytes.
 
-python -m scripts.benchmark_report --folder=/tmp/report
+python -m scripts.benchmark_report --folder=report_benchmark
 
 The images are photographs in all but motif: 256×256 JPEG with the spectrum of natural images, of 98
 classes; the embeddings are class centres with noise. Nothing is trained.

@@ -9,7 +9,7 @@ from absl import flags
 
 from dml_jax import command_line, data, sharding
 from dml_jax.retrieval import embed
-from dml_jax.training import checkpoint, experiment, workdir
+from dml_jax.training import checkpoint, networks, workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
 _CHECKPOINT = flags.DEFINE_enum(
@@ -32,10 +32,9 @@ def main() -> None:
         policy = workdir.read_config(folder).data.unreadable
         images = data.accept(given, findings, policy)["images"]
         data.report(findings)
-        network, variables, _ = experiment.trained_network(
-            folder, _CHECKPOINT.value, sharding.make_mesh()
-        )
-        embeddings = experiment.embed_images(network, variables, images)
+        mesh = sharding.make_mesh()
+        network, variables, _ = networks.trained(folder, _CHECKPOINT.value, mesh)
+        embeddings = networks.embed_images(network, variables, images)
         embed.save_embeddings(
             _OUT.value, embeddings, images.labels, images.names, images.class_names
         )

@@ -11,7 +11,7 @@ from absl import flags
 
 from dml_jax import command_line, retrieval, sharding
 from dml_jax.retrieval import embed
-from dml_jax.training import checkpoint, experiment, workdir
+from dml_jax.training import checkpoint, experiment, networks, workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
 _CHECKPOINT = flags.DEFINE_enum(
@@ -63,7 +63,7 @@ def _score_run(folder: Path, recall_at: list[int] | None) -> dict[str, float]:
     config.evaluation.recall_at = tuple(recall_at or config.evaluation.recall_at)
     config.evaluation.nmi = config.evaluation.nmi if _NMI.value is None else _NMI.value
     built = experiment.build(config, sharding.make_mesh(), workdir.read_findings(folder))
-    variables = experiment.load_network(built.network, folder, _CHECKPOINT.value or "last")
+    variables = networks.load(built.network, folder, _CHECKPOINT.value or "last")
     return experiment.score(built, experiment.embed_split(built, variables, "test"))
 
 

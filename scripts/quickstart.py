@@ -13,7 +13,7 @@ from rich.table import Table
 from configs import glyphs
 from dml_jax import command_line, data, retrieval, sharding
 from dml_jax.report import page, runs
-from dml_jax.training import experiment, run, workdir
+from dml_jax.training import experiment, networks, run, workdir
 
 _ROOT = flags.DEFINE_string("root", "runs/quickstart", "Folder of the runs.")
 _EPOCHS = flags.DEFINE_integer(
@@ -41,7 +41,7 @@ def main() -> None:
             if variant == "baseline":
                 built = experiment.build(config, sharding.make_mesh())
                 add("raw pixels", experiment.score(built, {"test": _pixels(built.sources["test"])}))
-                untrained = experiment.network(built.init())
+                untrained = networks.variables(built.init())
                 embeddings = experiment.embed_split(built, untrained, "test")
                 add("untrained network", experiment.score(built, embeddings))
             folder = Path(_ROOT.value) / variant

@@ -109,51 +109,68 @@ def prepared(name, embeddings, proxies):
     )
 
 
+# Weights and partners of Proxy Synthesis, where it adds nothing.
+NOTHING = jnp.zeros(0), jnp.zeros((0, 0), int)
+
+
 class DenseMemVir:
     """MemVir as published: a list of all that was, and one matrix of all rows and all proxies.
 
     Calling it gives a step's loss and its gradients by embeddings and proxies; then the step is
-    remembered. Rows and classes beyond `batch` and `classes` are synthetic, and in no memory.
+    remembered. Proxy Synthesis may add `synthetic` classes to a step, which are in no memory.
     """
 
     def __init__(
-        self, name, *, num_steps, step_gap, batch, classes, dtype=jnp.float32, **hyperparameters
+        self,
+        name,
+        *,
+        num_steps,
+        step_gap,
+        batch,
+        classes,
+        synthetic=0,
+        dtype=jnp.float32,
+        **hyperparameters,
     ):
-        self.num_steps, self.step_gap, self.batch, self.classes = (
-            num_steps,
-            step_gap,
-            batch,
-            classes,
-        )
+        self.num_steps, self.step_gap = num_steps, step_gap
         self.name, self.dtype = name, dtype
-        self.per_class = hyperparameters.get("centers_per_class", 1)
         self.steps = []
 
-        def loss(embeddings, proxies, labels, virtual, exist):
+        def loss(embeddings, proxies, labels, virtual, exist, lam, partner):
             rows, columns = prepared(name, embeddings, proxies)
-            rows = jnp.concatenate([rows, *[old for old, _, _ in virtual]])
-            columns = jnp.concatenate([columns, *[old for _, old, _ in virtual]])
-            present = len(proxies) // self.per_class
-            labels = [labels] + [
+            first = jnp.arange(synthetic) % batch
+            second, lam = partner.reshape(-1)[:synthetic], jnp.repeat(lam, batch)[:synthetic, None]
+            own = columns.reshape(classes, -1)[labels]
+            mixed = prepared(
+                name,
+                lam * rows[first] + (1 - lam) * rows[second],
+                (lam * own[first] + (1 - lam) * own[second]).reshape(-1, columns.shape[1]),
+            )
+            differ = labels[first] != labels[second]
+            rows = jnp.concatenate([rows, mixed[0], *[old for old, _, _ in virtual]])
+            columns = jnp.concatenate([columns, mixed[1], *[old for _, old, _ in virtual]])
+            present = classes + synthetic
+            labels = [labels, classes + jnp.arange(synthetic)] + [
                 present + k * classes + old for k, (_, _, old) in enumerate(virtual)
             ]
-            row_exists = [jnp.ones(len(embeddings), bool), jnp.repeat(exist, batch)]
-            class_exists = [jnp.ones(present, bool), jnp.repeat(exist, classes)]
+            row_exists = [jnp.ones(batch, bool), differ, jnp.repeat(exist, batch)]
+            class_exists = [jnp.ones(classes, bool), differ, jnp.repeat(exist, classes)]
             problem = map(jnp.concatenate, (labels, row_exists, class_exists))
             return LOSSES[name](rows, columns, *problem, **hyperparameters)
 
         self.value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
 
-    def __call__(self, embeddings, proxies, labels):
-        rows, columns = prepared(
-            self.name, embeddings[: self.batch], proxies[: self.classes * self.per_class]
+    def __call__(self, embeddings, proxies, labels, *mixing):
+        rows, columns = (
+            x.astype(self.dtype).astype(jnp.float32)
+            for x in prepared(self.name, embeddings, proxies)
         )
-        rows, columns = (x.astype(self.dtype).astype(jnp.float32) for x in (rows, columns))
-        step = rows, columns, labels[: self.batch]
+        step = rows, columns, labels
         ages = [(k + 1) * (self.step_gap + 1) for k in range(self.num_steps)]
-        exist = jnp.asarray([age <= len(self.steps) for age in ages])
+        exist = jnp.asarray([age <= len(self.steps) for age in ages], bool)
         # Steps that are not there yet are filled in, and masked out.
         virtual = [self.steps[-age] if age <= len(self.steps) else step for age in ages]
-        result = self.value_and_grad(embeddings, proxies, labels, virtual, exist)
+        problem = embeddings, proxies, labels, virtual, exist
+        result = self.value_and_grad(*problem, *(mixing or NOTHING))
         self.steps.append(step)
         return result

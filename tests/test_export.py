@@ -13,7 +13,7 @@ import dml_jax
 from dml_jax import export, sharding
 from dml_jax.data import images as pictures
 from dml_jax.retrieval import embed
-from dml_jax.training import checkpoint, experiment, workdir
+from dml_jax.training import checkpoint, experiment, networks, workdir
 from tests import tiny
 
 SCORES = {"recall@1": 0.75, "r_precision": 0.5, "map@r": 0.25}
@@ -31,7 +31,7 @@ def run(tmp_path_factory):
     workdir.claim(root / "run", config)
     with checkpoint.Checkpoints(root / "run", keep_last=2) as checkpoints:
         checkpoints.save(4, state, SCORES)
-    vectors = experiment.embed_split(built, experiment.network(state), "test")["test"]
+    vectors = experiment.embed_split(built, networks.variables(state), "test")["test"]
     source = built.sources["test"]
     embed.save_embeddings(
         root / "run" / workdir.EMBEDDINGS, vectors, source.labels, source.names, source.class_names

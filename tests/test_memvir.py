@@ -8,33 +8,46 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from dml_jax import losses, memvir
+from dml_jax import losses, memvir, proxy_synthesis
 from tests.oracles import DenseMemVir, normalized
 
 GOLDEN = Path(__file__).parent / "golden"
 HYPERPARAMETERS = {"soft_triple": {"centers_per_class": 3}}
 
 
-def make_step(loss):
-    """Loss, gradients and memory update, compiled; fails the test when it is compiled twice."""
+def make_step(loss, ratio=0.0):
+    """Loss, gradients and memory update, compiled; fails the test when it is compiled twice.
+
+    With a ratio, Proxy Synthesis comes first, and takes weights and partners as further arguments.
+    Without a memory, the loss is bare.
+    """
     chex.clear_trace_counter()  # It counts by the code, not by the function made here.
+
+    def objective(embeddings, proxies, memory, labels, *mixing):
+        problem = {"embeddings": embeddings, "proxies": proxies, "labels": labels}
+        if mixing:
+            lam, partner = mixing
+            problem = proxy_synthesis.synthesize(
+                **problem, lam=lam, partner=partner, ratio=ratio, loss=loss
+            )._asdict()
+        if memory is None:
+            return loss(**problem), None
+        return memvir.loss_and_update(loss, memory, **problem)
 
     @jax.jit
     @chex.assert_max_traces(n=1)
-    def step(memory, embeddings, proxies, labels):
-        return jax.value_and_grad(
-            lambda e, p: memvir.loss_and_update(loss, memory, e, p, labels),
-            argnums=(0, 1),
-            has_aux=True,
-        )(embeddings, proxies)
+    def step(memory, embeddings, proxies, labels, *mixing):
+        return jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(
+            embeddings, proxies, memory, labels, *mixing
+        )
 
     return step
 
 
 def close(ours, expected):
-    """Within 1e-5 of the size of what is expected, or near zero where that is expected."""
+    """Within 1e-5 of the size of what is expected, or of 1 where that is smaller."""
     distance = np.linalg.norm(np.asarray(ours) - np.asarray(expected))
-    return distance <= 1e-5 * np.linalg.norm(expected) + 1e-5
+    return distance <= 1e-5 * max(1, np.linalg.norm(expected))
 
 
 @pytest.mark.parametrize("name", ["norm_softmax", "proxy_nca"])
@@ -73,24 +86,22 @@ def run_against_dense(name, *, num_steps, step_gap, batch, classes, dim, steps, 
     hyperparameters = HYPERPARAMETERS.get(name, {})
     loss = losses.create(name, **hyperparameters)
     sizes = {"num_steps": num_steps, "step_gap": step_gap, "dtype": dtype}
-    dense = DenseMemVir(name, batch=batch, classes=classes, **sizes, **hyperparameters)
-    memory = memvir.init(batch_size=batch, num_classes=classes, dim=dim, loss=loss, **sizes)
-    step = make_step(loss)
-    per_class = loss.proxies_per_class
-
-    def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-    proxies = normal(classes * per_class, dim)
+    dense = DenseMemVir(
+        name, batch=batch, classes=classes, synthetic=synthetic, **sizes, **hyperparameters
+    )
+    memory = None
+    if num_steps:
+        memory = memvir.init(batch_size=batch, num_classes=classes, dim=dim, loss=loss, **sizes)
+    ratio = synthetic / batch
+    step = make_step(loss, ratio)
+    draw = jax.jit(proxy_synthesis.draw, static_argnames=("alpha", "ratio"))
+    proxies = jnp.asarray(rng.normal(size=(classes * loss.proxies_per_class, dim)), jnp.float32)
     for t in range(steps):
-        labels = np.append(rng.integers(classes, size=batch), classes + np.arange(synthetic))
-        problem = (
-            normal(batch + synthetic, dim),
-            jnp.concatenate([proxies, normal(synthetic * per_class, dim)]),
-            jnp.asarray(labels),
-        )
-        (value, memory), gradients = step(memory, *problem)
-        expected, expected_gradients = dense(*problem)
+        labels = jnp.asarray(rng.integers(classes, size=batch))
+        problem = jnp.asarray(rng.normal(size=(batch, dim)), jnp.float32), proxies, labels
+        mixing = draw(jax.random.key(t), labels, alpha=0.4, ratio=ratio) if synthetic else ()
+        (value, memory), gradients = step(memory, *problem, *mixing)
+        expected, expected_gradients = dense(*problem, *mixing)
         assert close(value, expected), t
         assert close(gradients[0], expected_gradients[0]), t
         assert close(gradients[1], expected_gradients[1]), t
@@ -98,11 +109,13 @@ def run_against_dense(name, *, num_steps, step_gap, batch, classes, dim, steps, 
             dense.steps[-1] = jax.tree.map(lambda x: x.astype(jnp.float32), memory.pending[:2]) + (
                 memory.pending.labels,
             )
-        proxies = proxies - 0.5 * gradients[1][: len(proxies)]
+        proxies = proxies - 0.5 * gradients[1]
 
 
-@pytest.mark.parametrize("synthetic", [0, 3])
-@pytest.mark.parametrize(("num_steps", "step_gap"), [(1, 0), (3, 2), (4, 0), (5, 7)])
+# No memory at all is Proxy Synthesis alone.
+@pytest.mark.parametrize(
+    ("num_steps", "step_gap", "synthetic"), [(0, 0, 3), (4, 0, 0), (3, 2, 3), (5, 7, 0), (5, 7, 3)]
+)
 @pytest.mark.parametrize("name", losses.NAMES)
 def test_equals_the_dense_form(name, num_steps, step_gap, synthetic):
     run_against_dense(
@@ -112,7 +125,7 @@ def test_equals_the_dense_form(name, num_steps, step_gap, synthetic):
         batch=4,
         classes=3,
         dim=6,
-        steps=3 * num_steps * (step_gap + 1),
+        steps=max(60, 3 * num_steps * (step_gap + 1)),
         synthetic=synthetic,
     )
 

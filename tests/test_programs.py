@@ -20,7 +20,7 @@ import dml_jax
 from dml_jax import sharding
 from dml_jax.models import pretrained
 from dml_jax.retrieval import embed
-from dml_jax.training import experiment, stopping, workdir
+from dml_jax.training import experiment, networks, stopping, workdir
 from tests import tiny, weights
 
 ROOT = Path(__file__).parents[1]
@@ -135,7 +135,7 @@ def test_a_run_starts_from_pretrained_weights_and_goes_on_without_their_file(ima
     succeed(*training)
     like = tiny.config(images, **PRETRAINED)
     built = experiment.build(like, sharding.make_mesh(jax.devices()[:1]))
-    variables = experiment.load_network(built.network, folder, "last")
+    variables = networks.load(built.network, folder, "last")
     backbone = {collection: tree["backbone"] for collection, tree in variables.items()}
     chex.assert_trees_all_equal(
         jax.device_get(backbone), jax.device_get(pretrained.convert("resnet18", expected))

@@ -46,7 +46,7 @@ def rank(run: Run) -> Ranking:
     gallery_labels = labels if run.gallery is None else run.gallery.labels
     relevant = np.bincount(gallery_labels, minlength=labels.max() + 1)[labels] - alone
     count = min(max(SHOWN, int(relevant.max())), len(gallery) - alone)
-    searcher = search.Searcher(gallery, gpu=search.use_gpu("auto"))
+    searcher = search.make(gallery, search.choose("auto"))
     parts = []
     for start in range(0, len(queries), _BLOCK):
         rows = np.arange(start, min(start + _BLOCK, len(queries)))

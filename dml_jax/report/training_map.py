@@ -17,7 +17,7 @@ from dml_jax.report import layout
 from dml_jax.report.runs import Run
 from dml_jax.report.thumbnails import Picture
 from dml_jax.retrieval import search
-from dml_jax.training import checkpoint, experiment, workdir
+from dml_jax.training import checkpoint, experiment, networks, workdir
 from dml_jax.training.experiment import Experiment
 
 KINDS = (
@@ -91,7 +91,7 @@ def draw(run: Run) -> TrainingMap | None:
     chosen = _choose(train.labels, remembered)
     images = np.concatenate([np.flatnonzero(train.labels == c)[:_IMAGES] for c in chosen])
     source = _some(train, images)
-    embeddings = jnp.asarray(experiment.embed_images(built.network, variables, source))
+    embeddings = jnp.asarray(networks.embed_images(built.network, variables, source))
     per_class = built.recipe.loss.proxies_per_class
     own = jnp.asarray(proxies.reshape(len(train.class_names), -1)[chosen])
     own = own.reshape(len(chosen) * per_class, -1)
@@ -124,7 +124,7 @@ def _restore(
     except FileNotFoundError:
         return None
     proxies, memory = jax.device_get((found.params["proxies"], found.memory))
-    return experiment.network(found), proxies, memory
+    return networks.variables(found), proxies, memory
 
 
 class _Entries(NamedTuple):

@@ -39,7 +39,8 @@ def evaluate(
     number of other images of its class. With one nothing is left out and R is the size of the
     class in the gallery. Queries with R = 0 count for nothing but in `queries_without_match`.
     Metrics: Musgrave et al., "A Metric Learning Reality Check", ECCV 2020. Neighbours of equal
-    similarity come in faiss's order, so exact ties between classes may count either way.
+    similarity come in the backend's order, so exact ties between classes may count either way.
+    Of several processes each must ask for the same, since "jax" searches on all their devices.
 
     Args:
         embeddings: [n, d] query embeddings, finite; they are normalised here.
@@ -47,7 +48,8 @@ def evaluate(
         recall_at: the k of Recall@k.
         gallery: (embeddings [m, d], labels [m]) to search in; by default the queries themselves.
         nmi: also cluster the query embeddings by k-means, as many clusters as classes, and compare.
-        backend: "gpu", "cpu", or "auto": the GPU if faiss sees one.
+        backend: "cpu" or "gpu" (faiss), "jax" (its devices), or "auto": the GPU if faiss sees one,
+            else JAX's devices unless they are CPUs, else the CPU. With "jax" k-means is faiss's.
 
     Returns:
         Fractions in 0..1: `recall@{k}` for each k, `r_precision`, `map@r`, with nmi `nmi`; and
@@ -75,7 +77,7 @@ def evaluate(
             f"recall_at={tuple(recall_at)} must lie in 1..{available}, "
             f"the images that a query can find"
         )
-    gpu = search.use_gpu(backend)
+    backend = search.choose(backend)
 
     classes, codes = np.unique(np.concatenate([query_labels, target_labels]), return_inverse=True)
     query_codes, target_codes = np.split(codes.astype(np.int32), [len(queries)])
@@ -84,7 +86,7 @@ def evaluate(
     if answerable == 0:
         raise ValueError("no query has an image of its class to find: every class is a single one")
 
-    searcher = search.Searcher(targets, gpu=gpu)
+    searcher = search.make(targets, backend)
     totals = np.zeros(len(recall_at) + 2)
     for rows, k in _blocks(relevant, max(recall_at, default=1)):
         ids = searcher.nearest(queries[rows], k, own=rows if itself else None)
@@ -96,7 +98,7 @@ def evaluate(
     names = [*(f"recall@{k}" for k in recall_at), "r_precision", "map@r"]
     result = dict(zip(names, (totals / answerable).tolist(), strict=True))
     if nmi:
-        clusters = search.kmeans(queries, len(np.unique(query_codes)), gpu=gpu)
+        clusters = search.kmeans(queries, len(np.unique(query_codes)), gpu=backend == "gpu")
         result["nmi"] = metrics.normalized_mutual_information(query_codes, clusters)
     result["queries_without_match"] = float(len(queries) - answerable)
     return result
@@ -127,7 +129,7 @@ def _array(embeddings: ArrayLike, what: str) -> Float32[np.ndarray, "..."]:
     if not (np.issubdtype(given.dtype, np.floating) or np.issubdtype(given.dtype, np.integer)):
         raise TypeError(f"{what}embeddings must be real numbers, got {given.dtype}")
     with np.errstate(over="ignore"):
-        return given.astype(np.float32)
+        return given.astype(np.float32, copy=False)
 
 
 def _checked(

@@ -6,8 +6,11 @@ the gallery and faiss's scratch space. `XLA_PYTHON_CLIENT_MEM_FRACTION` leaves m
 
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float32, Int64
+
+from dml_jax.retrieval.topk import MeshSearcher, check_depth
 
 try:
     import faiss
@@ -16,26 +19,46 @@ except ImportError as error:  # pragma: no cover
         "retrieval needs faiss: install dml_jax with the extra [cpu] or [cuda]"
     ) from error
 
+BACKENDS = ("auto", "cpu", "gpu", "jax")
+"""Names of what searches run on: faiss on the CPU or the first GPU, or JAX on its devices."""
+
 # The most neighbours that faiss's GPU selection can return.
 GPU_MAX_K = 2048
 # faiss would take 1.5 GB, which a small card shared with JAX does not have left.
 _GPU_SCRATCH_BYTES = 512 << 20
 
 
-def use_gpu(backend: str) -> bool:
-    """Whether searches run on the GPU for a backend "auto", "cpu" or "gpu".
+def choose(backend: str) -> str:
+    """What searches run on for one of `BACKENDS`: "cpu", "gpu" or "jax".
+
+    For "auto" that is the GPU if faiss sees one; else JAX if it has other devices than CPUs, such
+    as TPUs; else the CPU.
 
     Raises:
         ValueError: if the name is unknown, or "gpu" is asked for and faiss sees none.
     """
-    if backend not in ("auto", "cpu", "gpu"):
-        raise ValueError(f'backend must be "auto", "cpu" or "gpu", got {backend!r}')
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     visible = faiss.get_num_gpus() > 0
     if backend == "gpu" and not visible:
         raise ValueError(
-            'backend "gpu": faiss sees no GPU; install a GPU build of faiss or use "auto" or "cpu"'
+            'backend "gpu": faiss sees no GPU; install a GPU build of faiss or use another backend'
         )
-    return visible and backend != "cpu"
+    if backend != "auto":
+        return backend
+    if visible:
+        return "gpu"
+    return "cpu" if jax.default_backend() == "cpu" else "jax"
+
+
+def make(gallery: Float32[np.ndarray, "n d"], backend: str) -> "Searcher | MeshSearcher":
+    """A gallery to search in.
+
+    Args:
+        gallery: [n, d] embeddings, finite.
+        backend: as `choose` returns it.
+    """
+    return MeshSearcher(gallery) if backend == "jax" else Searcher(gallery, gpu=backend == "gpu")
 
 
 class Searcher:
@@ -74,13 +97,8 @@ class Searcher:
         Raises:
             ValueError: if the gallery holds fewer than k (other) images.
         """
+        check_depth(k, self._cpu_index.ntotal, own=own is not None)
         wanted = k if own is None else k + 1
-        if k < 1 or wanted > self._cpu_index.ntotal:
-            raise ValueError(
-                f"{k} neighbours asked for"
-                f"{'' if own is None else ' beside the query'}, "
-                f"but the gallery holds {self._cpu_index.ntotal} images"
-            )
         index = self._cpu_index if wanted > GPU_MAX_K else self._index
         _, ids = index.search(queries, wanted)
         return ids if own is None else without_own(ids, own)

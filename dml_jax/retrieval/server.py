@@ -67,31 +67,41 @@ def make_server(
     Raises:
         OSError: the address or the port is not to be had.
     """
-    one_at_a_time = threading.Lock()
-    start = page.search_page(gallery).encode()
-
-    class Handler(_Handler):
-        local = host in LOOPBACK
-
-        def start_page(self) -> bytes:
-            return start
-
-        def picture(self, row: int, *, side: int) -> bytes | None:
-            return page.thumbnail(gallery, row, side=side) if row < len(gallery.names) else None
-
-        def search(self, image: bytes) -> str:
-            with one_at_a_time:
-                data.check_upload(image)
-                return page.results(gallery.nearest(embed_one(image, "this image"), neighbours))
-
     try:
-        return _Server((host, port), Handler)
+        return _Server((host, port), gallery, embed_one, neighbours)
     except OSError as error:
         raise OSError(f"cannot listen at {host}, port {port}: {error.strerror}") from error
 
 
 class _Server(ThreadingHTTPServer):
+    """What there is to tell; how it is told is the handler's."""
+
     daemon_threads = True
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        gallery: Gallery,
+        embed_one: Callable[[bytes, str], Float32[np.ndarray, "1 d"]],
+        neighbours: int,
+    ) -> None:
+        self.local = address[0] in LOOPBACK
+        self.start_page = page.search_page(gallery).encode()
+        self._gallery, self._embed_one, self._neighbours = gallery, embed_one, neighbours
+        self._one_at_a_time = threading.Lock()
+        super().__init__(address, _Handler)
+
+    def picture(self, row: int, *, side: int) -> bytes | None:
+        """An image of the gallery as JPEG; None if there is none."""
+        there = row < len(self._gallery.names)
+        return page.thumbnail(self._gallery, row, side=side) if there else None
+
+    def search(self, image: bytes) -> str:
+        """What is found for an encoded image, as HTML."""
+        with self._one_at_a_time:
+            data.check_upload(image)
+            embedding = self._embed_one(image, "this image")
+            return page.results(self._gallery.nearest(embedding, self._neighbours))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Says nothing of clients that went away."""
@@ -100,21 +110,10 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """HTTP; what there is to tell is in its subclass."""
-
+    server: _Server
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "dml_jax", ""
     timeout = 30  # Seconds without a byte, after which a client is left.
-    local: bool
-
-    def start_page(self) -> bytes:
-        raise NotImplementedError
-
-    def picture(self, row: int, *, side: int) -> bytes | None:
-        raise NotImplementedError
-
-    def search(self, image: bytes) -> str:
-        raise NotImplementedError
 
     def do_GET(self) -> None:  # noqa: N802
         """Answers with the page, or a picture."""
@@ -145,16 +144,16 @@ class _Handler(BaseHTTPRequestHandler):
     def _check_host(self) -> None:
         """Keeps pages of other sites out, whose name their owner may point at this machine."""
         name = re.sub(r":\d*$", "", self.headers.get("Host", "")).strip("[]").lower()
-        if self.local and name not in LOOPBACK:
+        if self.server.local and name not in LOOPBACK:
             raise Refused(HTTPStatus.FORBIDDEN, "ask for localhost")
 
     def _get(self) -> tuple[str, bytes]:
         if self.path == "/":
-            return "text/html; charset=utf-8", self.start_page()
+            return "text/html; charset=utf-8", self.server.start_page
         asked = _PICTURE.fullmatch(self.path)
         if asked:
             side = page.THUMBNAIL if asked[1] == "thumbnail" else _LARGE
-            picture = self.picture(int(asked[2]), side=side)
+            picture = self.server.picture(int(asked[2]), side=side)
             if picture is not None:
                 return "image/jpeg", picture
         raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
@@ -167,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.headers.get_content_type().startswith("image/"):
             raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "only images are searched for")
         try:
-            return "text/html; charset=utf-8", self.search(image).encode()
+            return "text/html; charset=utf-8", self.server.search(image).encode()
         except ValueError as error:
             raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, str(error)) from error
 

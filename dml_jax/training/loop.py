@@ -14,14 +14,12 @@ from jaxtyping import Array
 
 from dml_jax import data, sharding
 from dml_jax.retrieval import embed
-from dml_jax.training import bad_numbers, checkpoint, stopping, workdir
+from dml_jax.training import bad_numbers, checkpoint, networks, stopping, workdir
 from dml_jax.training.experiment import (
     Experiment,
     abstract_state,
     embed_split,
     load_fork,
-    load_network,
-    network,
     score,
 )
 from dml_jax.training.state import TrainState
@@ -93,7 +91,9 @@ def train(
                 trained = time.perf_counter()
                 scores: dict[str, float] = {}
                 if metrics["epoch"] % config.evaluation.every_epochs == 0 or step == total_steps:
-                    embeddings = embed_split(experiment, network(state), experiment.chosen_on)
+                    embeddings = embed_split(
+                        experiment, networks.variables(state), experiment.chosen_on
+                    )
                     scores = score(experiment, embeddings)
                     evaluated.append(metrics | scores)
                 timings = {
@@ -118,7 +118,7 @@ def train(
     if sharding.any_process(asked.is_set()):
         raise stopping.Stopped("stopped when all was trained and saved: start again for the result")
     if embeddings is None or experiment.chosen_on != "test":
-        embeddings = embed_split(experiment, network(state), "test")
+        embeddings = embed_split(experiment, networks.variables(state), "test")
     return _finish(experiment, folder, evaluated, embeddings)
 
 
@@ -323,7 +323,9 @@ def _finish(
             steps = {name: saved.find(name) for name in checkpoint.BEST}
         for name, metric in checkpoint.BEST.items():
             (line,) = (line for line in evaluated if line["step"] == steps[name])
-            chosen = embed_split(experiment, load_network(experiment.network, folder, name), "test")
+            chosen = embed_split(
+                experiment, networks.load(experiment.network, folder, name), "test"
+            )
             best[metric] = _place(line) | score(experiment, chosen)
     result = {
         "last": last,

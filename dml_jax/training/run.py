@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from dml_jax import config as configs
 from dml_jax import sharding
 from dml_jax.models import pretrained
-from dml_jax.training import experiment, loop, stopping, workdir, writer
+from dml_jax.training import experiment, loop, networks, stopping, workdir, writer
 
 
 def run(
@@ -59,7 +59,7 @@ def run(
         workdir.check_images(folder, images)
         if not (folder / workdir.CONFIG).exists():
             # So that bad ones are told before anything is written.
-            experiment.load_weights(config)
+            networks.load_pretrained(config)
             if fork is not None:
                 experiment.load_fork(built, fork)
 

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from dml_jax import sharding
 from dml_jax.models import pretrained
-from dml_jax.training import experiment
+from dml_jax.training import experiment, networks
 from tests import tiny, weights
 from tests.data.test_fuzz import CHANGES, changed
 
@@ -49,7 +49,7 @@ def test_a_run_starts_from_the_file_and_gives_pytorchs_features(name, images, tm
         **BACKBONE_DEFAULTS,
     )
     built = experiment.build(config, sharding.make_mesh(jax.devices()[:1]))
-    variables = experiment.network(built.init())
+    variables = networks.variables(built.init())
     backbone = built.recipe.embedder.backbone
     golden = np.load(weights.GOLDEN / "backbones.npz")
     normalised = jnp.asarray(golden["images_nchw"].transpose(0, 2, 3, 1))

@@ -57,7 +57,7 @@ def test_every_device_gets_its_share_of_the_images():
     assert seen == [(2, device) for device in jax.devices()[:8]]
 
 
-def test_the_next_batch_is_on_its_way_before_a_result_is_fetched(monkeypatch):
+def test_one_batch_is_computed_while_the_next_is_decoded(monkeypatch):
     events = []
     fetch = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda x: events.append("fetch") or fetch(x))
@@ -66,9 +66,14 @@ def test_the_next_batch_is_on_its_way_before_a_result_is_fetched(monkeypatch):
         events.append("dispatch")
         return project(variables, images)
 
-    images = np.zeros((8, 4, 4, 3), np.uint8)
-    embed(traced, {"w": np.ones((48, 2), np.float32)}, padded_batches(images, 2), 8, mesh_of(1))
-    assert events == ["dispatch", *["dispatch", "fetch"] * 3, "fetch"]
+    def decoded():
+        for batch in padded_batches(np.zeros((8, 4, 4, 3), np.uint8), 2):
+            events.append("decode")
+            yield batch
+
+    embed(traced, {"w": np.ones((48, 2), np.float32)}, decoded(), 8, mesh_of(1))
+    first, later = ["decode", "dispatch"], ["decode", "dispatch", "fetch"]
+    assert events == [*first, *later * 3, "fetch"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import inspect
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -101,6 +102,19 @@ def test_classes_of_very_different_size_in_many_blocks(monkeypatch):
     np.testing.assert_allclose(values(result, (1, 4)), expected, rtol=0, atol=1e-9)
     assert without == result["queries_without_match"] == 1
     assert sizes == [(10, 149)] * 15 + [(25, 59)] * 3 + [(27, 39)]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_jax_scores_like_faiss(split):
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.repeat([0, 1, 2, 3, 4], [60, 40, 20, 2, 1]))
+    embeddings = rng.standard_normal((len(labels), 16)).astype(np.float32)
+    options = {"recall_at": (1, 4), "gallery": (embeddings[:70], labels[:70]) if split else None}
+    expected = retrieval.evaluate(embeddings[50:], labels[50:], backend="cpu", **options)
+    with jax.transfer_guard("disallow"):  # As while training.
+        result = retrieval.evaluate(embeddings[50:], labels[50:], backend="jax", **options)
+    assert result == expected
+    assert 0 < expected["map@r"] < 0.9
 
 
 def test_copies_are_neighbours_but_never_the_query_itself():

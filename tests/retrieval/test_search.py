@@ -78,18 +78,23 @@ def test_more_neighbours_than_images_are_refused(k, own):
         search.Searcher(gallery).nearest(gallery, k, own=np.arange(5) if own else None)
 
 
-def test_backends(monkeypatch):
-    monkeypatch.setattr(search.faiss, "get_num_gpus", lambda: 0)
-    assert not search.use_gpu("auto")
-    assert not search.use_gpu("cpu")
-    with pytest.raises(ValueError, match="faiss sees no GPU"):
-        search.use_gpu("gpu")
-    monkeypatch.setattr(search.faiss, "get_num_gpus", lambda: 1)
-    assert search.use_gpu("auto")
-    assert search.use_gpu("gpu")
-    assert not search.use_gpu("cpu")
-    with pytest.raises(ValueError, match="'tpu'"):
-        search.use_gpu("tpu")
+@pytest.mark.parametrize(
+    "gpus, jax_has, chosen",
+    [(1, "gpu", "gpu"), (0, "tpu", "jax"), (0, "gpu", "jax"), (0, "cpu", "cpu")],
+)
+def test_auto_takes_faiss_on_a_gpu_before_jax_on_its_devices(monkeypatch, gpus, jax_has, chosen):
+    monkeypatch.setattr(search.faiss, "get_num_gpus", lambda: gpus)
+    monkeypatch.setattr(search.jax, "default_backend", lambda: jax_has)
+    assert search.choose("auto") == chosen
+    assert search.choose("cpu") == "cpu"
+    assert search.choose("jax") == "jax"
+    with pytest.raises(ValueError, match="one of auto, cpu, gpu, jax, got 'tpu'"):
+        search.choose("tpu")
+    if gpus:
+        assert search.choose("gpu") == "gpu"
+    else:
+        with pytest.raises(ValueError, match="faiss sees no GPU"):
+            search.choose("gpu")
 
 
 def test_kmeans_finds_separate_clusters_repeatably(capfd):

@@ -10,7 +10,7 @@ import pytest
 from dml_jax import sharding
 from dml_jax.data.prepare import DATA_SETS, prepare
 from dml_jax.retrieval import embed, evaluate
-from dml_jax.training import checkpoint, experiment, loop, step, workdir
+from dml_jax.training import checkpoint, experiment, loop, networks, step, workdir
 from tests import public_data, tiny
 
 
@@ -49,7 +49,7 @@ def test_a_run_leaves_everything_that_a_user_looks_for(images, tmp_path, monkeyp
     assert exported.names[0] == "test/class0/0.png"
 
     for name, metric in checkpoint.BEST.items():
-        variables = experiment.load_network(built.network, folder, name)
+        variables = networks.load(built.network, folder, name)
         embeddings = experiment.embed_split(built, variables, "test")
         assert experiment.score(built, embeddings)[metric] == max(line[metric] for line in lines)
 
@@ -166,7 +166,7 @@ def test_validation_classes_choose_the_epoch_and_test_classes_only_score_it(imag
     chosen = max(lines, key=lambda line: (line["map@r"], line["step"]))
     assert result["best_chosen_on"] == "validation"
     assert result["best"]["epoch"] == chosen["epoch"]
-    variables = experiment.load_network(built.network, folder, "best_map")
+    variables = networks.load(built.network, folder, "best_map")
     on_test = experiment.score(built, experiment.embed_split(built, variables, "test"))
     assert on_test.items() <= result["best"].items()
     exported = embed.load_embeddings(folder / workdir.EMBEDDINGS)

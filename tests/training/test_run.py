@@ -5,7 +5,7 @@ import jax
 import pytest
 
 from dml_jax import sharding
-from dml_jax.training import checkpoint, experiment, run, workdir
+from dml_jax.training import checkpoint, experiment, networks, run, workdir
 from tests import tiny
 
 NETWORK = {"model__backbone": "colours", "model__width": None, "model__stem": None}
@@ -74,8 +74,8 @@ def test_a_fork_starts_with_the_network_of_another_run_and_needs_it_no_more(imag
     built = experiment.build(config, sharding.make_mesh())
     like = experiment.abstract_state(built)
     with checkpoint.Checkpoints(new) as checkpoints:
-        started = experiment.network(checkpoints.restore(0, like))
-    chex.assert_trees_all_equal(started, experiment.load_network(built.network, old, "last"))
+        started = networks.variables(checkpoints.restore(0, like))
+    chex.assert_trees_all_equal(started, networks.load(built.network, old, "last"))
 
     shutil.rmtree(old)
     (new / workdir.RESULT).unlink()

@@ -1,0 +1,103 @@
+import jax
+import numpy as np
+import pytest
+
+from dml_jax import sharding
+from dml_jax.retrieval import search, topk
+
+
+def unit(seed, n, d=16):
+    return search.unit_rows(np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32))
+
+
+def searcher(gallery, devices):
+    return topk.MeshSearcher(gallery, sharding.make_mesh(jax.devices()[:devices]))
+
+
+def agree(found, expected, similarities):
+    """Whether neighbours are the same, up to such as float32 cannot tell apart."""
+    assert found.dtype == np.int64
+    assert found.shape == expected.shape
+    ours, theirs = (np.take_along_axis(similarities, ids, axis=1) for ids in (found, expected))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+    assert (found == expected).mean() > 0.99
+    assert (np.diff(np.sort(found, axis=1), axis=1) > 0).all()
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("k", [1, 5, 96, 100])
+@pytest.mark.parametrize("alone", [False, True])
+def test_neighbours_are_faiss_s_and_a_full_sort_s(monkeypatch, devices, k, alone):
+    # Shares of 101, 51, 26 and 13 rows, in pieces of at most 8; queries in blocks of at most 16.
+    monkeypatch.setattr(topk, "_PIECE_ROWS", 8)
+    monkeypatch.setattr(topk, "_BLOCK_SIMILARITIES", 1 << 11)
+    gallery = unit(0, 101)
+    own = np.random.default_rng(1).permutation(101)[:37] if alone else None
+    queries = gallery[own] if alone else unit(2, 37)
+    found = searcher(gallery, devices).nearest(queries, k, own=own)
+    similarities = queries.astype(np.float64) @ gallery.T.astype(np.float64)
+    if alone:
+        similarities[np.arange(37), own] = -np.inf
+        assert (found != own[:, None]).all()
+    agree(found, np.argsort(-similarities, axis=1)[:, :k], similarities)
+    agree(found, search.Searcher(gallery).nearest(queries, k, own=own), similarities)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_fewer_images_than_devices(devices):
+    gallery = unit(0, 5)
+    found = searcher(gallery, devices).nearest(gallery, 4, own=np.arange(5))
+    np.testing.assert_array_equal(np.sort(found), [np.delete(np.arange(5), i) for i in range(5)])
+    found = searcher(gallery, devices).nearest(gallery, 5)
+    np.testing.assert_array_equal(found[:, 0], np.arange(5))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_of_equals_the_first_is_nearest_and_only_the_query_itself_is_left_out(monkeypatch, devices):
+    monkeypatch.setattr(topk, "_PIECE_ROWS", 4)
+    gallery = np.tile(np.eye(3, 8, dtype=np.float32), (20, 1))
+    own = np.arange(60)
+    found = searcher(gallery, devices).nearest(gallery, 19, own=own)
+    copies = [[j for j in range(i % 3, 60, 3) if j != i] for i in own]
+    np.testing.assert_array_equal(found, copies)
+
+
+def test_memory_does_not_grow_with_the_gallery():
+    mesh = sharding.make_mesh(jax.devices()[:2])
+
+    def temporary(pieces):
+        split, whole = sharding.by_row(mesh), sharding.replicated(mesh)
+        gallery = jax.ShapeDtypeStruct((2 * pieces, 64, 32), np.float32, sharding=split)
+        queries = jax.ShapeDtypeStruct((16, 32), np.float32, sharding=whole)
+        own = jax.ShapeDtypeStruct((16,), np.int32, sharding=whole)
+        lowered = topk._nearest.lower(gallery, queries, own, k=8, count=128 * pieces, mesh=mesh)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    few, many = temporary(4), temporary(400)
+    assert few > 0
+    # A start for each piece, and nothing of the 3.3 MB of vectors more on each device.
+    assert many - few < 400 * 16
+
+
+def test_a_gallery_is_split_and_the_queries_few_programs(monkeypatch):
+    shapes = set()
+    nearest = topk._nearest
+
+    def spy(gallery, queries, own, **options):
+        shapes.add((*queries.shape, options["k"]))
+        assert {shard.data.shape for shard in gallery.addressable_shards} == {(2, 7, 16)}
+        return nearest(gallery, queries, own, **options)
+
+    monkeypatch.setattr(topk, "_PIECE_ROWS", 8)
+    monkeypatch.setattr(topk, "_nearest", spy)
+    ours = searcher(unit(0, 105), 8)
+    for k in (5, 6, 7, 8):
+        assert ours.nearest(unit(1, 20 + k), k).shape == (20 + k, k)
+    assert shapes == {(32, 16, 8)}
+
+
+@pytest.mark.parametrize("k, own", [(0, False), (6, False), (5, True)])
+def test_more_neighbours_than_images_are_refused(k, own):
+    gallery = unit(0, 5)
+    with pytest.raises(ValueError, match=f"{k} neighbours asked for.*gallery holds 5"):
+        searcher(gallery, 1).nearest(gallery, k, own=np.arange(5) if own else None)
