@@ -12,9 +12,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import glyphs
-from dml_jax import config, data, losses, sharding
+from dml_jax import config, data, losses, rules, sharding
 from dml_jax.data.prepare import DATA_SETS, prepare
-from dml_jax.training import experiment, loop, run, step
+from dml_jax.training import experiment, loop, run, step, workdir
 from tests import public_data
 
 ROOT = Path(__file__).parents[1]
@@ -344,6 +344,58 @@ def test_every_setting_is_checked(loss, path, kind):
             # As it comes from a file: a ConfigDict that has types lets fewer of these in.
             with pytest.raises(ValueError, match=rf"config\.{path} is .*; (it must be|choose) "):
                 config.validate(ConfigDict(settings))
+
+
+@dataclasses.dataclass(frozen=True)
+class Banded(losses.NormSoftmax):
+    """A loss as somebody might add one, with fields of every type."""
+
+    shape: str = "box"
+    bands: tuple[float, ...] = (0.5, 1.0)
+    shift: int = 0
+    hard: bool = False
+
+    def logits(self, embeddings, proxies):
+        return super().logits(embeddings, proxies) * self.bands[0]
+
+
+@pytest.fixture
+def banded(monkeypatch):
+    monkeypatch.setitem(losses._LOSSES, "banded", Banded)
+    monkeypatch.setattr(losses, "NAMES", (*losses.NAMES, "banded"))
+    monkeypatch.setitem(config.RULES, "loss.name", rules.choice(losses.NAMES))
+
+
+def test_a_new_loss_has_its_fields_as_settings_whatever_their_type(banded, tmp_path):
+    made = glyphs.get_config("ps_memvir_banded")
+    made.loss.update(shape="disc", bands=(0.25, 2.0), shift=-1, hard=True)
+    config.validate(made)
+    workdir.claim(tmp_path, made)
+    read = workdir.read_config(tmp_path)
+    config.validate(read)
+    expected = Banded(scale=23.0, shape="disc", bands=(0.25, 2.0), shift=-1, hard=True)
+    assert losses.create(**read.loss) == losses.create(**made.loss) == expected
+    assert hash(losses.create(**read.loss)) == hash(expected)
+
+
+@pytest.mark.parametrize(
+    ("field", "bad"), [("shape", 1), ("bands", ("a",)), ("bands", 0.5), ("shift", 0.5), ("hard", 1)]
+)
+def test_a_new_loss_is_checked_by_the_types_of_its_fields(banded, field, bad):
+    settings = glyphs.get_config("banded").to_dict()
+    settings["loss"][field] = bad
+    with pytest.raises(ValueError, match=rf"config\.loss\.{field} is .*; it must be "):
+        config.validate(ConfigDict(settings))
+
+
+def test_a_new_loss_with_a_field_of_no_known_type_says_what_to_do(banded, monkeypatch):
+    made = glyphs.get_config("banded")
+    unknown = dataclasses.make_dataclass(
+        "Unknown", [("window", float | None, None)], bases=(Banded,), frozen=True
+    )
+    monkeypatch.setitem(losses._LOSSES, "banded", unknown)
+    with pytest.raises(TypeError, match="what banded.window .* is None by default: .* LOSS_RULES"):
+        config.validate(made)
 
 
 def test_settings_too_many_or_too_few_are_named():
