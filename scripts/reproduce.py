@@ -54,9 +54,10 @@ def main() -> None:
                 results[name].append(run.run(config, folder))
     published = recipe.get("PUBLISHED", {})
     for title, metric in retrieval.SCORES.items():
+        epoch, scores = comparison.scores(results, metric, best=_EPOCH.value == "best")
         table = comparison.table(
-            f"{title}, {_told(results)}",
-            {name: [_score(one, metric) for one in runs] for name, runs in results.items()},
+            f"{title}, {epoch}",
+            scores,
             baselines={name: _bare(name) for name in variants if name != _bare(name)},
             published={
                 name: published[configs.parse_variant(name)][metric]
@@ -73,18 +74,6 @@ def _bare(variant: str) -> str:
     if method == "baseline":
         return variant
     return loss if variant.endswith(loss) else "baseline"
-
-
-def _score(result: dict[str, Any], metric: str) -> float:
-    return (result["last"] if _EPOCH.value == "last" else result["best_of"][metric])[metric]
-
-
-def _told(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Which epoch the scores are of."""
-    if _EPOCH.value == "last":
-        return "last epoch"
-    splits = {one["best_chosen_on"] for runs in results.values() for one in runs}
-    return f"best epoch on {' and '.join(sorted(splits))} classes"
 
 
 if __name__ == "__main__":

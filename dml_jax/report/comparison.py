@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import scipy.stats
 
@@ -53,6 +54,35 @@ def table(
             [variant, *(f"{x:.1f}" for x in percents), mean_and_std(percents), against, p, told]
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows).replace("| --- ", "|---")
+
+
+def scores(
+    results: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, *, best: bool
+) -> tuple[str, dict[str, list[float]]]:
+    """A metric of every run, and which epoch it is of.
+
+    >>> result = {"last": {"map@r": 0.5}, "best_of": {"map@r": {"map@r": 0.6}}}
+    >>> results = {"plain": [result | {"best_chosen_on": "test"}]}
+    >>> scores(results, "map@r", best=False)
+    ('last epoch', {'plain': [0.5]})
+    >>> scores(results, "map@r", best=True)
+    ('best epoch on test classes', {'plain': [0.6]})
+
+    Args:
+        results: of each variant, the results of its runs.
+        metric: its key in them.
+        best: whether to take the metric's own best epoch instead of the last one.
+
+    Returns:
+        The epoch in words, and the metric's fractions by variant.
+    """
+    if not best:
+        last = {name: [run["last"][metric] for run in runs] for name, runs in results.items()}
+        return "last epoch", last
+    splits = sorted({run["best_chosen_on"] for runs in results.values() for run in runs})
+    return f"best epoch on {' and '.join(splits)} classes", {
+        name: [run["best_of"][metric][metric] for run in runs] for name, runs in results.items()
+    }
 
 
 def mean_and_std(percents: Sequence[float]) -> str:

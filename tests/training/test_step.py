@@ -113,6 +113,9 @@ def test_skipped_steps_count_for_rates_and_thaw_but_not_for_adam(images):
     """Epoch 2, from step 4 on, thaws the backbone and all but stops the proxies."""
     config = tiny.config(
         images,
+        model__backbone="colours",
+        model__width=None,
+        model__stem=None,
         optimizer__frozen_epochs=1,
         optimizer__decay_epochs=(2,),
         optimizer__decay_rate=1e-4,
