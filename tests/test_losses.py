@@ -41,6 +41,22 @@ def test_losses_and_gradients_of_another_library(peer):
         assert np.linalg.norm(gradient - expected) < 1e-5 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_plain_softmax_is_pytorchs_linear_layer_and_cross_entropy(bias):
+    """PyTorch 2.13's, of the vectors of the other golden losses and a bias of its own."""
+    golden = np.load(Path(__file__).parent / "golden" / "softmax.npz")
+    key, proxies = "softmax_bias" if bias else "softmax", GOLDEN["proxies"]
+    if bias:
+        proxies = np.concatenate([proxies, golden["bias"][:, None]], axis=1)
+    value, gradients = jax.value_and_grad(losses.create("softmax", bias=bias), argnums=(0, 1))(
+        jnp.asarray(GOLDEN["embeddings"]), jnp.asarray(proxies), jnp.asarray(GOLDEN["labels"])
+    )
+    np.testing.assert_allclose(value, golden[f"{key}_loss"], rtol=1e-5)
+    for gradient, of in zip(gradients, ("embeddings", "proxies"), strict=True):
+        expected = golden[f"{key}_grad_{of}"]
+        assert np.linalg.norm(gradient - expected) < 1e-5 * np.linalg.norm(expected)
+
+
 def create(name, **hyperparameters):
     return losses.create(name, **HYPERPARAMETERS.get(name, {}), **hyperparameters)
 
