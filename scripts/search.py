@@ -72,7 +72,9 @@ def main(*queries: str) -> None:
 
 
 def _table(title: str, neighbours: Sequence[index.Neighbour]) -> Table:
-    table = Table("", "similarity", "class", "image", title=escape(title))
+    table = Table("", "similarity", title=escape(title))
+    for name in ("class", "image"):
+        table.add_column(name, overflow="fold")  # A name that is cut names nothing.
     for rank, neighbour in enumerate(neighbours, 1):
         row = (neighbour.class_name, neighbour.name)
         table.add_row(str(rank), f"{neighbour.similarity:.3f}", *map(escape, row))

@@ -21,6 +21,7 @@ from tests import tiny
 from tests.report import chromium
 
 ROOT = Path(__file__).parents[2]
+HOSTILE = "<!--<script>console.error('let in')<img onerror=alert(1) src=x>"
 needs_chromium = pytest.mark.skipif(
     chromium.find() is None,
     reason=f"none of {', '.join(chromium.NAMES)} is installed, so the page is not opened",
@@ -33,6 +34,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("report")
     images = tiny.write_images(root / "images")
     (images / "test" / "class0" / "bad.png").write_text("left out by all runs, and by the page")
+    (images / "test" / "class1").rename(images / "test" / HOSTILE)
     plain = {"model__backbone": "conv4", "model__stem": None}
     settings = plain | {"epochs": 2, "data__unreadable": "skip"}
     training.run(tiny.config(images, **settings), root / "plain" / "seed0")
@@ -197,7 +199,7 @@ def test_in_a_browser(written, tmp_path):
         )
         browser.click("#class-table thead th:nth-child(2) button")
         names = browser.get(column)
-        assert names == sorted(names)
+        assert names == sorted(names) and HOSTILE in names
         browser.click("#class-table thead th:nth-child(2) button")
         assert browser.get(column) == names[::-1]
 

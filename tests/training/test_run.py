@@ -1,4 +1,8 @@
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -117,3 +121,45 @@ def test_a_run_has_a_loss_in_every_epoch_and_steps_of_32_bits(tmp_path):
     made.optimizer.decay_epochs = (5, 2**30)
     with pytest.raises(ValueError, match="1073741824 epochs of 4 steps are too many"):
         experiment.build(made, mesh)
+
+
+class Reached(Exception):
+    """A run has come to its devices."""
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", "--xla_gpu_deterministic_ops=true"),
+        ("--xla_a=1", "--xla_a=1 --xla_gpu_deterministic_ops=true"),
+        ("--xla_gpu_deterministic_ops=true", "--xla_gpu_deterministic_ops=true"),
+    ],
+)
+def test_deterministic_asks_xla_before_it_looks_for_devices(
+    given, expected, images, tmp_path, monkeypatch
+):
+    def make_mesh():
+        raise Reached(os.environ["XLA_FLAGS"].strip())
+
+    monkeypatch.setattr(sharding, "make_mesh", make_mesh)
+    for deterministic, flags in ((False, given), (True, expected)):
+        monkeypatch.setenv("XLA_FLAGS", given)
+        config = tiny.config(images, deterministic=deterministic, **NETWORK)
+        with pytest.raises(Reached, match=f"^{flags}$"):
+            run.run(config, tmp_path / "run")
+
+
+def test_nothing_has_looked_for_devices_when_a_run_begins():
+    """In a process of its own: here, all others have."""
+    program = (
+        "import jax\n"
+        "from jax.extend import backend\n"
+        "from dml_jax import command_line\n"
+        "from dml_jax.training import run\n"
+        "import scripts.train\n"
+        "jax.config.update('jax_num_cpu_devices', 3)\n"  # Refused once devices are known.
+        "print(jax.device_count())\n"
+    )
+    started = [sys.executable, "-c", program]
+    done = subprocess.run(started, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.stdout == "3\n", done.stderr
