@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -57,7 +58,8 @@ def listening() -> Iterator[Request]:
     Must be entered in the main thread.
 
     Yields:
-        What is set by the first signal; while nothing is unsaved, that one ends the process too.
+        What is set by the first signal; while nothing is unsaved, that one ends the process too,
+        unless it is an interactive one, as of a notebook.
     """
     asked = Request()
     # Python calls its handlers between two steps of the main thread, which may be compiling for
@@ -88,7 +90,8 @@ def _watch(pipe: int, asked: Request) -> None:
         if not asked.is_set():
             first = time.monotonic()
             asked.set()  # Before a look at `unsaved`: whoever has just saved looks the other way.
-            if not asked.unsaved:
+            # Whoever types into this interpreter has more to lose than the run.
+            if not asked.unsaved and not hasattr(sys, "ps1"):
                 logging.warning("asked to stop: nothing is unsaved; start again to go on")
                 os._exit(EXIT_CODE)
             logging.warning("asked to stop: finishes the step and saves; once more stops at once")

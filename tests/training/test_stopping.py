@@ -97,6 +97,8 @@ import hashlib, sys
 from dml_jax.training import stopping
 with stopping.listening() as asked:
     asked.unsaved = sys.argv[1] == "unsaved"
+    if sys.argv[1] == "notebook":
+        sys.ps1 = "In: "
     print("listening", flush=True)
     asked.wait()
     print("asked", flush=True)
@@ -119,9 +121,12 @@ def test_a_first_signal_ends_a_process_that_has_nothing_to_lose(first):
     process.stdout.close()
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_stops_at_once(second):
-    process = listener("unsaved")
+@pytest.mark.parametrize(
+    ("what", "second"),
+    [("unsaved", signal.SIGTERM), ("unsaved", signal.SIGINT), ("notebook", signal.SIGINT)],
+)
+def test_a_second_signal_stops_at_once(what, second):
+    process = listener(what)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)  # As some schedulers do: one request.
     assert process.stdout.readline() == b"asked\n"
