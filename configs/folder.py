@@ -5,6 +5,12 @@ python scripts/train.py --config=configs/folder.py:ps --workdir=runs/mine --conf
 The settings are the official CARS196 recipe with a ResNet-50 from random weights. For small images
 set `--config.data.image_size=32 --config.data.resize=32 --config.model.stem=small`; for images
 with a left and a right, such as letters, set `--noconfig.data.augmentation.flip`.
+
+Our choice: ratio and alpha of PS as on CARS196; of MemVir its warm-up, and N = 20, M = 10, the
+smaller of its authors' N and of their M, since a folder may have many more classes than CARS196 and
+memory grows with N, M and classes. Scales, margins and centres are the losses' defaults, which
+their papers or CARS196's READMEs have.
+Expected scores: what the images allow.
 """
 
 from ml_collections import ConfigDict

@@ -3,10 +3,15 @@
 python scripts/prepare_data.py sop --download --source=downloads --out=data/sop
 python scripts/train.py --config=configs/sop.py:ps_norm_softmax --workdir=runs/sop_ps
 
-No source gives settings for this data set. These are our choice: the recipe of CARS196, but N and M
-of MemVir such that the memory takes 1.2 GB (105 steps of 11,318 proxies of 512 numbers in bfloat16,
-where CARS196's N and M would take 12 GB in float32), and epochs and warm-up that are about
-as many steps as there. No scores are known to us for this recipe, and none were measured here.
+No source gives settings for this data set; all are our choice. Recipe, ratio and alpha of PS are
+those of CARS196, for want of others; scales, margins and centres are the losses' defaults, which
+their papers or CARS196's READMEs have.
+N = 5 and M = 20 keep the memory at 1.2 GB: 105 steps of 11,318 proxies of 512 numbers in bfloat16,
+where CARS196's N and M would take 12 GB in float32. SoftTriple remembers ten centres a class, and
+takes 12.3 GB: choose a smaller `memvir.num_steps` or `loss.centers_per_class` if that is too much.
+Epochs and warm-up of MemVir are about as many steps as on CARS196.
+Expected scores: none. Nobody published any for this recipe that we know of, and none were measured
+here: it needs the images, the weights and a GPU.
 """
 
 from ml_collections import ConfigDict

@@ -248,7 +248,12 @@ LOSS_RULES = {
 }
 """What each hyper-parameter may be, of all losses that have it or of one."""
 
-_BY_TYPE = {bool: rules.flag(), int: rules.whole(1), float: rules.number()}
+_BY_TYPE = {
+    bool: rules.flag(),
+    int: rules.whole(-(2**31)),
+    float: rules.number(),
+    str: rules.text("it must be text", lambda _: True),
+}
 
 
 def _loss_rules(name: Any) -> dict[str, rules.Rule]:
@@ -258,9 +263,21 @@ def _loss_rules(name: Any) -> dict[str, rules.Rule]:
     return {
         f"loss.{field}": LOSS_RULES.get(f"{name}.{field}")
         or LOSS_RULES.get(field)
-        or _BY_TYPE[type(value)]
+        or _by_type(value, f"{name}.{field}")
         for field, value in dataclasses.asdict(losses.create(name)).items()
     }
+
+
+def _by_type(default: Any, of: str) -> rules.Rule:
+    if isinstance(default, tuple) and default:
+        each = _by_type(default[0], of)
+        return rules.several(each, f"it must be several; of each, {each.allowed}", lambda _: True)
+    if type(default) not in _BY_TYPE:
+        raise TypeError(
+            f"nothing says what {of} of a loss may be, which is {default!r} by default: name it in "
+            "LOSS_RULES"
+        )
+    return _BY_TYPE[type(default)]
 
 
 def _resize(resize: int, size: int) -> str | None:

@@ -15,7 +15,6 @@ from safetensors.numpy import save_file
 
 from dml_jax import model_card, sharding
 from dml_jax.retriever import FUNCTION, WEIGHTS
-from dml_jax.training import checkpoint as checkpoints
 from dml_jax.training import networks, workdir
 
 CARD = "README.md"
@@ -37,9 +36,7 @@ def write(run: Path, out: Path, checkpoint: str) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not an empty folder; choose a new one")
     device = sharding.make_mesh(jax.local_devices()[:1])
-    network, variables = networks.trained(run, checkpoint, device)
-    with checkpoints.Checkpoints(run) as saved:
-        step = saved.find(checkpoint)
+    network, variables, step = networks.trained(run, checkpoint, device)
     weights = traverse_util.flatten_dict(jax.device_get(variables), sep="/")
     published = _without_places(network.config)
     part = out.absolute().with_name(f".{out.absolute().name}.part")

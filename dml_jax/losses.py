@@ -445,7 +445,8 @@ def create(name: str, **hyperparameters: Any) -> ProxyLoss:
 
     Args:
         name: one of `NAMES`.
-        **hyperparameters: the fields of the loss's class, which have defaults.
+        **hyperparameters: the fields of the loss's class, which have defaults; a tuple may come as
+            a list, as it does out of a JSON file.
 
     Returns:
         A callable `loss(embeddings, proxies, labels) -> scalar`.
@@ -461,4 +462,5 @@ def create(name: str, **hyperparameters: Any) -> ProxyLoss:
             f"loss {name!r} has no hyper-parameter {', '.join(unknown)}; "
             f"it has {', '.join(sorted(known)) or 'none'}"
         )
-    return _LOSSES[name](**hyperparameters)
+    fields = {k: tuple(x) if isinstance(x, list) else x for k, x in hyperparameters.items()}
+    return _LOSSES[name](**fields)

@@ -163,7 +163,7 @@ def _exported(folder: Path) -> Callable[[np.ndarray], Array]:
 
 def _of_run(folder: Path, checkpoint: str) -> Callable[[np.ndarray], Array]:
     device = sharding.make_mesh(jax.local_devices()[:1])
-    network, variables = networks.trained(folder, checkpoint, device)
+    network, variables, _ = networks.trained(folder, checkpoint, device)
     return lambda images: network.embed(variables, images)
 
 

@@ -154,15 +154,23 @@ class Agreement:
             step: steps done.
             wanted: whether this process wants to stop.
         """
-        if jax.process_count() == 1:
-            return wanted
         # A preemption that JAX was told of before, or otherwise than by a signal.
         wanted = wanted or multihost_utils.reached_preemption_sync_point(step)
+        if jax.process_count() == 1:
+            return wanted
         said = put_batch(self._mesh, {"": np.full(len(self._mesh.local_devices), wanted)})
         self._answers.append(self._any(said[""]))
         if len(self._answers) <= self._steps_late:
             return False
         return bool(jax.device_get(self._answers.popleft()))
+
+
+def any_process(wanted: bool) -> bool:
+    """Whether any process wants something; all wait until each has said whether it does."""
+    if jax.process_count() == 1:
+        return wanted
+    with jax.transfer_guard("allow"):
+        return bool(np.any(multihost_utils.process_allgather(np.bool_(wanted))))
 
 
 def bytes_from_first_process(message: bytes) -> bytes:

@@ -4,6 +4,7 @@ python -m scripts.benchmark_soak --steps=20000 --out=soak.png
 
 Trains a tiny network with Proxy Synthesis, MemVir and two input workers on noise, with evaluations
 and checkpoints all along, and looks at its processes once a second, as Linux shows them in /proc.
+Fails if the last fifth of the run has more of anything than the second, by more than `BOUNDS`.
 """
 
 import contextlib
@@ -27,7 +28,12 @@ _OUT = flags.DEFINE_string("out", None, "An image to draw the curves to.")
 
 _CLASSES, _IMAGES, _SIZE, _BATCH = 8, 20, 16, 16
 _STEPS_PER_EPOCH = _CLASSES * _IMAGES // _BATCH
-QUANTITIES = ("memory, MB", "open files", "threads", "processes")
+STEP = "step, ms"
+BOUNDS = {"memory, MB": 1.1, "open files": 1.1, "threads": 1.1, "processes": 1.0, STEP: 1.3}
+"""By which factor a quantity may grow, from the second fifth of a run to the last.
+
+The first fifth warms up. Step time is the most that a machine that does other things lets one ask.
+"""
 
 
 def main() -> None:
@@ -47,15 +53,33 @@ def main() -> None:
             raise ValueError(f"the run ended with code {process.returncode}")
         epochs = workdir.read_lines(run / workdir.TIMINGS)
     milliseconds = [1e3 * line["train_seconds"] / _STEPS_PER_EPOCH for line in epochs]
-    series = dict(zip(QUANTITIES, np.transpose(samples), strict=True))
-    series["step, ms"] = np.array(milliseconds)
-    table = Table("", "first tenth", "last tenth", title="Medians")
+    series = dict(zip(BOUNDS, [*np.transpose(samples), np.array(milliseconds)], strict=True))
+    table = Table("", "second fifth", "last fifth", "at most", title="Lower quartiles")
     for name, values in series.items():
-        tenth = max(1, len(values) // 10)
-        table.add_row(name, *(f"{np.median(x):.1f}" for x in (values[:tenth], values[-tenth:])))
+        table.add_row(name, *(f"{x:.1f}" for x in usual(values)), f"x {BOUNDS[name]}")
     Console().print(table)
     if _OUT.value:
         _draw(series, _OUT.value)
+    if found := grown(series):
+        sys.exit(f"error: the run grows: {', '.join(found)}")
+
+
+def usual(values: np.ndarray) -> tuple[float, float]:
+    """The lower quartiles of the second fifth of a run, and of its last.
+
+    On a busy machine half of the time may go to evaluations, which have workers of their own.
+    """
+    fifths = np.array_split(values, 5)
+    return float(np.quantile(fifths[1], 0.25)), float(np.quantile(fifths[4], 0.25))
+
+
+def grown(series: dict[str, np.ndarray]) -> list[str]:
+    """What has grown beyond its bound."""
+    return [
+        name
+        for name, values in series.items()
+        if usual(values)[1] > BOUNDS[name] * usual(values)[0]
+    ]
 
 
 def _command(images: Path, run: Path) -> list[str]:

@@ -27,7 +27,7 @@ def main() -> None:
             raise ValueError(f"--out={out} must end in .safetensors and lie in an existing folder")
         if out.exists():
             raise FileExistsError(f"{out} exists; remove it, or choose another --out")
-        tensors = _read(_SOURCE.value)
+        tensors = pretrained.from_port(_read(_SOURCE.value))
         try:
             pretrained.convert(_BACKBONE.value, tensors)
         except ValueError as error:
@@ -39,7 +39,6 @@ def main() -> None:
 
 
 def _read(source: str) -> dict[str, np.ndarray]:
-    """The backbone's tensors in a file, contiguous, since safetensors writes others wrongly."""
     try:
         import torch
     except ModuleNotFoundError:
@@ -51,16 +50,9 @@ def _read(source: str) -> dict[str, np.ndarray]:
     tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not tensors or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
         raise ValueError(f"{source} holds neither a state dict nor one under the key 'state_dict'")
-    arrays = {
-        key.removeprefix("module."): np.ascontiguousarray(
-            (x.detach().float() if x.is_floating_point() else x).numpy()
-        )
-        for key, x in tensors.items()
-    }
-    # PyTorch before 0.2 gave the vectors of a batch normalisation a leading axis of 1.
     return {
-        key: array[0] if array.ndim == 2 and len(array) == 1 else array
-        for key, array in pretrained.backbone_tensors(arrays).items()
+        key: (x.detach().float() if x.is_floating_point() else x).numpy()
+        for key, x in tensors.items()
     }
 
 

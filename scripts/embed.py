@@ -32,7 +32,8 @@ def main() -> None:
         policy = workdir.read_config(folder).data.unreadable
         images = data.accept(given, findings, policy)["images"]
         data.report(findings)
-        network, variables = networks.trained(folder, _CHECKPOINT.value, sharding.make_mesh())
+        mesh = sharding.make_mesh()
+        network, variables, _ = networks.trained(folder, _CHECKPOINT.value, mesh)
         embeddings = networks.embed_images(network, variables, images)
         embed.save_embeddings(
             _OUT.value, embeddings, images.labels, images.names, images.class_names

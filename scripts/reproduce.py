@@ -7,11 +7,14 @@ python scripts/reproduce.py --config=configs/cars196.py:ps_proxy_nca --seeds=8 -
 
 Started again it goes on where it was; what is finished is not done again. A variant is compared
 with the bare one of its loss, which is trained too.
+
+Scores are of the last epoch. `--epoch=best` gives each metric's own best epoch instead, as the
+official programs tell theirs: chosen on the test classes, unless classes are held out.
 """
 
-import importlib.util
+import runpy
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -25,7 +28,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE, or FILE:v
 _VARIANTS = flags.DEFINE_list("variants", None, "Variants; that of --config, or the methods.")
 _SEEDS = flags.DEFINE_integer("seeds", 8, "Runs of each variant, seeds 0, 1, ...", lower_bound=1)
 _ROOT = flags.DEFINE_string("root", None, "Folder of the runs.", required=True)
-_EPOCH = flags.DEFINE_enum("epoch", "last", ["last", "best"], "The epoch whose scores to compare.")
+_EPOCH = flags.DEFINE_enum(
+    "epoch", "last", ["last", "best"], "Scores to compare: the last epoch's, or each one's best."
+)
 
 flags.mark_flag_as_required("config")
 
@@ -35,23 +40,24 @@ def main() -> None:
     with command_line.mendable():
         flag = flags.FLAGS["config"]
         file, _, variant = config_flags.get_config_filename(flag).partition(":")
-        module, overrides = _module(file), config_flags.get_override_values(flag)
+        recipe, overrides = runpy.run_path(file), config_flags.get_override_values(flag)
         wanted = _VARIANTS.value or ([variant] if variant else ["ps", "memvir", "ps_memvir"])
         variants = list(dict.fromkeys(name for x in wanted for name in (_bare(x), x)))
-        scores: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
         # Seed by seed, so that what is done compares all variants, however far it is.
         for seed in range(_SEEDS.value):
             for name in variants:
-                config = module.get_config(name)
+                config = recipe["get_config"](name)
                 config.update_from_flattened_dict(overrides | {"seed": seed})
                 folder = Path(_ROOT.value) / name / f"seed{seed}"
                 print(f"\n{name}, seed {seed}: {folder}")
-                scores[name].append(run.run(config, folder)[_EPOCH.value])
-    published = getattr(module, "PUBLISHED", {})
+                results[name].append(run.run(config, folder))
+    published = recipe.get("PUBLISHED", {})
     for title, metric in retrieval.SCORES.items():
+        epoch, scores = comparison.scores(results, metric, best=_EPOCH.value == "best")
         table = comparison.table(
-            title,
-            {name: [one[metric] for one in runs] for name, runs in scores.items()},
+            f"{title}, {epoch}",
+            scores,
             baselines={name: _bare(name) for name in variants if name != _bare(name)},
             published={
                 name: published[configs.parse_variant(name)][metric]
@@ -68,15 +74,6 @@ def _bare(variant: str) -> str:
     if method == "baseline":
         return variant
     return loss if variant.endswith(loss) else "baseline"
-
-
-def _module(file: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reproduced_config", file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"--config={file} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":

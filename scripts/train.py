@@ -6,6 +6,11 @@ python scripts/train.py --config=configs/folder.py:ps --workdir=runs/mine --conf
 Asked to stop (Ctrl-C, SIGTERM) it saves and ends with exit code 75: start it again to go on.
 """
 
+# ruff: noqa: E402 - the other imports take seconds, in which it may be asked to stop.
+from dml_jax.training import stopping
+
+stopping.expect(__name__)
+
 from pathlib import Path
 
 from absl import flags

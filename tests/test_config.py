@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import importlib.util
 import math
+import re
 from pathlib import Path
 
 import chex
@@ -11,9 +12,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import glyphs
-from dml_jax import config, data, losses, sharding
+from dml_jax import config, data, losses, rules, sharding
 from dml_jax.data.prepare import DATA_SETS, prepare
-from dml_jax.training import experiment, loop, run, step
+from dml_jax.training import experiment, loop, run, step, workdir
 from tests import public_data
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +91,6 @@ SMALL = {
     "model.pretrained": "none",
     "model.dim": 4,
     "model.freeze_bn": False,
-    "proxy_init": "uniform_dim",
     "optimizer.learning_rate": 0.1,
     "optimizer.proxy_learning_rate": 0.1,
     "optimizer.eps": 0.01,
@@ -102,7 +102,6 @@ SMALL_MEMORY = {
     "memvir.num_steps": 2,
     "memvir.step_gap": 0,
     "memvir.warmup_epochs": 0,
-    "memvir.dtype": "float32",
 }
 
 
@@ -136,6 +135,9 @@ def test_every_variant_of_every_file_takes_two_steps(file, method, loss, roots):
     chex.assert_tree_all_finite(state.params)
     assert (before["proxies"] != state.params["proxies"]).any()
     assert (state.memory is not None) == ("memvir" in method)
+    if "memvir" in method:
+        assert int(state.memory.steps) == 2
+        assert state.memory.ring.proxies.dtype == made.memvir.dtype
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -146,34 +148,119 @@ def test_a_variant_may_leave_out_its_loss_or_its_method(file):
     assert get_config().to_dict() == get_config("baseline_norm_softmax").to_dict()
 
 
-def test_cars196_is_set_as_its_authors_set_it():
-    get_config = load(ROOT / "configs" / "cars196.py").get_config
-    for loss, scale in (("norm_softmax", 23.0), ("proxy_nca", 12.0)):
-        plain = get_config(loss)
-        assert plain.loss.scale == scale
-        assert (plain.epochs, plain.batch_size, plain.data.n_instance) == (130, 128, 1)
-        assert (plain.model.backbone, plain.model.dim, plain.model.freeze_bn) == (
-            "bninception",
-            512,
-            True,
-        )
-        assert tuple(plain.optimizer.decay_epochs) == (50,)
-        assert (plain.optimizer.learning_rate, plain.optimizer.proxy_learning_rate) == (1e-4, 1e-2)
-        assert (plain.optimizer.eps, plain.optimizer.weight_decay) == (0.01, 1e-4)
-        assert plain.evaluation.every_epochs == 5
-        mixed = get_config(f"ps_{loss}")
-        assert mixed.proxy_synthesis.to_dict() == {"ratio": 1.0, "alpha": 0.4}
-        assert mixed.epochs == 130
-    for loss, num_steps, step_gap in (("norm_softmax", 45, 10), ("proxy_nca", 20, 25)):
-        remembering = get_config(f"memvir_{loss}")
-        assert remembering.memvir.to_dict() == {
-            "num_steps": num_steps,
-            "step_gap": step_gap,
-            "warmup_epochs": 40,
-            "dtype": "float32",
-        }
-        assert (remembering.epochs, remembering.evaluation.every_epochs) == (2000, 10)
-        assert tuple(remembering.optimizer.decay_epochs) == (2000,)
+# What both READMEs set for CARS196, by their flags or by what these are by default.
+OFFICIAL = {
+    "epochs": 130,
+    "batch_size": 128,
+    "skip_nonfinite": 0,
+    "data.name": "cars196",
+    "data.unreadable": "fail",
+    "data.validation_classes": 0.0,
+    "data.n_instance": 1,
+    "data.image_size": 224,
+    "data.resize": 256,
+    "data.augmentation.crop_scale": (0.08, 1.0),
+    "data.augmentation.flip": True,
+    "data.augmentation.rotation": 0.0,
+    "data.augmentation.zoom": 0.0,
+    "data.augmentation.shift": 0.0,
+    "model.backbone": "bninception",
+    "model.width": None,
+    "model.stem": None,
+    "model.pretrained": "weights/bninception.safetensors",
+    "model.pooling": "gap",
+    "model.dim": 512,
+    "model.freeze_bn": True,
+    "model.dtype": "float32",
+    "loss.name": "norm_softmax",
+    "loss.scale": 23.0,
+    "proxy_init": "uniform_dim",
+    "proxy_synthesis.ratio": 0.0,
+    "proxy_synthesis.alpha": 0.4,
+    "memvir.num_steps": 0,
+    "memvir.step_gap": 0,
+    "memvir.warmup_epochs": 0,
+    "memvir.dtype": "float32",
+    "optimizer.name": "adam",
+    "optimizer.learning_rate": 1e-4,
+    "optimizer.proxy_learning_rate": 1e-2,
+    "optimizer.eps": 0.01,
+    "optimizer.weight_decay": 1e-4,
+    "optimizer.decay_rate": 0.1,
+    "optimizer.decay_epochs": (50,),
+    "optimizer.clip_value": None,
+    "optimizer.frozen_epochs": 0,
+    "evaluation.every_epochs": 5,
+    "evaluation.recall_at": (1, 2, 4, 8),
+    "evaluation.nmi": False,
+    "evaluation.patience": 0,
+}
+# What they have nothing to do with.
+OURS = {
+    "seed",
+    "deterministic",
+    "data.root",
+    "data.num_workers",
+    "checkpoint.every_epochs",
+    "checkpoint.keep_last",
+    "wandb",
+}
+NCA = {"loss.name": "proxy_nca", "loss.scale": 12.0}
+MIXED = {"proxy_synthesis.ratio": 1.0}
+LONG = {
+    "epochs": 2000,
+    "optimizer.decay_epochs": (2000,),
+    "evaluation.every_epochs": 10,
+    "memvir.warmup_epochs": 40,
+}
+OFFICIAL_CHANGES = {
+    "norm_softmax": {},
+    "ps_norm_softmax": MIXED,
+    "memvir_norm_softmax": {
+        **LONG,
+        "memvir.num_steps": 45,
+        "memvir.step_gap": 10,
+        "proxy_init": "uniform_classes",
+    },
+    "proxy_nca": NCA,
+    "ps_proxy_nca": NCA | MIXED,
+    "memvir_proxy_nca": {
+        **NCA,
+        **LONG,
+        "memvir.num_steps": 20,
+        "memvir.step_gap": 25,
+        "proxy_init": "normal_dim",
+    },
+}
+
+
+@pytest.mark.parametrize("variant", OFFICIAL_CHANGES)
+def test_cars196_is_set_as_its_authors_set_it(variant):
+    made = dict(config.leaves(load(ROOT / "configs" / "cars196.py").get_config(variant)))
+    assert made.keys() >= OURS
+    official = {path: value for path, value in made.items() if path not in OURS}
+    assert official == OFFICIAL | OFFICIAL_CHANGES[variant]
+
+
+def test_cars196_tells_the_published_scores():
+    module = load(ROOT / "configs" / "cars196.py")
+    for loss in ("norm_softmax", "proxy_nca"):
+        scores = [module.PUBLISHED[method, loss] for method in ("baseline", "ps", "memvir")]
+        cells = [" / ".join(f"{mean:.2f}" for mean, _ in one.values()) for one in scores]
+        assert re.search(rf"^{loss} +{'  '.join(cells)}$", module.__doc__, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "classes"), [("sop", 11318), ("inshop", 3997)])
+def test_the_memory_is_as_large_as_the_config_says(name, classes):
+    module, told = load(ROOT / "configs" / f"{name}.py"), {}
+    for loss in ("norm_softmax", "soft_triple"):
+        made = module.get_config(f"memvir_{loss}")
+        of_loss = losses.create(**made.loss)
+        shape = jax.eval_shape(lambda m=made, x=of_loss: experiment._memory(m, x, classes, 1))
+        told[loss] = f"{sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shape)) / 1e9:.1f}"
+    words = " ".join(module.__doc__.split())
+    assert f"keep the memory at {told['norm_softmax']} GB" in words
+    assert f"takes {told['soft_triple']} GB" in words
 
 
 def test_an_unknown_variant_is_refused_with_the_known_ones():
@@ -268,6 +355,58 @@ def test_every_setting_is_checked(loss, path, kind):
             # As it comes from a file: a ConfigDict that has types lets fewer of these in.
             with pytest.raises(ValueError, match=rf"config\.{path} is .*; (it must be|choose) "):
                 config.validate(ConfigDict(settings))
+
+
+@dataclasses.dataclass(frozen=True)
+class Banded(losses.NormSoftmax):
+    """A loss as somebody might add one, with fields of every type."""
+
+    shape: str = "box"
+    bands: tuple[float, ...] = (0.5, 1.0)
+    shift: int = 0
+    hard: bool = False
+
+    def logits(self, embeddings, proxies):
+        return super().logits(embeddings, proxies) * self.bands[0]
+
+
+@pytest.fixture
+def banded(monkeypatch):
+    monkeypatch.setitem(losses._LOSSES, "banded", Banded)
+    monkeypatch.setattr(losses, "NAMES", (*losses.NAMES, "banded"))
+    monkeypatch.setitem(config.RULES, "loss.name", rules.choice(losses.NAMES))
+
+
+def test_a_new_loss_has_its_fields_as_settings_whatever_their_type(banded, tmp_path):
+    made = glyphs.get_config("ps_memvir_banded")
+    made.loss.update(shape="disc", bands=(0.25, 2.0), shift=-1, hard=True)
+    config.validate(made)
+    workdir.claim(tmp_path, made)
+    read = workdir.read_config(tmp_path)
+    config.validate(read)
+    expected = Banded(scale=23.0, shape="disc", bands=(0.25, 2.0), shift=-1, hard=True)
+    assert losses.create(**read.loss) == losses.create(**made.loss) == expected
+    assert hash(losses.create(**read.loss)) == hash(expected)
+
+
+@pytest.mark.parametrize(
+    ("field", "bad"), [("shape", 1), ("bands", ("a",)), ("bands", 0.5), ("shift", 0.5), ("hard", 1)]
+)
+def test_a_new_loss_is_checked_by_the_types_of_its_fields(banded, field, bad):
+    settings = glyphs.get_config("banded").to_dict()
+    settings["loss"][field] = bad
+    with pytest.raises(ValueError, match=rf"config\.loss\.{field} is .*; it must be "):
+        config.validate(ConfigDict(settings))
+
+
+def test_a_new_loss_with_a_field_of_no_known_type_says_what_to_do(banded, monkeypatch):
+    made = glyphs.get_config("banded")
+    unknown = dataclasses.make_dataclass(
+        "Unknown", [("window", float | None, None)], bases=(Banded,), frozen=True
+    )
+    monkeypatch.setitem(losses._LOSSES, "banded", unknown)
+    with pytest.raises(TypeError, match="what banded.window .* is None by default: .* LOSS_RULES"):
+        config.validate(made)
 
 
 def test_settings_too_many_or_too_few_are_named():

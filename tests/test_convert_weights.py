@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests import weights
+from tests import tiny, weights
+from tests.models.test_pretrained import gives_golden_features
 from tests.test_programs import run, succeed
 
 NAME = "resnet18"
@@ -20,22 +21,25 @@ def tensors(torch):
     return {key: torch.from_numpy(np.array(x)) for key, x in weights.state_dict(NAME).items()}
 
 
-def arguments(source, out):
-    return ["convert_weights.py", f"--backbone={NAME}", f"--source={source}", f"--out={out}"]
+def arguments(source, out, name=NAME):
+    return ["convert_weights.py", f"--backbone={name}", f"--source={source}", f"--out={out}"]
 
 
-def test_an_old_checkpoint_of_a_parallel_model_becomes_a_state_dict(torch, tensors, tmp_path):
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return tiny.write_images(tmp_path_factory.mktemp("images"))
+
+
+def test_an_old_checkpoint_of_a_parallel_model_becomes_a_state_dict(torch, tmp_path):
     source, out = tmp_path / "old.pth", tmp_path / "new.safetensors"
-    old = {
-        f"module.{key}": x[None] if x.ndim == 1 and "bn" in key else x for key, x in tensors.items()
-    }
+    old = {key: torch.from_numpy(np.array(x)) for key, x in weights.port(NAME).items()}
     old["module.bn1.num_batches_tracked"] = torch.tensor(3)
     # Laid out otherwise than contiguously.
     old["module.conv1.weight"] = old["module.conv1.weight"].to(memory_format=torch.channels_last)
     torch.save({"state_dict": old, "epoch": 3}, source, _use_new_zipfile_serialization=False)
     succeed(*arguments(source, out))
-    written, expected = load_file(out), weights.state_dict(NAME)
-    assert written.keys() == {key for key in expected if not key.startswith("fc.")}
+    written, expected = load_file(out), weights.backbone(NAME)
+    assert written.keys() == expected.keys()
     for key, array in written.items():
         np.testing.assert_array_equal(array, expected[key], strict=True)
 
@@ -43,6 +47,15 @@ def test_an_old_checkpoint_of_a_parallel_model_becomes_a_state_dict(torch, tenso
     done = run(*arguments(source, out))
     assert done.returncode == 2 and f"{out} exists" in done.stderr
     assert out.read_bytes() == before
+
+
+def test_bninceptions_port_reaches_a_run(torch, images, tmp_path):
+    source, out = tmp_path / "bn_inception.pth", tmp_path / "bninception.safetensors"
+    port = {key: torch.from_numpy(x) for key, x in weights.port("bninception").items()}
+    plain = {key.removeprefix("module."): x for key, x in port.items()}
+    torch.save(plain, source, _use_new_zipfile_serialization=False)
+    succeed(*arguments(source, out, "bninception"))
+    gives_golden_features("bninception", out, images)
 
 
 def test_what_does_not_fit_or_is_not_safe_is_refused(torch, tensors, tmp_path):

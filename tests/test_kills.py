@@ -1,5 +1,6 @@
 """A run that is killed at many moments, again and again, is the run that was not."""
 
+import functools
 import os
 import random
 import signal
@@ -23,16 +24,17 @@ PATIENCE = 120  # Seconds that anything may take on a busy machine.
 # What to wait for before the kill, and for how many seconds after it at most.
 MOMENTS = [
     *[("start", 3.0)] * 10,
-    *[("loop", 4.0)] * 4,
-    *[("save", 0.05)] * 4,
-    *[("evaluation", 2.0)] * 2,
+    *[("loop", 4.0)] * 2,
+    *[("step", 0.2)] * 3,
+    *[("save", 0.02)] * 3,
+    *[("evaluation", 1.0)] * 2,
 ]
 
 
-def training(images, folder):
-    settings = {"epochs": 15, "evaluation__every_epochs": 5, "data__num_workers": 2}
+def training(images, folder, program=("scripts/train.py",)):
+    settings = {"epochs": 24, "evaluation__every_epochs": 8, "data__num_workers": 2}
     arguments = tiny.arguments(images, "ps_memvir", deterministic=True, **settings)
-    return [sys.executable, "scripts/train.py", f"--workdir={folder}", *arguments]
+    return [sys.executable, *program, f"--workdir={folder}", *arguments]
 
 
 def marked(mark):
@@ -47,18 +49,6 @@ def marked(mark):
     return found
 
 
-def workers(pid):
-    """A run's worker processes."""
-    try:
-        # Any of its threads may have started them.
-        threads = Path(f"/proc/{pid}/task").iterdir()
-        children = [x for thread in threads for x in (thread / "children").read_text().split()]
-        lines = [Path(f"/proc/{child}/cmdline").read_bytes() for child in children]
-    except OSError:
-        return 0
-    return sum(b"spawn_main" in line for line in lines)
-
-
 def changed_since(path, begun):
     try:
         return path.stat().st_mtime_ns > begun
@@ -66,7 +56,7 @@ def changed_since(path, begun):
         return False
 
 
-def has_come(moment, process, folder, begun):
+def has_come(moment, folder, does, begun):
     if moment == "start":
         return True
     if moment == "loop":
@@ -76,7 +66,28 @@ def has_come(moment, process, folder, begun):
         # Not one that an earlier kill has left.
         unfinished = (folder / workdir.CHECKPOINTS).glob("*orbax-checkpoint-tmp*")
         return any(changed_since(path, begun) for path in unfinished)
-    return workers(process.pid) > 2
+    return changed_since(does, begun) and does.read_text() == moment
+
+
+def state(process):
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2][0]
+
+
+def strike(process, come, wait):
+    """Kills a process at a moment; whether it was that moment, which a halted one cannot leave."""
+    while process.poll() is None:
+        if not come():
+            time.sleep(0.0005)
+            continue
+        time.sleep(wait())
+        process.send_signal(signal.SIGSTOP)
+        while state(process) not in "TZ":
+            time.sleep(0.0005)
+        if come():
+            process.kill()
+            return process.wait() == -signal.SIGKILL
+        process.send_signal(signal.SIGCONT)
+    return False
 
 
 def unmapped(names):
@@ -104,22 +115,22 @@ def test_a_run_that_is_killed_at_twenty_moments_ends_bit_for_bit_like_one_that_w
     subprocess.run(training(images, undisturbed), check=True, **quiet)
 
     mark = f"DML_JAX_TEST={uuid.uuid4()}"
-    environment = os.environ | dict([mark.split("=")])
+    does = tmp_path / "does"
+    environment = os.environ | dict([mark.split("="), ("DML_JAX_TEST_DOES", str(does))])
     shared = set(SHARED_MEMORY.iterdir())
     rng = random.Random(0)
     moments = rng.sample(MOMENTS, len(MOMENTS))
-    killed = []
     for moment, spread in moments:
         begun = time.time_ns()
-        process = subprocess.Popen(training(images, folder), env=environment, **quiet)
-        while not has_come(moment, process, folder, begun) and process.poll() is None:
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, spread))
-        process.kill()
-        killed.append(process.wait())
+        program = training(images, folder, ("-m", "tests.marked"))
+        process = subprocess.Popen(program, env=environment, **quiet)
+        assert strike(
+            process,
+            functools.partial(has_come, moment, folder, does, begun),
+            functools.partial(rng.uniform, 0, spread),
+        ), f"it was over before it could be killed at the moment {moment}"
         # Started again at once, while the workers of the last one are ending.
-    # None had ended by itself, well or badly.
-    assert killed == [-signal.SIGKILL] * len(moments) and not (folder / workdir.RESULT).exists()
+    assert not (folder / workdir.RESULT).exists()
 
     subprocess.run(training(images, folder), env=environment, check=True, **quiet)
     chex.assert_trees_all_equal(final_state(folder), final_state(undisturbed))

@@ -41,6 +41,22 @@ def test_losses_and_gradients_of_another_library(peer):
         assert np.linalg.norm(gradient - expected) < 1e-5 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_plain_softmax_is_pytorchs_linear_layer_and_cross_entropy(bias):
+    """PyTorch 2.13's, of the vectors of the other golden losses and a bias of its own."""
+    golden = np.load(Path(__file__).parent / "golden" / "softmax.npz")
+    key, proxies = "softmax_bias" if bias else "softmax", GOLDEN["proxies"]
+    if bias:
+        proxies = np.concatenate([proxies, golden["bias"][:, None]], axis=1)
+    value, gradients = jax.value_and_grad(losses.create("softmax", bias=bias), argnums=(0, 1))(
+        jnp.asarray(GOLDEN["embeddings"]), jnp.asarray(proxies), jnp.asarray(GOLDEN["labels"])
+    )
+    np.testing.assert_allclose(value, golden[f"{key}_loss"], rtol=1e-5)
+    for gradient, of in zip(gradients, ("embeddings", "proxies"), strict=True):
+        expected = golden[f"{key}_grad_{of}"]
+        assert np.linalg.norm(gradient - expected) < 1e-5 * np.linalg.norm(expected)
+
+
 def create(name, **hyperparameters):
     return losses.create(name, **HYPERPARAMETERS.get(name, {}), **hyperparameters)
 
@@ -172,6 +188,73 @@ def test_a_bias_is_the_last_column_of_the_proxies(problem):
     logits = embeddings @ proxies.T + bias[None]
     expected = -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(BATCH), labels])
     chex.assert_trees_all_close(value, expected, rtol=1e-6)
+
+
+def run_of_both(loss, *, steps):
+    """Steps with half as many synthetic classes as samples: what they were given, and memories."""
+    keys = jax.random.split(jax.random.key(0), 2 * steps)
+    memory = memvir.init(
+        num_steps=2, step_gap=0, batch_size=BATCH, num_classes=CLASSES, dim=DIM, loss=loss
+    )
+    labels, partner = jnp.asarray([0, 1, 2, 3, 4, 1]), jnp.roll(jnp.arange(BATCH), 1)
+
+    @jax.jit
+    def step(embeddings, proxies, memory):
+        def value(e, p):
+            mixed = proxy_synthesis.synthesize(
+                e, p, labels, lam=jnp.asarray(0.3), partner=partner, ratio=0.5, loss=loss
+            )
+            return memvir.loss_and_update(loss, memory, **mixed._asdict())
+
+        return jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(embeddings, proxies)
+
+    for i in range(steps):
+        embeddings = jax.random.normal(keys[2 * i], (BATCH, DIM))
+        proxies = jax.random.normal(keys[2 * i + 1], loss.proxy_shape(CLASSES, DIM))
+        (loss_value, memory), gradients = step(embeddings, proxies, memory)
+        yield (embeddings, proxies, labels, partner), (loss_value, gradients)
+
+
+def test_a_bias_goes_through_both_regularisers():
+    """The definition, with the bias apart: it is mixed and remembered as a part of its proxy."""
+
+    def defined(e, p, labels, partner, past):
+        def mixed(x):
+            return 0.3 * x[:3] + 0.7 * x[partner[:3]]
+
+        rows = jnp.concatenate([e, mixed(e), *[old for old, _, _ in past]])
+        columns = jnp.concatenate([p, mixed(p[labels]), *[old for _, old, _ in past]])
+        logits = rows @ columns[:, :DIM].T + columns[:, DIM][None]
+        behind = [CLASSES + 3 + k * CLASSES + old for k, (_, _, old) in enumerate(past)]
+        own = jnp.concatenate([labels, CLASSES + jnp.arange(3), *behind])
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(own)), own])
+
+    past = []
+    for given, (value, gradients) in run_of_both(losses.create("softmax", bias=True), steps=4):
+        expected, wanted = jax.value_and_grad(defined, argnums=(0, 1))(*given, past)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        for ours, theirs in zip(gradients, wanted, strict=True):
+            assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
+        past = [given[:3], *past[:1]]
+
+
+def test_tau_takes_the_classes_of_the_step_and_the_synthetic_ones():
+    def distance(centers):
+        unit = centers / jnp.linalg.norm(centers, axis=-1, keepdims=True)
+        return jnp.linalg.norm(unit[:, 0] - unit[:, 1], axis=-1)
+
+    plain, pulled = (
+        run_of_both(losses.create("soft_triple", centers_per_class=2, tau=tau), steps=3)
+        for tau in (0.0, 0.2)
+    )
+    for (given, (value, _)), (_, (with_tau, _)) in zip(plain, pulled, strict=True):
+        _, proxies, labels, partner = given
+        unit = proxies / jnp.linalg.norm(proxies, axis=-1, keepdims=True)
+        of_class = unit.reshape(CLASSES, 2, DIM)
+        own = of_class[labels]
+        synthetic = 0.3 * own[:3] + 0.7 * own[partner[:3]]
+        expected = 0.2 * jnp.mean(distance(jnp.concatenate([of_class, synthetic])))
+        np.testing.assert_allclose(with_tau - value, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["soft_triple"])

@@ -20,7 +20,7 @@ import dml_jax
 from dml_jax import sharding
 from dml_jax.models import pretrained
 from dml_jax.retrieval import embed
-from dml_jax.training import experiment, networks, workdir
+from dml_jax.training import experiment, networks, stopping, workdir
 from tests import tiny, weights
 
 ROOT = Path(__file__).parents[1]
@@ -213,6 +213,11 @@ def test_a_run_of_another_configuration_is_left_as_it_is(images, finished):
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
+def markdown_rows(table):
+    lines = table.strip().splitlines()[2:]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
 def test_reproduce_goes_on_after_a_kill_and_compares(images, tmp_path):
     settings = [x for x in tiny.arguments(images, epochs=2) if not x.startswith("--config=")]
     reproduce = command(
@@ -239,14 +244,11 @@ def test_reproduce_goes_on_after_a_kill_and_compares(images, tmp_path):
     assert (first / workdir.RESULT).stat().st_mtime_ns == finished
     tables = done.stdout[done.stdout.index("| R@1") :].split("\n\n")
     assert [table.splitlines()[0].split(" | ")[0] for table in tables] == [
-        "| R@1",
-        "| RP",
-        "| MAP@R",
+        "| R@1, last epoch",
+        "| RP, last epoch",
+        "| MAP@R, last epoch",
     ]
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in tables[2].strip().splitlines()[2:]
-    ]
+    rows = markdown_rows(tables[2])
     assert [row[0] for row in rows] == ["proxy_nca", "memvir_proxy_nca"]
     for row in rows:
         for seed in range(2):
@@ -298,40 +300,45 @@ def test_a_full_disk_ends_a_run_and_room_lets_it_go_on(images, tmp_path):
     assert "last: R@1" in succeed(*training)
 
 
-def test_two_processes_train_like_one_and_one_goes_on_with_their_checkpoint(tmp_path):
+def test_two_processes_that_are_asked_to_stop_train_like_one_that_is_not(tmp_path):
     images = tiny.write_images(tmp_path / "images")
     # One process looks at the images, and tells the other what to leave out.
     (images / "train" / "class0" / "0.png").write_bytes(b"")
     arguments = tiny.arguments(images, "ps_memvir", epochs=3, data__unreadable="skip")
     slow = ["--config.optimizer.learning_rate=1e-4", "--config.evaluation.recall_at=(1,2)"]
 
-    def start(folder, devices, *flags):
+    def start(folder, devices, *flags, program=("scripts/train.py",), **environment):
         flag = f"--xla_force_host_platform_device_count={devices}"
         return subprocess.Popen(
-            command("train.py", f"--workdir={folder}", *arguments, *slow, *flags),
+            [sys.executable, *program, f"--workdir={folder}", *arguments, *slow, *flags],
             cwd=ROOT,
-            env=os.environ | {"XLA_FLAGS": flag},
+            env=os.environ | {"XLA_FLAGS": flag} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    together = tmp_path / "together"
-    processes = [
-        start(
-            together,
-            2,
-            f"--coordinator={address}",
-            "--num_processes=2",
-            f"--process_id={number}",
-        )
-        for number in range(2)
-    ]
-    printed = [process.communicate(timeout=600) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], printed
+    def start_two(folder, **of_second):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        joined = [f"--coordinator={address}", "--num_processes=2"]
+        processes = [
+            start(folder, 2, *joined, f"--process_id={number}", **settings)
+            for number, settings in enumerate(({}, of_second))
+        ]
+        printed = [process.communicate(timeout=600) for process in processes]
+        return [process.returncode for process in processes], printed
+
+    # The second one is asked to stop in step 5; all come to know it four steps later.
+    together, does = tmp_path / "together", str(tmp_path / "does")
+    asks = {"DML_JAX_TEST_DOES": does, "DML_JAX_TEST_STOPS": "5"}
+    codes, printed = start_two(together, program=("-m", "tests.marked"), **asks)
+    assert codes == [stopping.EXIT_CODE] * 2, printed
+    assert all("stopped after step 9, which is saved" in errors for _, errors in printed)
+    assert (together / workdir.CHECKPOINTS / "9").is_dir()
+    codes, printed = start_two(together)
+    assert codes == [0, 0], printed
     assert "last: R@1" in printed[0][0] and "R@1" not in printed[1][0]
     alone = tmp_path / "alone"
     process = start(alone, 4)

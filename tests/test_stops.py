@@ -3,11 +3,12 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from dml_jax.training import stopping, workdir
 from tests import tiny
@@ -34,15 +35,23 @@ def wait_for_lines(folder, process, number=1):
         time.sleep(0.01)
 
 
+def worker_of(process):
+    # Any of its threads may have started it.
+    threads = Path(f"/proc/{process.pid}/task").glob("*/children")
+    children = [int(child) for thread in threads for child in thread.read_text().split()]
+    (found,) = (x for x in children if b"spawn_main" in Path(f"/proc/{x}/cmdline").read_bytes())
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_signal_to_the_whole_group_stops_a_run_and_only_one_process_trains(tmp_path):
     images = tiny.write_images(tmp_path / "images")
     folder = tmp_path / "run"
     settings = {"epochs": 1000, "evaluation__every_epochs": 500, "data__num_workers": 1}
     process = start(images, folder, **settings)
     wait_for_lines(folder, process)
-    second = start(images, folder, **settings)
-    _, errors = second.communicate(timeout=600)
-    assert second.returncode == 2 and "another process is training in" in errors, errors
+    with pytest.raises(ValueError, match="another process is training"), workdir.locked(folder):
+        pass
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == stopping.EXIT_CODE, errors
@@ -50,22 +59,38 @@ def test_a_signal_to_the_whole_group_stops_a_run_and_only_one_process_trains(tmp
     assert (folder / workdir.CHECKPOINTS / str(step)).is_dir()
     assert "Traceback" not in errors
 
+    # An image that goes bad when it has been looked at, and a worker that dies.
+    picture = images / "train" / "class3" / "2.png"
+    sound = picture.read_bytes()
+    picture.write_bytes(bytes(len(sound)))
+    _, errors = start(images, folder, **settings).communicate(timeout=600)
+    assert "class3/2.png" in errors and "Traceback" not in errors
+    picture.write_bytes(sound)
+    process = start(images, folder, **settings)
+    wait_for_lines(folder, process, len(workdir.read_lines(folder / workdir.METRICS)) + 1)
+    os.kill(worker_of(process), signal.SIGKILL)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 2 and "Traceback" not in errors
+    assert "which read images, was ended by SIGKILL" in errors
 
-def test_two_processes_stop_at_the_same_step_when_one_is_asked(tmp_path):
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for signals in /proc")
+def test_a_signal_before_anything_is_trained_ends_a_run_at_once(tmp_path):
     images = tiny.write_images(tmp_path / "images")
     folder = tmp_path / "run"
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    joined = [f"--coordinator={address}", "--num_processes=2"]
-    settings = {"epochs": 1000, "evaluation__every_epochs": 500}
-    processes = [
-        start(images, folder, *joined, f"--process_id={number}", **settings) for number in range(2)
-    ]
-    wait_for_lines(folder, processes[0])
-    processes[1].send_signal(signal.SIGTERM)
-    errors = [process.communicate(timeout=600)[1] for process in processes]
-    assert [process.returncode for process in processes] == [stopping.EXIT_CODE] * 2, errors
-    stops = [re.search(r"stopped after step (\d+), which is saved", text)[1] for text in errors]
-    assert stops[0] == stops[1]
-    assert (folder / workdir.CHECKPOINTS / stops[0]).is_dir()
+    for begun in (handles_signals, lambda process: (folder / workdir.CONFIG).exists()):
+        assert not folder.exists()
+        process = start(images, folder)
+        while not begun(process) and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == stopping.EXIT_CODE, errors
+        assert "Traceback" not in errors
+    assert not (folder / workdir.CHECKPOINTS / "4").exists()
+
+
+def handles_signals(process):
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
+    return caught >> (signal.SIGTERM - 1) & 1

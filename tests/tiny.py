@@ -1,5 +1,8 @@
 """A data set and a network so small that a whole run takes seconds."""
 
+import contextlib
+import resource
+
 import numpy as np
 from PIL import Image
 
@@ -21,6 +24,17 @@ def write_images(root, *, seed=0):
                 pixels = (colour + noise).astype(np.uint8)
                 Image.fromarray(pixels).save(directory / f"{i}.png")
     return root
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """As if there were room for so many bytes in each file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # Whole settings, as a user gives them: --config.NAME=VALUE.

@@ -15,6 +15,21 @@ def state_dict(name):
     return {key: _tensor(key, shape) for key, shape in SHAPES[name].items()}
 
 
+def port(name):
+    """The same as old ports wrote it: of a parallel model, by PyTorch before 0.2."""
+    tensors = state_dict(name)
+    old = {k: x[None] if x.ndim == 1 and "bn" in k else x for k, x in tensors.items()}
+    size = {"bninception": 1024, "resnet18": 512}[name]
+    old |= {"last_linear.weight": np.ones((1000, size), np.float32)}
+    old |= {"last_linear.bias": np.ones(1000, np.float32)}
+    return {f"module.{key}": x for key, x in old.items()}
+
+
+def backbone(name):
+    """The tensors without the classifier's."""
+    return {k: x for k, x in state_dict(name).items() if not k.startswith("fc.")}
+
+
 def _tensor(key, shape):
     seed = np.random.RandomState(zlib.crc32(key.encode()))
     x = seed.standard_normal(shape).astype("float32")

@@ -66,10 +66,10 @@ class Batches(Iterator[T]):
     Its worker processes end with `close()`, with the last reference to it, or with the program.
     """
 
-    def __init__(self, dataset: grain.IterDataset, num_workers: int):
-        """Begins with the first batch of `dataset`, which that many processes read."""
+    def __init__(self, dataset: grain.IterDataset, number: int, num_workers: int):
+        """Begins with the first of the `number` batches of `dataset`, read by that many workers."""
         self._iterators = [iter(dataset)]
-        self._workers = _Workers(num_workers) if num_workers else None
+        self._workers = _Workers(num_workers, number) if num_workers else None
         self.close = weakref.finalize(self, _close, self._iterators)
 
     def __next__(self) -> T:
@@ -100,8 +100,8 @@ class _Workers:
     a batch, and a worker mostly waits to send, would let the reader wait for the rest for ever.
     """
 
-    def __init__(self, count: int):
-        self._count = count
+    def __init__(self, count: int, to_come: int):
+        self._count, self._to_come = count, to_come
         self._others = {process.pid for process in multiprocessing.active_children()}
         self._own: dict[int | None, BaseProcess] = {}
 
@@ -112,7 +112,9 @@ class _Workers:
         while True:
             self._find()
             try:
-                return answers.get(timeout=_PATIENCE).result()
+                element = answers.get(timeout=_PATIENCE).result()
+                self._to_come -= 1
+                return element
             except queue.Empty:
                 self._check(None)
             except RuntimeError as error:  # What Grain raises when it notices itself.
@@ -130,15 +132,23 @@ class _Workers:
             self._own |= {pid: found[pid] for pid in found.keys() - self._others}
 
     def _check(self, error: RuntimeError | None) -> None:
-        for pid, process in self._own.items():
-            code = process.exitcode
-            if not code:
-                continue
-            by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        ended = {pid: process.exitcode for pid, process in self._own.items()}
+        failed = {pid: code for pid, code in ended.items() if code}
+        # At the end workers are no longer needed, and end well.
+        if list(ended.values()).count(0) > max(0, self._count - self._to_come):
+            failed |= {pid: code for pid, code in ended.items() if code == 0}
+        for pid, code in failed.items():
             raise ChildProcessError(
-                f"process {pid}, which read images, was ended by {by}; if the machine ran out of "
-                "memory, lower config.data.num_workers"
+                f"process {pid}, which read images, was ended by {_ended_by(code)}; if the machine "
+                "ran out of memory, lower config.data.num_workers"
             ) from error
+
+
+def _ended_by(code: int) -> str:
+    try:
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    except ValueError:  # Real-time signals have no names.
+        return f"signal {-code}"
 
 
 def _abandon(iterators: list[grain.DatasetIterator]) -> None:
@@ -353,7 +363,7 @@ def _read(batches: grain.MapDataset, num_workers: int, source: Source) -> Batche
     if num_workers == 0 or source.kept is not None:
         threads = max(num_workers, _THREADS)
         ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-        return Batches(batches.to_iter_dataset(ahead), 0)
+        return Batches(batches.to_iter_dataset(ahead), len(batches), 0)
     if not flags.FLAGS.is_parsed():  # Grain reads its flags, also in programs that parse none.
         flags.FLAGS.mark_as_parsed()
     # Batches come through pipes. Grain's shared memory would save a copy, but a container may
@@ -364,7 +374,8 @@ def _read(batches: grain.MapDataset, num_workers: int, source: Source) -> Batche
     )
     options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)
     gc.collect()  # Python can warn if it frees an old iterator while it makes a new one.
-    return Batches(dataset.mp_prefetch(options, worker_init_fn=_start_worker), num_workers)
+    prefetched = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
+    return Batches(prefetched, len(batches), num_workers)
 
 
 def _start_worker(index: int, count: int) -> None:

@@ -113,6 +113,24 @@ def backbone_tensors(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
     }
 
 
+def from_port(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A backbone's tensors as their files should have them, of a state dict of any age.
+
+    Args:
+        state_dict: arrays by PyTorch name, perhaps those of a parallel model, which begin with
+            `module.`, and perhaps of PyTorch before 0.2, which gave the vectors of a batch
+            normalisation a leading axis of 1.
+
+    Returns:
+        Those of `backbone_tensors`, contiguous, since safetensors writes others wrongly.
+    """
+    plain = {key.removeprefix("module."): array for key, array in state_dict.items()}
+    return {
+        key: np.ascontiguousarray(array[0] if array.ndim == 2 and len(array) == 1 else array)
+        for key, array in backbone_tensors(plain).items()
+    }
+
+
 def convert(name: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Converts a PyTorch state dict to the variables of a backbone.
 

@@ -2,12 +2,13 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import scipy.stats
 
 
 def table(
-    metric: str,
+    title: str,
     scores: Mapping[str, Sequence[float]],
     *,
     baselines: Mapping[str, str],
@@ -18,25 +19,26 @@ def table(
     Welch's t-test compares each variant with its baseline, two-sided: the p-value is how often
     seeds alone would set the two means at least so far apart.
 
-    >>> print(table("R@1", {"plain": [0.5, 0.52], "mixed": [0.6, 0.62]},
+    >>> print(table("R@1, last epoch", {"plain": [0.5, 0.52], "mixed": [0.6, 0.62]},
     ...             baselines={"mixed": "plain"}, published={"plain": (51.5, 0.3)}))
-    | R@1 | 1 | 2 | mean ± std | against | p (Welch) | published |
+    | R@1, last epoch | 1 | 2 | mean ± std | against | p (Welch) | published, best epoch |
     |---|---|---|---|---|---|---|
     | plain | 50.0 | 52.0 | 51.00 ± 1.41 |  |  | 51.5 ± 0.3 |
     | mixed | 60.0 | 62.0 | 61.00 ± 1.41 | plain +10.00 | 0.019 |  |
 
     Args:
-        metric: its name.
+        title: the metric, and the epoch that it is of.
         scores: of each variant, one fraction a seed; as many seeds each.
         baselines: which variant each is compared with, of those that are.
-        published: mean and standard deviation in percent, of the variants that have any.
+        published: mean and standard deviation in percent, of the variants that have any; the
+            official programs tell the best epoch's, chosen on the test classes.
 
     Returns:
         The lines of the table.
     """
     seeds = range(1, 1 + max(map(len, scores.values())))
     rows = [
-        [metric, *map(str, seeds), "mean ± std", "against", "p (Welch)", "published"],
+        [title, *map(str, seeds), "mean ± std", "against", "p (Welch)", "published, best epoch"],
         ["---"] * (5 + len(seeds)),
     ]
     for variant, fractions in scores.items():
@@ -52,6 +54,35 @@ def table(
             [variant, *(f"{x:.1f}" for x in percents), mean_and_std(percents), against, p, told]
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows).replace("| --- ", "|---")
+
+
+def scores(
+    results: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, *, best: bool
+) -> tuple[str, dict[str, list[float]]]:
+    """A metric of every run, and which epoch it is of.
+
+    >>> result = {"last": {"map@r": 0.5}, "best_of": {"map@r": {"map@r": 0.6}}}
+    >>> results = {"plain": [result | {"best_chosen_on": "test"}]}
+    >>> scores(results, "map@r", best=False)
+    ('last epoch', {'plain': [0.5]})
+    >>> scores(results, "map@r", best=True)
+    ('best epoch on test classes', {'plain': [0.6]})
+
+    Args:
+        results: of each variant, the results of its runs.
+        metric: its key in them.
+        best: whether to take the metric's own best epoch instead of the last one.
+
+    Returns:
+        The epoch in words, and the metric's fractions by variant.
+    """
+    if not best:
+        last = {name: [run["last"][metric] for run in runs] for name, runs in results.items()}
+        return "last epoch", last
+    splits = sorted({run["best_chosen_on"] for runs in results.values() for run in runs})
+    return f"best epoch on {' and '.join(splits)} classes", {
+        name: [run["best_of"][metric][metric] for run in runs] for name, runs in results.items()
+    }
 
 
 def mean_and_std(percents: Sequence[float]) -> str:

@@ -119,10 +119,10 @@ def _restore(
     """The network's variables, the proxies and the memory of the last checkpoint."""
     everything = experiment.abstract_state(built)
     wanted = {name: getattr(everything, name) for name in ("params", "batch_stats", "memory")}
-    with checkpoint.Checkpoints(folder) as checkpoints:
-        if checkpoints.latest is None:
-            return None
-        found = everything._replace(**checkpoints.restore(checkpoints.latest, wanted))
+    try:
+        found = everything._replace(**checkpoint.read(folder, "last", wanted)[1])
+    except FileNotFoundError:
+        return None
     proxies, memory = jax.device_get((found.params["proxies"], found.memory))
     return networks.variables(found), proxies, memory
 

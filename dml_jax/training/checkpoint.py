@@ -6,6 +6,7 @@ state is the input's position too.
 
 import contextlib
 import shutil
+import time
 from collections.abc import Iterator
 from logging import LogRecord, getLogger
 from pathlib import Path
@@ -23,9 +24,10 @@ BEST = {"best_map": "map@r", "best_r1": "recall@1", "best_rp": "r_precision"}
 """Names of the best checkpoints, and the metric by which each is the best."""
 
 _DAMAGED = (
-    "{} is damaged: {}. Started again, the run sets what is damaged aside and goes on from the "
-    "newest sound checkpoint"
+    "{} is damaged: {}. A run that goes on sets such checkpoints aside by itself; from a finished "
+    "one, move it elsewhere, and the next best is taken"
 )
+_LOOKS, _PAUSE = 10, 0.2  # How often a reader looks, and the seconds between two looks.
 
 # Orbax and its asyncio tasks log a failure several times over, with tracebacks. It is told once, by
 # what is raised here; --verbosity=1 shows all.
@@ -90,7 +92,11 @@ class Checkpoints:
         except (ValueError, OSError) as error:  # It reads all scores.
             if self._writes and isinstance(error, OSError):
                 raise
-            raise ValueError(_DAMAGED.format(self._directory, error)) from error
+            for step, damage in _damaged(self._directory).items():
+                raise ValueError(_DAMAGED.format(self._directory / str(step), damage)) from error
+            raise ValueError(
+                f"the checkpoints in {self._directory} cannot be read: {error}"
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         """Opens nothing more."""
@@ -197,12 +203,51 @@ class Checkpoints:
         return self._checkpointer.load(step, like)
 
 
+def read(workdir: Path, name: str, like: dict[str, Any]) -> tuple[int, Any]:
+    """Reads a run's checkpoint, also while the run goes on and deletes what it no longer keeps.
+
+    Args:
+        workdir: the run's.
+        name: `last`, or a key of `BEST`.
+        like: see `Checkpoints.restore`.
+
+    Returns:
+        Its step, and the state.
+
+    Raises:
+        FileNotFoundError: there is none of that name.
+        ValueError: it is damaged.
+    """
+    for _ in range(_LOOKS):
+        before = _steps(workdir / workdirs.CHECKPOINTS)
+        try:
+            return _read(workdir, name, like)
+        except (ValueError, OSError):
+            # A checkpoint that is being deleted looks damaged.
+            time.sleep(_PAUSE)
+            if _steps(workdir / workdirs.CHECKPOINTS) == before:
+                raise
+    return _read(workdir, name, like)
+
+
+def _read(workdir: Path, name: str, like: dict[str, Any]) -> tuple[int, Any]:
+    with Checkpoints(workdir) as checkpoints:
+        step = checkpoints.find(name)
+        return step, checkpoints.restore(step, like)
+
+
+def _steps(directory: Path) -> list[int]:
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
+
+
+def _damaged(directory: Path) -> dict[int, str]:
+    found = {step: integrity.damage(directory / str(step)) for step in _steps(directory)}
+    return {step: damage for step, damage in found.items() if damage}
+
+
 def _set_damaged_aside(workdir: Path, directory: Path) -> None:
-    steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
-    damaged = {
-        step: damage for step in steps if (damage := integrity.damage(directory / str(step)))
-    }
-    sound = [step for step in steps if step not in damaged]
+    damaged = _damaged(directory)
+    sound = [step for step in _steps(directory) if step not in damaged]
     if damaged and not sound:
         raise ValueError(
             f"no checkpoint in {directory} is sound; to train from the beginning, delete it:\n"

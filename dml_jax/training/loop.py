@@ -2,7 +2,6 @@
 
 import collections
 import math
-import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ _STEPS_IN_FLIGHT = 4
 
 
 def train(
-    experiment: Experiment, folder: Path, asked: threading.Event | None = None
+    experiment: Experiment, folder: Path, asked: stopping.Request | None = None
 ) -> dict[str, Any]:
     """Trains to the end, from the beginning or from the latest checkpoint in the folder.
 
@@ -45,9 +44,12 @@ def train(
 
     Raises:
         Stopped: one of the processes was asked to.
+        ValueError: the run has done more than the config asks for, or lines of its metrics are
+            lost.
         FloatingPointError: more steps in a row than the config lets pass were not finite;
             checkpoints of before are kept.
     """
+    asked = stopping.Request() if asked is None else asked
     config, steps_per_epoch = experiment.config, experiment.steps_per_epoch
     total_steps = config.epochs * steps_per_epoch
     with checkpoint.Checkpoints(folder, keep_last=config.checkpoint.keep_last) as checkpoints:
@@ -55,18 +57,9 @@ def train(
         compiled = compile_step(
             experiment.recipe, experiment.state_sharding, sharding.by_row(experiment.mesh)
         )
-        # Epochs that ended with an evaluation. The file may already be longer, by what another
-        # process has written since.
-        evaluated = [
-            line
-            for line in workdir.read_lines(folder / workdir.METRICS)
-            if "map@r" in line and line["step"] <= start
-        ]
-        if start > total_steps or start == total_steps and _step(evaluated) < start:
-            raise ValueError(
-                f"config.epochs is {config.epochs}, but the run has done "
-                f"{start / steps_per_epoch:.4g}; choose more"
-            )
+        # Epochs that ended with an evaluation.
+        evaluated = [x for x in _lines(folder, start, steps_per_epoch) if "map@r" in x]
+        _check_length(config.epochs, start / steps_per_epoch, evaluated)
         embeddings = None
         agreement = sharding.Agreement(experiment.mesh, _STEPS_IN_FLIGHT)
         with (
@@ -84,8 +77,9 @@ def train(
             epoch_began, first_step = time.perf_counter(), start
             for step, batch in batches(experiment, start, end):
                 state, observed = compiled(state, batch)
+                asked.unsaved = True
                 watch.put(step, observed)
-                stops = agreement.after(step, asked is not None and asked.is_set())
+                stops = agreement.after(step, asked.is_set())
                 if step % steps_per_epoch:
                     if stops:
                         watch.drain()
@@ -120,6 +114,9 @@ def train(
                 if _has_stopped(experiment, evaluated):
                     break
                 epoch_began, first_step = time.perf_counter(), step
+    asked.unsaved = jax.process_count() > 1  # The others would wait for one that ended alone.
+    if sharding.any_process(asked.is_set()):
+        raise stopping.Stopped("stopped when all was trained and saved: start again for the result")
     if embeddings is None or experiment.chosen_on != "test":
         embeddings = embed_split(experiment, networks.variables(state), "test")
     return _finish(experiment, folder, evaluated, embeddings)
@@ -140,8 +137,36 @@ def _has_stopped(experiment: Experiment, evaluated: Sequence[Mapping[str, Any]])
     return 0 < experiment.config.evaluation.patience <= waited
 
 
-def _step(evaluated: Sequence[Mapping[str, Any]]) -> int:
-    return evaluated[-1]["step"] if evaluated else 0
+def _lines(folder: Path, start: int, steps_per_epoch: int) -> list[dict[str, Any]]:
+    """The metrics of all epochs that are done; ValueError if some are lost."""
+    file = folder / workdir.METRICS
+    # It may already be longer, by what another process has written since.
+    lines = [line for line in workdir.read_lines(file) if line["step"] <= start]
+    there, done = [line["epoch"] for line in lines], list(range(1, start // steps_per_epoch + 1))
+    if there == done:
+        return lines
+    lost = [epoch for epoch in done if epoch not in there]
+    what = f"lacks the lines of epochs {lost}" if lost else f"has lines of epochs {there}"
+    sound = next((n for n, epoch in enumerate(done) if there[n : n + 1] != [epoch]), len(done))
+    raise ValueError(
+        f"{file} {what}, but the run's checkpoint is of step {start}, in which epochs 1 to "
+        f"{len(done)} are done. Put the file back as it was; or delete the checkpoints of steps "
+        f"above {sound * steps_per_epoch} in {folder / workdir.CHECKPOINTS}, and what came after "
+        "is trained again"
+    )
+
+
+def _check_length(epochs: int, done: float, evaluated: Sequence[Mapping[str, Any]]) -> None:
+    if done > epochs:
+        raise ValueError(
+            f"config.epochs is {epochs}, but the run has done {done:.4g} and does not go back; "
+            "choose more"
+        )
+    if done == epochs and not (evaluated and evaluated[-1]["epoch"] == epochs):
+        raise ValueError(
+            f"the run has done all of the {epochs} epochs that config.epochs asks for, but has "
+            "not evaluated the last one, which was not the last when it was trained; choose more"
+        )
 
 
 def _stopped(step: int) -> stopping.Stopped:
@@ -262,12 +287,16 @@ class _Watch:
     def _skipped(self, step: int, observed: Observed) -> None:
         bad = bad_numbers.describe(self._experiment, step, observed)
         file = self._folder / workdir.NOT_FINITE
+        more = f"{file} tells more"
         if sharding.is_first_process():
-            workdir.write_json(file, bad)
+            try:
+                workdir.write_json(file, bad)
+            except OSError as error:  # What happened is worth more than its file.
+                more = f"{file} could not be written: {error}"
         message = (
             f"step {step} leads to numbers that are not finite: its loss is {bad['loss']}, the "
             f"norm of its gradient {bad['gradient_norm']} (learning rate "
-            f"{bad['learning_rate']:g}); {file} tells more"
+            f"{bad['learning_rate']:g}); {more}"
         )
         if bad["in_a_row"] <= self._experiment.config.skip_nonfinite:
             logging.warning("%s; it is skipped", message)
@@ -334,9 +363,10 @@ def _finish(
             if split in embeddings:
                 source = experiment.sources[split]
                 rows = embeddings[split]
-                embed.save_embeddings(
-                    folder / file, rows, source.labels, source.names, source.class_names
-                )
+                with workdir.naming(folder / file):
+                    embed.save_embeddings(
+                        folder / file, rows, source.labels, source.names, source.class_names
+                    )
         workdir.write_json(folder / workdir.RESULT, result)
     sharding.wait_for_all("result written")
     return result

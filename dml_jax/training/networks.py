@@ -85,14 +85,20 @@ def load(network: Network, folder: Path, name: str) -> dict[str, PyTree]:
     Raises:
         FileNotFoundError: there is no such checkpoint.
     """
+    return _load(network, folder, name)[1]
+
+
+def _load(network: Network, folder: Path, name: str) -> tuple[int, dict[str, PyTree]]:
+    """With the step, which a run that goes on may have another of a moment later."""
     shapes = network.variables_shape
     wanted = {"params": {"embedder": shapes["params"]}, "batch_stats": shapes["batch_stats"]}
-    with checkpoint.Checkpoints(folder) as checkpoints:
-        found = checkpoints.restore(checkpoints.find(name), wanted)
-    return {"params": found["params"]["embedder"], "batch_stats": found["batch_stats"]}
+    step, found = checkpoint.read(folder, name, wanted)
+    return step, {"params": found["params"]["embedder"], "batch_stats": found["batch_stats"]}
 
 
-def trained(folder: Path, name: str, mesh: jax.sharding.Mesh) -> tuple[Network, dict[str, PyTree]]:
+def trained(
+    folder: Path, name: str, mesh: jax.sharding.Mesh
+) -> tuple[Network, dict[str, PyTree], int]:
     """A run's network, of which only the configuration and the checkpoint must still be there.
 
     Args:
@@ -101,7 +107,7 @@ def trained(folder: Path, name: str, mesh: jax.sharding.Mesh) -> tuple[Network, 
         mesh: the devices to run on.
 
     Returns:
-        The network and its variables.
+        The network, its variables, and the step of the checkpoint.
 
     Raises:
         FileNotFoundError: there is no run, or no such checkpoint.
@@ -110,7 +116,8 @@ def trained(folder: Path, name: str, mesh: jax.sharding.Mesh) -> tuple[Network, 
     config = workdir.read_config(folder)
     configs.validate(config)
     network = make(config, mesh)
-    return network, load(network, folder, name)
+    step, variables = _load(network, folder, name)
+    return network, variables, step
 
 
 def embed_images(

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import optax
+from jaxtyping import Array, Int, PyTree
 
 NAMES = ("adam", "adamw", "rmsprop", "sgd")
 
@@ -21,7 +23,7 @@ def create(
     decay_epochs: Sequence[int],
     clip_value: float | None = None,
     frozen_epochs: int = 0,
-) -> tuple[optax.GradientTransformation, Callable[[int], tuple[float, float]]]:
+) -> tuple[optax.GradientTransformationExtraArgs, Callable[[int], tuple[float, float]]]:
     """Makes the optimizer of a tree `{"embedder": ..., "proxies": ...}`.
 
     Every parameter, proxies too, decays: weight_decay * parameter joins its gradient, or, in
@@ -44,7 +46,8 @@ def create(
     Returns:
         The transformation, whose updates are to be added to the parameters, and a function from a
         step, counted from 0, to that step's learning rates of (embedder, proxies). The function
-        computes on the host only.
+        computes on the host only. `update` takes `step=` too: rates and thaw go by the run's steps,
+        skipped ones too, and only what the optimizer itself counts goes by the updates it made.
 
     Raises:
         ValueError: on an unknown name, or on an epoch below 1.
@@ -77,11 +80,13 @@ def create(
     direction = optax.chain(*directions[name])
     frozen_steps = frozen_epochs * steps_per_epoch
     if frozen_steps:
-        thawing = optax.conditionally_mask(direction, lambda step: step >= frozen_steps)
+        thawing = optax.conditionally_mask(
+            direction, lambda _, *, step: step >= frozen_steps, forward_extra_args=True
+        )
         direction = optax.partition({"backbone": thawing, "other": direction}, _backbone_or_other)
     groups = {
-        "embedder": optax.scale_by_learning_rate(schedule(learning_rate)),
-        "proxies": optax.scale_by_learning_rate(schedule(proxy_learning_rate)),
+        "embedder": _descend(schedule(learning_rate)),
+        "proxies": _descend(schedule(proxy_learning_rate)),
     }
     transformation = optax.chain(
         optax.identity() if clip_value is None else optax.clip(clip_value),
@@ -89,6 +94,19 @@ def create(
         optax.partition(groups, {group: group for group in groups}),
     )
     return transformation, rates
+
+
+def _descend(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Multiplies by the negative rate of the step that is given, where optax counts updates."""
+
+    def update(
+        updates: PyTree, state: optax.OptState, params: PyTree = None, *, step: Int[Array, ""]
+    ) -> tuple[PyTree, optax.OptState]:
+        del params
+        rate = schedule(step)
+        return jax.tree.map(lambda x: -rate * x, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def _backbone_or_other(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from dml_jax import config as configs
@@ -39,17 +40,17 @@ def run(
     configs.validate(config)
     fork = workdir.forked_from(folder, fork_from)
     config = _resolved(config, forked=fork is not None)
-    workdir.check(folder, config)
-    writer.check(config.wandb)
     result = workdir.finished(folder, config)
     if result is not None:
         return result
+    writer.check(config.wandb)
     if config.deterministic:
         # Read when JAX first looks for its devices.
         wanted, given = "--xla_gpu_deterministic_ops=true", os.environ.get("XLA_FLAGS", "")
         if wanted not in given:
             os.environ["XLA_FLAGS"] = f"{given} {wanted}"
     with stopping.listening() as asked, contextlib.ExitStack() as held:
+        asked.unsaved = jax.process_count() > 1  # The others would wait for one that ended alone.
         findings = workdir.read_findings(folder)
         built = experiment.build(config, sharding.make_mesh(), findings)
         if overview and sharding.is_first_process():

@@ -26,7 +26,7 @@ class Recipe(NamedTuple):
 
     embedder: Embedder
     loss: losses.ProxyLoss
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     seed: int
     steps_per_epoch: int
     mixing_alpha: float
@@ -101,7 +101,8 @@ def train_step(
 ) -> tuple[TrainState, Observed]:
     """Takes one step, or skips it if it would bring in a number that is not finite.
 
-    A step that is skipped counts as done, and changes nothing else.
+    A step that is skipped counts as done, for learning rates and thaw too, and changes nothing
+    else.
 
     Args:
         recipe: what to do.
@@ -121,7 +122,9 @@ def train_step(
     if recipe.frozen_steps:
         frozen = state.step < recipe.frozen_steps
         batch_stats = _where(frozen, state.batch_stats, batch_stats)
-    updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
+    updates, opt_state = recipe.optimizer.update(
+        gradients, state.opt_state, state.params, step=state.step
+    )
     params = optax.apply_updates(state.params, updates)
     gradient_norms, parameter_norms = _norms(gradients), _norms(state.params)
     gradient_norm = jnp.linalg.norm(gradient_norms)

@@ -58,11 +58,29 @@ def _part(path: Path) -> Path:
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     part = _part(path)
-    with part.open("w", encoding="utf-8") as file:
+    with naming(path), part.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())  # Or after a power failure the name might be there without it.
     os.replace(part, path)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names the file that could not be written, as where the disk is full Python does not.
+
+    Args:
+        path: the file's.
+
+    Raises:
+        OSError: as what is raised within, with the path.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -150,7 +168,8 @@ def check_images(workdir: Path, images: Mapping[str, Any]) -> None:
     Raises:
         ValueError: it has others.
     """
-    there = _read_json(workdir / IMAGES)
+    # A run that was killed when it began may have left those of images that have changed since.
+    there = _read_json(workdir / IMAGES) if (workdir / CONFIG).exists() else None
     if there is not None:
         _refuse(workdir, "set of images", list(_differences(there, images, "images")))
 
@@ -178,18 +197,28 @@ def fingerprints(sources: Mapping[str, data.Source]) -> dict[str, Any]:
 
 
 def finished(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
-    """The result of a checked run, if it has nothing more to do.
+    """The result of a run that has nothing more to do; says which settings come too late for it.
 
     Args:
         workdir: the run's.
         config: the run's, perhaps with more epochs or another patience than it has had.
+
+    Raises:
+        ValueError: see `check`.
     """
+    changed = check(workdir, config)
     result = read_result(workdir)
-    if result is None or result["last"]["epoch"] >= config.epochs:
-        return result
-    there = read_config(workdir)  # Fewer epochs: it has lost its patience.
-    same = there.epochs == config.epochs and there.evaluation.patience == config.evaluation.patience
-    return result if same else None
+    if result is None:
+        return None
+    if result["last"]["epoch"] < config.epochs:  # Either it has lost its patience, or goes on.
+        longer = ("config.epochs:", "config.evaluation.patience:")
+        if any(difference.startswith(longer) for difference in changed):
+            return None
+    for difference in changed:
+        logging.warning("the run is finished and stays as it is, without another %s", difference)
+    if any(difference.startswith("config.evaluation.") for difference in changed):
+        logging.warning("scripts/evaluate.py scores its checkpoints in other ways")
+    return result
 
 
 @contextlib.contextmanager
@@ -216,9 +245,10 @@ def locked(workdir: Path) -> Iterator[None]:
             ) from None
         except OSError as error:
             logging.warning("%s cannot be locked (%s): start one process in it", workdir, error)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with naming(workdir / LOCK):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
         yield
 
 

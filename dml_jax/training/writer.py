@@ -3,6 +3,7 @@
 Weights & Biases hears it too, if it is asked for.
 """
 
+import contextlib
 import json
 import os
 import uuid
@@ -39,12 +40,21 @@ class Writer:
         Raises:
             ValueError: Weights & Biases refuses the run.
         """
-        self._wandb = _open_wandb(workdir, wandb) if wandb else None
-        self._files = [
-            _open_up_to(workdir / name, step) for name in (workdirs.METRICS, workdirs.TIMINGS)
-        ]
-        self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1)
-        self._batch_size = batch_size
+        self._workdir, self._batch_size = workdir, batch_size
+        with contextlib.ExitStack() as opened:
+            self._wandb = _open_wandb(workdir, wandb) if wandb else None
+            opened.push(self._finish_wandb)
+            self._files = []
+            for path in (workdir / workdirs.METRICS, workdir / workdirs.TIMINGS):
+                self._files.append(_open_up_to(path, step))
+                opened.callback(_close, self._files[-1], path)
+            # It writes in a thread. Had a full disk ended that, a short queue would wait for ever.
+            with workdirs.naming(workdir):
+                self._events = tensorboardX.SummaryWriter(
+                    str(workdir), purge_step=step + 1, max_queue=10_000
+                )
+            opened.callback(_close, self._events, workdir)
+            self._opened = opened.pop_all()
         self._console = Console()
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -77,14 +87,14 @@ class Writer:
     def __enter__(self) -> "Writer":
         """Shows the progress bar."""
         self._progress.start()
+        self._opened.callback(self._progress.stop)
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        """Closes everything."""
-        self._progress.stop()
-        self._events.close()
-        for file in self._files:
-            file.close()
+    def __exit__(self, *error: Any) -> None:
+        """Closes everything, also when something of it fails."""
+        self._opened.__exit__(*error)
+
+    def _finish_wandb(self, error: type[BaseException] | None, *_: object) -> None:
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(error is not None))
 
@@ -102,13 +112,15 @@ class Writer:
             timings: with `step` and `epoch` among them.
         """
         for file, line in zip(self._files, (metrics, timings), strict=True):
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # Before the checkpoint, which it belongs to.
-        for name, value in (metrics | timings).items():
-            if name not in ("step", "epoch"):
-                self._events.add_scalar(name, value, metrics["step"])
-        self._events.flush()
+            with workdirs.naming(Path(file.name)):
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # Before the checkpoint, which it belongs to.
+        with workdirs.naming(self._workdir):  # TensorBoard's files there.
+            for name, value in (metrics | timings).items():
+                if name not in ("step", "epoch"):
+                    self._events.add_scalar(name, value, metrics["step"])
+            self._events.flush()
         if self._wandb is not None:
             self._wandb.log(metrics | timings, step=metrics["step"])
         shown = [f"epoch {metrics['epoch']}", f"loss {metrics['loss']:.3f}"]
@@ -174,6 +186,11 @@ def _open_wandb(workdir: Path, project: str) -> Any:
             f"Weights & Biases: {error}\n`wandb login` tells it who you are, WANDB_MODE=offline "
             "keeps everything here until `wandb sync`, and --config.wandb= does without it"
         ) from error
+
+
+def _close(file: Any, path: Path) -> None:
+    with workdirs.naming(path):
+        file.close()
 
 
 def _open_up_to(path: Path, step: int) -> Any:

@@ -8,6 +8,7 @@ import shutil
 import stat
 import tarfile
 import threading
+import urllib.request
 import zipfile
 
 import pytest
@@ -125,6 +126,56 @@ def test_a_data_set_is_prepared_from_its_archive(tmp_path):
         prepare.prepare("cub200", source=root / "attributes.txt", out=tmp_path / "other")
 
 
+def test_sop_is_prepared_from_its_zip(tmp_path):
+    (root := tmp_path / "source").mkdir()
+    images = public_data.sop(tmp_path / "images")
+    shutil.make_archive(str(root / "Stanford_Online_Products"), "zip", images)
+    published = dataclasses.replace(prepare.DATA_SETS["sop"], counts=public_data.SOP_COUNTS)
+    sources = {"a": root, "b": root / "Stanford_Online_Products.zip", "c": images}
+    indices = [
+        prepare.prepare("sop", source=source, out=tmp_path / out, published=published)
+        for out, source in sources.items()
+    ]
+    assert len(indices[0].splits["train"].labels) == 22
+    # The names are those of the folders, wherever these lie.
+    assert indices[0] == indices[1] == indices[2]
+    assert [path.name for path in root.iterdir()] == ["Stanford_Online_Products.zip"]
+
+
+def test_cub_is_downloaded_from_its_address_once(tmp_path, monkeypatch):
+    archive = tmp_path / "copy.tgz"
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(public_data.cub200(tmp_path / "cub") / "CUB_200_2011", "CUB_200_2011")
+    asked = []
+
+    def urlopen(url, timeout):
+        asked.append(url)
+        response = io.BytesIO(archive.read_bytes())
+        response.headers = {"Content-Length": str(archive.stat().st_size)}
+        return response
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    real = prepare.DATA_SETS["cub200"]
+    (address,) = real.addresses
+
+    def prepared(out, sha256):
+        here = dataclasses.replace(
+            real, counts=public_data.CUB_COUNTS, addresses=(address._replace(sha256=sha256),)
+        )
+        source = tmp_path / "downloads"
+        return prepare.prepare("cub200", source=source, out=out, download=True, published=here)
+
+    with pytest.raises(ValueError, match="is not what was published"):
+        prepared(tmp_path / "out", address.sha256)
+    assert not (tmp_path / "out").exists()
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    index = prepared(tmp_path / "out", digest)
+    assert {split: len(x.labels) for split, x in index.splits.items()} == {"train": 6, "test": 6}
+    assert prepared(tmp_path / "again", digest) == index
+    assert asked == [address.url, address.url]
+    assert [path.name for path in (tmp_path / "downloads").iterdir()] == ["CUB_200_2011.tgz"]
+
+
 @pytest.fixture
 def server(tmp_path):
     """Serves a directory: (its path, its address)."""
@@ -164,7 +215,7 @@ def test_downloads_come_whole_or_not_at_all(server, tmp_path, progress):
         archives.download(altered, into, progress)
     assert [path.name for path in into.iterdir()] == ["b.zip.part"]
     for name, message in [("none", "HTTP Error 404"), ("short", "ended after 14 of 1000 bytes")]:
-        with pytest.raises(OSError, match=f"cannot download {url}/{name} .*{message}.*run the"):
+        with pytest.raises(OSError, match=f"cannot download {url}/{name} .*{message}.*starts over"):
             archives.download(address._replace(url=f"{url}/{name}"), into, progress)
         assert [path.name for path in into.iterdir()] == ["b.zip.part"]
 

@@ -284,6 +284,9 @@ def test_one_class_alone_is_refused_and_a_class_of_one_image_trains(root, tmp_pa
     mesh = sharding.make_mesh()
     built = experiment.build(tiny.config(root), mesh)
     assert np.bincount(built.sources["train"].labels).tolist() == [1, 6, 6, 6, 6, 6]
+    tiniest = {"model__backbone": "colours", "model__width": None, "model__stem": None}
+    result = run.run(tiny.config(root, epochs=1, **tiniest), tmp_path / "run")
+    assert np.isfinite(result["last"]["loss"]) and result["classes"]["train"] == 6
     for split in ("train", "test"):
         alone = tmp_path / split
         tiny.write_images(alone)

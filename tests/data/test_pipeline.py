@@ -253,6 +253,8 @@ class Records(tuple):
     def __getitem__(self, index):
         if sys.argv[1] == "raises" and index == 5:
             raise LookupError("this disk is from another planet")
+        if sys.argv[1] == "leaves" and index == 5:
+            os._exit(0)
         return super().__getitem__(index)
 
 if __name__ == "__main__":
@@ -281,7 +283,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("how", ["killed", "raises"])
+@pytest.mark.parametrize("how", ["killed", "raises", "leaves"])
 def test_a_worker_that_dies_is_reported_and_never_waited_for(tmp_path, how):
     (tmp_path / "program.py").write_text(WATCHED)
     program = subprocess.run(
@@ -296,6 +298,8 @@ def test_a_worker_that_dies_is_reported_and_never_waited_for(tmp_path, how):
         message = r"ChildProcessError: process \d+, which read images, was ended by SIGKILL;"
         assert re.search(message, program.stderr)
         assert float(program.stdout.splitlines()[0]) < 10
+    elif how == "leaves":
+        assert "which read images, was ended by exit code 0;" in program.stderr
     else:  # With the worker's own lines in the traceback.
         assert "LookupError: this disk is from another planet" in program.stderr
         assert "raise LookupError(" in program.stderr

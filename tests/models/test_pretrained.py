@@ -35,29 +35,58 @@ def state_dict():
     return {key: np.zeros(shape, np.float32) for key, shape in weights.SHAPES["resnet18"].items()}
 
 
+def pixels(name):
+    """RGB images of 0..255 that the backbone's input normalisation makes the golden images of."""
+    golden = np.load(weights.GOLDEN / "backbones.npz")["images_nchw"].transpose(0, 2, 3, 1)
+    if name == "bninception":
+        return (golden + np.float32([104, 117, 128]))[..., ::-1]
+    mean, std = np.float32([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    return 255 * (golden * std + mean)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_starts_from_the_file_and_gives_pytorchs_features(name, images, tmp_path):
     file = tmp_path / f"{name}.safetensors"
-    save_file(weights.state_dict(name), file)
+    tensors = weights.state_dict(name)
+    save_file(pretrained.from_port(weights.port(name)) if name == "bninception" else tensors, file)
+    gives_golden_features(name, file, images)
+
+
+def test_an_old_state_dict_of_a_parallel_model_is_made_a_plain_one():
+    old = weights.port("bninception") | {"module.conv1_7x7_s2_bn.num_batches_tracked": np.int64(3)}
+    name = "module.inception_3a_3x3.weight"
+    old[name] = np.asfortranarray(old[name])
+    plain, expected = pretrained.from_port(old), weights.backbone("bninception")
+    assert plain.keys() == expected.keys()
+    for key, array in plain.items():
+        np.testing.assert_array_equal(array, expected[key], strict=True)
+        assert array.flags.c_contiguous
+
+
+def gives_golden_features(name, file, images):
+    """Checks what a run that starts with a file makes of pixels, up to its pooled features."""
+    golden = np.load(weights.GOLDEN / "backbones.npz")
+    features = [golden[f"{name}_{pooling}"] for pooling in ("gap", "gmp")]
     config = tiny.config(
         images,
         model__backbone=name,
         model__pretrained=str(file),
         model__freeze_bn=True,
+        model__dim=features[0].shape[1],
         data__image_size=32,
         data__resize=32,
         **BACKBONE_DEFAULTS,
     )
     built = experiment.build(config, sharding.make_mesh(jax.devices()[:1]))
     variables = networks.variables(built.init())
-    backbone = built.recipe.embedder.backbone
-    golden = np.load(weights.GOLDEN / "backbones.npz")
-    normalised = jnp.asarray(golden["images_nchw"].transpose(0, 2, 3, 1))
-    features = jax.jit(lambda v, x: backbone.apply(v, x, train=False))(
-        {collection: tree["backbone"] for collection, tree in variables.items()}, normalised
+    # With this head the embedding is the feature.
+    head = {"kernel": jnp.eye(config.model.dim), "bias": jnp.zeros(config.model.dim)}
+    variables["params"]["head"] = head
+    embedders = [built.network.embedder.clone(pooling=pooling) for pooling in ("gap", "gmp")]
+    ours = jax.jit(lambda v, x: [one.apply(v, x, train=False) for one in embedders])(
+        variables, jnp.asarray(pixels(name))
     )
-    for pooled, suffix in ((features.mean((1, 2)), "gap"), (features.max((1, 2)), "gmp")):
-        reference = golden[f"{name}_{suffix}"]
+    for pooled, reference in zip(ours, features, strict=True):
         assert np.linalg.norm(pooled - reference) < 1e-4 * np.linalg.norm(reference)
 
 

@@ -1,5 +1,4 @@
 import os
-import resource
 import shutil
 import sys
 import tempfile
@@ -11,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from dml_jax.training import checkpoint, workdir
+from dml_jax.training import checkpoint, integrity, workdir
+from tests import tiny
 
 SCORES = {"recall@1": 0.5, "r_precision": 0.5, "map@r": 0.5}
 STATE = {"x": jax.numpy.asarray(np.random.default_rng(0).normal(size=(40, 50)), "float32")}
@@ -82,6 +82,33 @@ def test_any_damaged_file_is_found_and_the_newest_sound_checkpoint_taken(
         assert (folder / workdir.DAMAGED / "3").is_dir()
 
 
+@pytest.mark.parametrize("when", ["before it is checked", "when it is sound"])
+def test_a_reader_looks_again_when_the_run_deletes_what_it_was_about_to_read(
+    saved, tmp_path, monkeypatch, when
+):
+    folder, check = tmp_path / "run", integrity.damage
+    shutil.copytree(saved, folder)
+    checkpoints, looked = folder / workdir.CHECKPOINTS, []
+
+    def damage(path):
+        sound = check(path)
+        looked.append(int(path.name))
+        if looked == [3]:
+            shutil.copytree(checkpoints / "3", checkpoints / "4")
+            shutil.rmtree(checkpoints / "3")
+        return sound if when == "when it is sound" else check(path)
+
+    monkeypatch.setattr(integrity, "damage", damage)
+    step, state = checkpoint.read(folder, "last", LIKE)
+    assert step == 4 and looked == [3, 4]
+    chex.assert_trees_all_equal(state, STATE)
+    flip(next((checkpoints / "4").glob("state/d/*")))
+    with pytest.raises(ValueError, match="4 is damaged: .* move it elsewhere, and the next best"):
+        checkpoint.read(folder, "last", LIKE)
+    shutil.move(checkpoints / "4", tmp_path)
+    assert checkpoint.read(folder, "last", LIKE)[0] == 2
+
+
 def test_no_sound_checkpoint_makes_room_for_a_damaged_one(saved, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
@@ -106,16 +133,12 @@ def test_a_full_disk_ends_a_save_and_keeps_what_was_saved(saved, tmp_path, caplo
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
     large = {"x": jax.numpy.asarray(np.random.default_rng(1).normal(size=(400, 500)), "float32")}
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
-    try:
-        with (
-            pytest.raises(OSError, match="checkpoint of step 4 could not be written; those of"),
-            checkpoint.Checkpoints(folder, keep_last=1) as checkpoints,
-        ):
-            checkpoints.save(4, large, SCORES)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with (
+        tiny.full_disk(100_000),
+        pytest.raises(OSError, match="checkpoint of step 4 could not be written; those of"),
+        checkpoint.Checkpoints(folder, keep_last=1) as checkpoints,
+    ):
+        checkpoints.save(4, large, SCORES)
     with checkpoint.Checkpoints(folder, keep_last=1) as checkpoints:
         assert checkpoints.latest == 3
         chex.assert_trees_all_equal(checkpoints.restore(3, LIKE), STATE)

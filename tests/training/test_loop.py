@@ -111,6 +111,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert 0 < told["norms"]["proxies"]["parameter"] < 100
 
 
+def test_a_full_disk_does_not_hide_that_a_loss_is_not_finite(images, tmp_path, poison, monkeypatch):
+    def full(path, value):
+        raise OSError(28, "No space left on device", str(path))
+
+    built = start(tiny.config(images), tmp_path / "run")
+    poison(1)
+    monkeypatch.setattr(workdir, "write_json", full)
+    with pytest.raises(FloatingPointError, match="step 1 .*not_finite.json could not be written: "):
+        loop.train(built, tmp_path / "run")
+
+
 def test_steps_that_are_not_finite_are_skipped_and_counted_however_a_run_is_interrupted(
     images, tmp_path, poison
 ):

@@ -58,8 +58,8 @@ def test_every_step_is_torchs(golden, name):
         return ((golden["A"] @ w) ** 2).mean() + jnp.cos(p @ w) + ((p - 1) ** 4).mean()
 
     @jax.jit
-    def step(params, state):
-        updates, state = transformation.update(jax.grad(loss)(params), state, params)
+    def step(params, state, i):
+        updates, state = transformation.update(jax.grad(loss)(params), state, params, step=i)
         return optax.apply_updates(params, updates), state
 
     params = {
@@ -68,7 +68,7 @@ def test_every_step_is_torchs(golden, name):
     }
     state = transformation.init(params)
     for i in range(int(golden["steps"])):
-        params, state = step(params, state)
+        params, state = step(params, state, jnp.int32(i))
         for ours, group in ((params["embedder"]["w"], "model"), (params["proxies"], "proxies")):
             reference = golden[f"{name}_{group}"][i]
             error = np.linalg.norm(ours - reference) / np.linalg.norm(reference)
@@ -101,7 +101,7 @@ def test_rates_decay_at_the_epochs_told(epochs, expected):
     for step, rate in enumerate(expected):
         gradients = jax.tree.map(lambda x, s=step: jnp.full_like(x, 10.0**s), params)
         before = state
-        updates, state = update(gradients, state, params)
+        updates, state = update(gradients, state, params, step=jnp.int32(step))
         trace = optax.tree.get(before, "trace")["proxies"][0]
         direction = 10.0**step + 0.9 * (10.0**step + 0.9 * float(trace))
         np.testing.assert_allclose(updates["proxies"][0], -rate * direction, rtol=1e-5)
@@ -113,7 +113,8 @@ def test_gradients_are_clipped_before_the_decay_joins_them():
     transformation, _ = optimizer.create(**settings)
     params = {"embedder": jnp.array([4.0, 4.0]), "proxies": jnp.array([4.0])}
     gradients = {"embedder": jnp.array([-30.0, 0.5]), "proxies": jnp.array([30.0])}
-    updates, _ = transformation.update(gradients, transformation.init(params), params)
+    state = transformation.init(params)
+    updates, _ = transformation.update(gradients, state, params, step=jnp.int32(0))
     # Nesterov's first step is 1.9 times the gradient.
     np.testing.assert_allclose(updates["embedder"], [-0.19 * (-1 + 2), -0.19 * (0.5 + 2)], 1e-6)
     np.testing.assert_allclose(updates["proxies"], [-1.9 * (1 + 2)], 1e-6)

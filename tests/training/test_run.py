@@ -1,4 +1,8 @@
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -31,9 +35,38 @@ def test_a_finished_run_that_gets_more_epochs_is_the_longer_run(images, tmp_path
         assert (folder / name).read_bytes() == (expected / name).read_bytes()
     assert run.run(short, folder)["last"]["epoch"] == 3  # It has done more than that.
 
+    result = (folder / workdir.RESULT).read_bytes()
     (folder / workdir.RESULT).unlink()
-    with pytest.raises(ValueError, match="config.epochs is 1, but the run has done 3"):
+    with pytest.raises(ValueError, match="config.epochs is 1, but the run has done 3 and does not"):
         run.run(short, folder)
+
+    # Lines are lost, the last one or another.
+    metrics = (folder / workdir.METRICS).read_bytes()
+    first, second, _ = metrics.splitlines(keepends=True)
+    (folder / workdir.METRICS).write_bytes(first + second)
+    with pytest.raises(ValueError, match=r"lacks the lines of epochs \[3\].* above 8"):
+        run.run(long, folder)
+    (folder / workdir.METRICS).write_bytes(second)
+    with pytest.raises(ValueError, match=r"lines of epochs \[1, 3\], but .* of step 12.* above 0"):
+        run.run(long, folder)
+    # As the message says.
+    (folder / workdir.METRICS).write_bytes(first + second)
+    for step in (folder / workdir.CHECKPOINTS).iterdir():
+        if int(step.name) > 8:
+            shutil.rmtree(step)
+    run.run(long, folder)
+    assert (folder / workdir.METRICS).read_bytes() == metrics
+    assert (folder / workdir.RESULT).read_bytes() == result
+
+
+def test_a_last_epoch_without_an_evaluation_is_told(images, tmp_path):
+    config = tiny.config(images, epochs=2, evaluation__every_epochs=2, **NETWORK)
+    run.run(config, tmp_path)
+    (tmp_path / workdir.RESULT).unlink()
+    shutil.rmtree(tmp_path / workdir.CHECKPOINTS / "8")
+    config.epochs = 1
+    with pytest.raises(ValueError, match="has not evaluated the last one"):
+        run.run(config, tmp_path)
 
 
 def test_a_fork_starts_with_the_network_of_another_run_and_needs_it_no_more(images, tmp_path):
@@ -88,3 +121,45 @@ def test_a_run_has_a_loss_in_every_epoch_and_steps_of_32_bits(tmp_path):
     made.optimizer.decay_epochs = (5, 2**30)
     with pytest.raises(ValueError, match="1073741824 epochs of 4 steps are too many"):
         experiment.build(made, mesh)
+
+
+class Reached(Exception):
+    """A run has come to its devices."""
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", "--xla_gpu_deterministic_ops=true"),
+        ("--xla_a=1", "--xla_a=1 --xla_gpu_deterministic_ops=true"),
+        ("--xla_gpu_deterministic_ops=true", "--xla_gpu_deterministic_ops=true"),
+    ],
+)
+def test_deterministic_asks_xla_before_it_looks_for_devices(
+    given, expected, images, tmp_path, monkeypatch
+):
+    def make_mesh():
+        raise Reached(os.environ["XLA_FLAGS"].strip())
+
+    monkeypatch.setattr(sharding, "make_mesh", make_mesh)
+    for deterministic, flags in ((False, given), (True, expected)):
+        monkeypatch.setenv("XLA_FLAGS", given)
+        config = tiny.config(images, deterministic=deterministic, **NETWORK)
+        with pytest.raises(Reached, match=f"^{flags}$"):
+            run.run(config, tmp_path / "run")
+
+
+def test_nothing_has_looked_for_devices_when_a_run_begins():
+    """In a process of its own: here, all others have."""
+    program = (
+        "import jax\n"
+        "from jax.extend import backend\n"
+        "from dml_jax import command_line\n"
+        "from dml_jax.training import run\n"
+        "import scripts.train\n"
+        "jax.config.update('jax_num_cpu_devices', 3)\n"  # Refused once devices are known.
+        "print(jax.device_count())\n"
+    )
+    started = [sys.executable, "-c", program]
+    done = subprocess.run(started, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.stdout == "3\n", done.stderr

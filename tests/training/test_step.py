@@ -109,6 +109,47 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(images):
     chex.assert_trees_all_equal(again, taken)
 
 
+def test_skipped_steps_count_for_rates_and_thaw_but_not_for_adam(images):
+    """Epoch 2, from step 4 on, thaws the backbone and all but stops the proxies."""
+    config = tiny.config(
+        images,
+        model__backbone="colours",
+        model__width=None,
+        model__stem=None,
+        optimizer__frozen_epochs=1,
+        optimizer__decay_epochs=(2,),
+        optimizer__decay_rate=1e-4,
+        optimizer__learning_rate=1.0,
+        optimizer__proxy_learning_rate=1.0,
+        optimizer__weight_decay=0.0,
+        optimizer__eps=1e-12,
+    )
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    built = experiment.build(config, mesh)
+    compiled = step.compile_step(built.recipe, built.state_sharding, sharding.by_row(mesh))
+    states = [built.init()]
+    for done, batch in loop.batches(built, 0, 5):
+        bad = np.nan if done in (1, 3) else 1.0
+        batch["image"] = batch["image"].astype(np.float32).at[0, 0, 0, 0].multiply(bad)
+        state, _ = compiled(jax.tree.map(lambda x: x.copy(), states[-1]), batch)
+        states.append(state)
+    assert int(states[-1].skipped.total) == 2
+
+    # A step of Adam is about as large as its rate, whatever the gradient.
+    def moved(part):
+        before, after = (optax.tree.get(state.params, part) for state in states[-2:])
+        moves = jax.tree.map(lambda x, y: abs(x - y).max(), before, after)
+        return max(jax.tree.leaves(moves))
+
+    ratio = moved("proxies") / built.learning_rate(4)[1]
+    assert built.learning_rate(4)[1] == 1e-4 and 0.1 < ratio < 3
+    ratio = moved("backbone") / built.learning_rate(4)[0]
+    # Its own first step, as torch counts.
+    assert 0.9 < ratio < 1.1
+    counts = optax.tree.get_all_with_path(states[-1].opt_state, "count")
+    assert sorted(int(count) for _, count in counts) == [1, 3]
+
+
 def test_frozen_statistics_stay_and_scales_train(images):
     config = tiny.config(images, model__freeze_bn=True)
     before = experiment.build(config, sharding.make_mesh(jax.devices()[:1])).init()

@@ -69,10 +69,36 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_with_the_same_bytes(
         assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
+def test_a_run_that_is_asked_during_its_last_evaluation_stops_before_the_result(
+    config, undisturbed, tmp_path, monkeypatch
+):
+    embed_split = loop.embed_split
+
+    def asking(experiment, variables, split):
+        if jax.device_get(variables["batch_stats"]) and len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+        asked.append(split)
+        return embed_split(experiment, variables, split)
+
+    asked = []
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "embed_split", asking)
+        with pytest.raises(stopping.Stopped, match="stopped when all was trained and saved"):
+            train(config, tmp_path)
+    assert len(asked) == 3 and not (tmp_path / workdir.RESULT).exists()
+    train(config, tmp_path)
+    for name in (workdir.METRICS, workdir.RESULT):
+        assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
 LISTENER = """
-import hashlib
+import hashlib, sys
 from dml_jax.training import stopping
 with stopping.listening() as asked:
+    asked.unsaved = sys.argv[1] == "unsaved"
+    if sys.argv[1] == "notebook":
+        sys.ps1 = "In: "
     print("listening", flush=True)
     asked.wait()
     print("asked", flush=True)
@@ -81,10 +107,26 @@ with stopping.listening() as asked:
 """
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_stops_at_once(second):
-    process = subprocess.Popen([sys.executable, "-c", LISTENER], stdout=subprocess.PIPE)
+def listener(what):
+    process = subprocess.Popen([sys.executable, "-c", LISTENER, what], stdout=subprocess.PIPE)
     process.stdout.readline()
+    return process
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_first_signal_ends_a_process_that_has_nothing_to_lose(first):
+    process = listener("nothing")
+    process.send_signal(first)
+    assert process.wait(timeout=60) == stopping.EXIT_CODE
+    process.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("what", "second"),
+    [("unsaved", signal.SIGTERM), ("unsaved", signal.SIGINT), ("notebook", signal.SIGINT)],
+)
+def test_a_second_signal_stops_at_once(what, second):
+    process = listener(what)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)  # As some schedulers do: one request.
     assert process.stdout.readline() == b"asked\n"
@@ -123,10 +165,11 @@ def test_several_processes_learn_late_what_one_wants(monkeypatch):
     assert stops == [False] * 5 + [True, False]
 
 
-def test_a_notice_of_preemption_from_jax_stops(monkeypatch):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_notice_of_preemption_from_jax_stops(monkeypatch, processes):
     mesh = sharding.make_mesh(jax.devices()[:2])
     agreement = sharding.Agreement(mesh, steps_late=0)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
     monkeypatch.setattr(
         sharding.multihost_utils, "reached_preemption_sync_point", lambda step: step == 2
     )

@@ -62,6 +62,9 @@ FREE = {
     "data.num_workers": 1,
     "data.cache": "host",
     "data.cache_size": 64,
+    "data.root": "/elsewhere",
+    "skip_nonfinite": 2,
+    "wandb": "letters",
 }
 
 
@@ -87,8 +90,12 @@ FIXED = {
     "optimizer.learning_rate": 1.0,
     "proxy_synthesis.ratio": 0.5,
     "data.image_size": 8,
+    "data.unreadable": "skip",
     "data.validation_classes": 0.5,
     "data.cache": "device",
+    "loss.name": "sphereface",
+    "loss.scale": 7.0,
+    "model.width": 8,
 }
 
 
@@ -119,10 +126,40 @@ def test_a_finished_run_goes_on_only_when_it_may_train_longer(tmp_path):
     assert workdir.finished(tmp_path, longer) is None
 
 
+def test_a_finished_run_says_which_settings_come_too_late(tmp_path, caplog):
+    workdir.claim(tmp_path, changed(epochs=5))
+    result = {"last": {"epoch": 5}}
+    workdir.write_json(tmp_path / workdir.RESULT, result)
+    assert workdir.finished(tmp_path, changed(epochs=5)) == result and not caplog.text
+    late = {"epochs": 3, "evaluation.nmi": True, "evaluation.recall_at": (1, 2), "wandb": "w"}
+    assert workdir.finished(tmp_path, changed(**late)) == result
+    for name in late:
+        assert f"finished and stays as it is, without another config.{name}: " in caplog.text
+    assert "scripts/evaluate.py scores" in caplog.text
+    assert workdir.read_config(tmp_path).epochs == 5
+
+
+def test_a_file_for_which_there_is_no_room_is_named(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("{}")
+    with (
+        tiny.full_disk(100),
+        pytest.raises(OSError, match=f"File too large: '{path}'"),
+    ):
+        workdir.write_text(path, "x" * 101)
+    assert path.read_text() == "{}"
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(ValueError, match="mine"), workdir.naming(path):
+        raise ValueError("mine")
+
+
 def test_other_images_are_refused(tmp_path):
     images = tiny.write_images(tmp_path / "images")
     folder = tmp_path / "run"
+    folder.mkdir()
     there = workdir.fingerprints(data.create("folder", root=images))
+    workdir.write_json(folder / workdir.IMAGES, {"train": "what a kill has left"})
+    workdir.check_images(folder, there)
     workdir.claim(folder, glyphs.get_config(), there)
     moved = images.rename(tmp_path / "elsewhere")
     same = workdir.fingerprints(data.create("folder", root=moved))

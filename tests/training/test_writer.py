@@ -61,6 +61,19 @@ def test_without_the_package_it_is_told_before_anything_is_written(config, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("room, file", [(10, "metrics.jsonl"), (300, "")])
+def test_a_full_disk_is_told_with_the_path(tmp_path, room, file):
+    path = str(tmp_path / file).rstrip("/")
+    with (
+        pytest.raises(OSError, match=f"File too large: '{path}'"),
+        writer.Writer(tmp_path, step=0, total_steps=9, batch_size=1) as open_writer,
+        tiny.full_disk(room),
+    ):
+        for number in range(1, 9):
+            open_writer.epoch(*epoch(number))
+    assert all(opened.closed for opened in open_writer._files)
+
+
 def test_a_run_may_go_on_with_or_without_weights_and_biases(config, tmp_path):
     workdir.claim(tmp_path / "run", config)
     config.wandb = ""

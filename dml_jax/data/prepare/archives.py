@@ -50,7 +50,7 @@ def is_archive(path: Path) -> bool:
 
 
 def download(address: Address, directory: Path, progress: Progress) -> Path:
-    """Downloads an archive into a directory, unless it is already there.
+    """Downloads an archive into a directory, from its beginning, unless it is already there.
 
     Returns:
         Where it is.
@@ -80,8 +80,8 @@ def download(address: Address, directory: Path, progress: Progress) -> Path:
             raise OSError(f"the connection ended after {part.stat().st_size} of {size} bytes")
     except (OSError, EOFError, http.client.HTTPException) as error:  # EOFError is ftplib's.
         raise OSError(
-            f"cannot download {address.url} ({error}); run the same command again, or put the file "
-            f"from elsewhere at {path}"
+            f"cannot download {address.url} ({error}); run the same command again, which starts "
+            f"over, or put the file from elsewhere at {path}"
         ) from error
     if digest.hexdigest() != address.sha256:
         raise ValueError(
