@@ -13,16 +13,19 @@ from dml_jax import tuning
 from dml_jax.training import stopping
 
 
-def run(main: Callable[..., None], *arguments: str, many: str | None = None) -> None:
+def run(
+    main: Callable[..., None], *arguments: str, many: str | None = None, embeds: bool = False
+) -> None:
     """Parses the flags and runs a program.
 
     Args:
         main: the program.
         arguments: what its arguments are called, in their order; it takes them as strings.
         many: what further arguments are called, if there may be any number of them.
+        embeds: see `tuning.prepare`.
     """
     logging.set_verbosity(logging.WARNING)
-    tuning.prepare()
+    tuning.prepare(embeds=embeds)
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:

@@ -2,8 +2,8 @@
 
 A loss is a callable `loss(embeddings, proxies, labels) -> scalar` of raw (unnormalised) vectors.
 Losses of unit vectors are finite, with finite gradients, for all finite vectors. Those whose logits
-grow with the embedding's length, `softmax` and `sphereface`, are so for entries up to 1e30; beyond
-1e37 their logits are no float32 numbers any more.
+grow with the embedding's length, `softmax` and `sphereface`, are so for entries up to 1e30
+(`softmax` beside proxies of about 1); beyond 1e37 their logits are no float32 numbers any more.
 Adding one takes a class here, named in `_LOSSES`. Proxy Synthesis, MemVir, the train step and the
 configurations need of it only what `ProxyLoss` names, which for a loss like softmax is `logits`.
 """

@@ -18,11 +18,15 @@ _CONVOLVE_SINCE, _CONVOLVE_BEFORE = (0, 10, 2), (0, 13)
 _CACHE_BYTES = 1 << 30
 
 
-def prepare() -> None:
-    """Sets up XLA and the C library for speed. What the environment already says stays."""
+def prepare(*, embeds: bool) -> None:
+    """Sets up XLA and the C library for speed. What the environment already says stays.
+
+    Args:
+        embeds: whether batches of images go through a network, for the program's whole life.
+    """
     _prefer_eigen()
     _keep_programs()
-    if not importlib.metadata.entry_points(group="jax_plugins"):  # No accelerator.
+    if embeds and not importlib.metadata.entry_points(group="jax_plugins"):  # No accelerator.
         _keep_memory()
 
 
@@ -36,8 +40,13 @@ def _prefer_eigen() -> None:
 def _keep_programs() -> None:
     """Keeps compiled programs, so that a run that goes on starts at once."""
     if jax.config.jax_compilation_cache_dir is None:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(caches / "dml_jax" / _processor()))
+        try:
+            caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            folder = caches / "dml_jax" / _processor()
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError):  # No home, or one that is not to be written to.
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
 
 

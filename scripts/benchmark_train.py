@@ -250,4 +250,4 @@ def _torch_step() -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, embeds=True)

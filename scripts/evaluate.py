@@ -68,4 +68,4 @@ def _score_run(folder: Path, recall_at: list[int] | None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, embeds=True)

@@ -65,4 +65,4 @@ def _pixels(source: data.Source) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, embeds=True)

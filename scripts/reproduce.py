@@ -77,4 +77,4 @@ def _bare(variant: str) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, embeds=True)

@@ -66,3 +66,9 @@ class Colours(nn.Module):
 
 
 registry.BACKBONES["colours"] = Colours
+
+
+def pytest_collection_modifyitems(items):
+    """Whole programs first: they take minutes, and the processes should end at one time."""
+    long = ("test_kills.py", "test_programs.py")
+    items.sort(key=lambda item: item.path.name not in long)

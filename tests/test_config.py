@@ -14,11 +14,12 @@ from ml_collections import ConfigDict
 from configs import glyphs
 from dml_jax import config, data, losses, rules, sharding
 from dml_jax.data.prepare import DATA_SETS, prepare
-from dml_jax.training import experiment, loop, run, step, workdir
+from dml_jax.training import experiment, loop, networks, run, step, workdir
 from tests import public_data
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))
+METHODS = ("baseline", "ps", "memvir", "ps_memvir")
 
 
 # What is prepared of each public data set, in small; the others come with their images.
@@ -106,7 +107,7 @@ SMALL_MEMORY = {
 
 
 @pytest.mark.parametrize("loss", losses.NAMES)
-@pytest.mark.parametrize("method", ["baseline", "ps", "memvir", "ps_memvir"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_variant_of_every_file_takes_two_steps(file, method, loss, roots):
     made = load(file).get_config(f"{method}_{loss}")
@@ -138,6 +139,18 @@ def test_every_variant_of_every_file_takes_two_steps(file, method, loss, roots):
     if "memvir" in method:
         assert int(state.memory.steps) == 2
         assert state.memory.ring.proxies.dtype == made.memvir.dtype
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_variant_has_a_network_for_its_images(file):
+    one, *others = [
+        load(file).get_config(f"{method}_{loss}") for method in METHODS for loss in losses.NAMES
+    ]
+    network = networks.make(one, sharding.make_mesh(jax.devices()[:1]))
+    assert network.variables_shape["params"]["head"]["kernel"].shape[1] == one.model.dim
+    for other in others:
+        assert other.model == one.model
+        assert other.data.image_size == one.data.image_size
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -6,7 +6,7 @@ from scripts import benchmark_soak as soak
 # As a run has them: more while it begins, some noise, some peaks.
 FLAT = (
     100
-    + np.where(np.arange(200) < 30, 50, 0)
+    + np.where(np.arange(200) < 10, 50, 0)
     + np.arange(200) % 7
     + 80 * (np.arange(200) % 20 == 0)
 )

@@ -22,7 +22,7 @@ NEWER = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
 def test_convolutions_go_to_eigen_where_it_is_known_how(monkeypatch, given, version, expected):
     monkeypatch.setenv("XLA_FLAGS", given)
     monkeypatch.setattr(jax, "__version_info__", version)
-    tuning.prepare()
+    tuning.prepare(embeds=False)
     assert os.environ["XLA_FLAGS"].strip() == expected
 
 
@@ -35,7 +35,7 @@ from dml_jax import tuning
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-tuning.prepare()
+tuning.prepare(embeds=True)
 np.ones(25_000_000, np.float32)
 before = faults()
 for _ in range(5):
@@ -44,15 +44,24 @@ print(faults() - before, jax.config.jax_compilation_cache_dir)
 """
 
 
-def test_memory_is_kept_and_programs_are_kept_where_the_user_has_caches(tmp_path):
+def prepared(**given):
     unset = {"JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME"}
     environment = {name: value for name, value in os.environ.items() if name not in unset}
-    faults, cache = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env=environment | {"HOME": str(tmp_path)},
+        env=environment | given,
         check=True,
         capture_output=True,
         text=True,
     ).stdout.split()
+
+
+def test_memory_is_kept_and_programs_are_kept_where_the_user_has_caches(tmp_path):
+    faults, cache = prepared(HOME=str(tmp_path))
     assert int(faults) < 1000 or sys.platform != "linux"  # 122,000 without.
     assert cache.startswith(f"{tmp_path}/.cache/dml_jax/")
+
+
+def test_where_nothing_can_be_kept_programs_are_not(tmp_path):
+    (tmp_path / "file").touch()
+    assert prepared(XDG_CACHE_HOME=str(tmp_path / "file"))[1] == "None"

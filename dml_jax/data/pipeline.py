@@ -19,6 +19,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -36,6 +37,9 @@ from dml_jax.data.sources import Source
 
 T = TypeVar("T")
 _PATIENCE = 1  # Seconds without a batch, after which the workers are looked at.
+# Seconds, after which one that has ended well is taken for gone: it may only have been the first to
+# have sent all that it had to.
+_LONG_PATIENCE = 300
 _THREADS = 2  # Decoders let go of Python's lock, so a second one gains.
 
 
@@ -66,10 +70,10 @@ class Batches(Iterator[T]):
     Its worker processes end with `close()`, with the last reference to it, or with the program.
     """
 
-    def __init__(self, dataset: grain.IterDataset, number: int, num_workers: int):
-        """Begins with the first of the `number` batches of `dataset`, read by that many workers."""
+    def __init__(self, dataset: grain.IterDataset, num_workers: int):
+        """Begins with the first batch of `dataset`, which that many processes read."""
         self._iterators = [iter(dataset)]
-        self._workers = _Workers(num_workers, number) if num_workers else None
+        self._workers = _Workers(num_workers) if num_workers else None
         self.close = weakref.finalize(self, _close, self._iterators)
 
     def __next__(self) -> T:
@@ -100,8 +104,8 @@ class _Workers:
     a batch, and a worker mostly waits to send, would let the reader wait for the rest for ever.
     """
 
-    def __init__(self, count: int, to_come: int):
-        self._count, self._to_come = count, to_come
+    def __init__(self, count: int):
+        self._count = count
         self._others = {process.pid for process in multiprocessing.active_children()}
         self._own: dict[int | None, BaseProcess] = {}
 
@@ -109,16 +113,15 @@ class _Workers:
         """The next element; ChildProcessError if a worker died."""
         answers: queue.SimpleQueue[Future[T]] = queue.SimpleQueue()
         threading.Thread(target=_answer, args=(iterator, answers), daemon=True).start()
+        began = time.monotonic()
         while True:
             self._find()
             try:
-                element = answers.get(timeout=_PATIENCE).result()
-                self._to_come -= 1
-                return element
+                return answers.get(timeout=_PATIENCE).result()
             except queue.Empty:
-                self._check(None)
-            except RuntimeError as error:  # What Grain raises when it notices itself.
-                self._check(error)
+                self._check(even_well=time.monotonic() > began + _LONG_PATIENCE)
+            except RuntimeError:  # What Grain raises when it notices itself.
+                self._check()
                 raise
 
     def kill(self) -> None:
@@ -131,17 +134,15 @@ class _Workers:
             found = {process.pid: process for process in multiprocessing.active_children()}
             self._own |= {pid: found[pid] for pid in found.keys() - self._others}
 
-    def _check(self, error: RuntimeError | None) -> None:
-        ended = {pid: process.exitcode for pid, process in self._own.items()}
-        failed = {pid: code for pid, code in ended.items() if code}
-        # At the end workers are no longer needed, and end well.
-        if list(ended.values()).count(0) > max(0, self._count - self._to_come):
-            failed |= {pid: code for pid, code in ended.items() if code == 0}
-        for pid, code in failed.items():
-            raise ChildProcessError(
-                f"process {pid}, which read images, was ended by {_ended_by(code)}; if the machine "
-                "ran out of memory, lower config.data.num_workers"
-            ) from error
+    def _check(self, *, even_well: bool = False) -> None:
+        """Raises ChildProcessError if one has ended, with `even_well` also if by itself."""
+        for pid, process in self._own.items():
+            code = process.exitcode
+            if code or (code == 0 and even_well):
+                raise ChildProcessError(
+                    f"process {pid}, which read images, was ended by {_ended_by(code)}; if the "
+                    "machine ran out of memory, lower config.data.num_workers"
+                )
 
 
 def _ended_by(code: int) -> str:
@@ -363,7 +364,7 @@ def _read(batches: grain.MapDataset, num_workers: int, source: Source) -> Batche
     if num_workers == 0 or source.kept is not None:
         threads = max(num_workers, _THREADS)
         ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-        return Batches(batches.to_iter_dataset(ahead), len(batches), 0)
+        return Batches(batches.to_iter_dataset(ahead), 0)
     if not flags.FLAGS.is_parsed():  # Grain reads its flags, also in programs that parse none.
         flags.FLAGS.mark_as_parsed()
     # Batches come through pipes. Grain's shared memory would save a copy, but a container may
@@ -375,7 +376,7 @@ def _read(batches: grain.MapDataset, num_workers: int, source: Source) -> Batche
     options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)
     gc.collect()  # Python can warn if it frees an old iterator while it makes a new one.
     prefetched = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
-    return Batches(prefetched, len(batches), num_workers)
+    return Batches(prefetched, num_workers)
 
 
 def _start_worker(index: int, count: int) -> None:

@@ -30,17 +30,17 @@ def table(
         title: the metric, and the epoch that it is of.
         scores: of each variant, one fraction a seed; as many seeds each.
         baselines: which variant each is compared with, of those that are.
-        published: mean and standard deviation in percent, of the variants that have any; the
-            official programs tell the best epoch's, chosen on the test classes.
+        published: mean and standard deviation in percent, of the variants that have any, if any
+            have; the official programs tell the best epoch's, chosen on the test classes.
 
     Returns:
         The lines of the table.
     """
     seeds = range(1, 1 + max(map(len, scores.values())))
-    rows = [
-        [title, *map(str, seeds), "mean ± std", "against", "p (Welch)", "published, best epoch"],
-        ["---"] * (5 + len(seeds)),
-    ]
+    head = [title, *map(str, seeds), "mean ± std", "against", "p (Welch)"]
+    if published:
+        head.append("published, best epoch")
+    rows = [head, ["---"] * len(head)]
     for variant, fractions in scores.items():
         percents = [100 * fraction for fraction in fractions]
         against, p = "", ""
@@ -49,10 +49,10 @@ def table(
             gain = statistics.mean(percents) - statistics.mean(baseline)
             against = f"{baselines[variant]} {gain:+.2f}"
             p = p_value(percents, baseline)
-        told = "{:g} ± {:g}".format(*published[variant]) if variant in published else ""
-        rows.append(
-            [variant, *(f"{x:.1f}" for x in percents), mean_and_std(percents), against, p, told]
-        )
+        row = [variant, *(f"{x:.1f}" for x in percents), mean_and_std(percents), against, p]
+        if published:
+            row.append("{:g} ± {:g}".format(*published[variant]) if variant in published else "")
+        rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows).replace("| --- ", "|---")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dml_jax import config as configs
 from dml_jax.retrieval import embed
 from dml_jax.retrieval.embed import Embeddings
 from dml_jax.training import workdir
@@ -63,6 +64,7 @@ def read(folder: Path) -> Run:
         ValueError: a file of it is damaged.
     """
     config = workdir.read_config(folder)
+    configs.validate(config)
     result = workdir.read_result(folder)
     if result is None:
         raise FileNotFoundError(

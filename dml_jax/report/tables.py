@@ -11,6 +11,7 @@ from dml_jax import config as configs
 from dml_jax import retrieval
 from dml_jax.report import comparison
 from dml_jax.report.runs import Group, Run
+from dml_jax.training import workdir
 
 
 def variant(config: ConfigDict) -> tuple[str, str]:
@@ -182,10 +183,12 @@ def _command(run: Run, recipe: Mapping[str, Any]) -> str:
         for path, value in _flat(run.config).items()
         if start.get(path) != value
     ]
+    origin = workdir.forked_from(run.folder, None)
     words = [
         "python scripts/train.py",
         f"--config=configs/{file}.py:{name}",
         f"--workdir={shlex.quote(str(run.folder))}",
+        *([f"--fork_from={shlex.quote(str(origin))}"] if origin else []),
         *changed,
     ]
     return " \\\n    ".join(words)

@@ -248,6 +248,10 @@ WATCHED = """
 import gc, multiprocessing, os, signal, sys, time, traceback
 import numpy as np
 from dml_jax import data
+from dml_jax.data import pipeline
+
+if sys.argv[1] == "leaves":
+    pipeline._LONG_PATIENCE = 3
 
 class Records(tuple):
     def __getitem__(self, index):
@@ -281,6 +285,36 @@ if __name__ == "__main__":
     gc.collect()
     print([child.pid for child in multiprocessing.active_children()], flush=True)
 """
+
+
+LATE = """
+import time
+import grain
+import numpy as np
+from dml_jax import data
+from dml_jax.data import pipeline
+
+def late(index):
+    time.sleep(2.5 * pipeline._PATIENCE * (index == 1))
+    return {"index": index}
+
+if __name__ == "__main__":
+    batches = grain.MapDataset.source(range(3)).map(late)
+    nothing = data.Source((), np.zeros(0, np.int32), (), ())
+    print(len(list(pipeline._read(batches, 2, nothing))))
+"""
+
+
+def test_a_worker_that_is_done_first_is_not_missed(tmp_path):
+    (tmp_path / "program.py").write_text(LATE)
+    program = subprocess.run(
+        [sys.executable, tmp_path / "program.py"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"JAX_PLATFORMS": "none", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert program.stdout == "3\n", program.stderr
 
 
 @pytest.mark.parametrize("how", ["killed", "raises", "leaves"])

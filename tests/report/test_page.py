@@ -17,15 +17,10 @@ from dml_jax.report import page, ranking, runs, tables, thumbnails
 from dml_jax.retrieval import embed
 from dml_jax.training import run as training
 from dml_jax.training import workdir
-from tests import tiny
-from tests.report import chromium
+from tests import chromium, tiny
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "<!--<script>console.error('let in')<img onerror=alert(1) src=x>"
-needs_chromium = pytest.mark.skipif(
-    chromium.find() is None,
-    reason=f"none of {', '.join(chromium.NAMES)} is installed, so the page is not opened",
-)
 
 
 @pytest.fixture(scope="module")
@@ -152,10 +147,10 @@ def test_the_program_writes_the_page(root, tmp_path):
     assert str(out) in done.stdout and len(content(out)["curves"]) == 2
 
 
-@needs_chromium
+@chromium.needed
 def test_in_a_browser(written, tmp_path):
     with chromium.Page(tmp_path / "profile") as browser:
-        browser.open(written)
+        browser.open(written.as_uri())
         assert not [
             url for url in browser.requests if not url.startswith(("file:", "data:", "blob:"))
         ]
@@ -213,10 +208,10 @@ def test_in_a_browser(written, tmp_path):
         assert browser.problems == []
 
 
-@needs_chromium
+@chromium.needed
 def test_on_a_phone_nothing_is_wider_than_the_page(written, tmp_path):
     with chromium.Page(tmp_path / "profile", width=390, dark=True, touch=True) as browser:
-        browser.open(written)
+        browser.open(written.as_uri())
         assert browser.get("document.documentElement.scrollWidth") == 390
         assert browser.get("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
         assert browser.problems == []

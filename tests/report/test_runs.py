@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +6,7 @@ import pytest
 from configs import cars196, folder
 from dml_jax.report import runs, tables
 from dml_jax.retrieval.embed import Embeddings
+from dml_jax.training import workdir
 
 
 def make(path, config, score=0.5, names=("a", "b")):
@@ -74,6 +74,22 @@ def test_the_command_gives_the_configuration_again(variant):
     assert len([word for word in words if word.startswith("--config.")]) == 4
 
 
+def test_the_command_of_a_fork_names_its_origin(tmp_path):
+    workdir.write_text(tmp_path / workdir.CONFIG, "{}")
+    workdir.write_json(tmp_path / workdir.FORK, {"from": "/runs/a b"})
+    (row,) = tables.commands(runs.group([make(tmp_path, folder.get_config())]), vars(folder))
+    assert "--fork_from='/runs/a b'" in row["command"]
+
+
+def test_a_configuration_that_names_another_program_is_refused(tmp_path):
+    config = folder.get_config()
+    config = config.copy_and_resolve_references()
+    config.data.name = "../../elsewhere/evil"
+    workdir.write_text(tmp_path / workdir.CONFIG, config.to_json())
+    with pytest.raises(ValueError, match=r"config\.data\.name is '\.\./\.\./elsewhere/evil'"):
+        runs.read(tmp_path)
+
+
 def test_runs_on_other_images_are_not_compared():
     config = folder.get_config()
     first, second = make("/r/a", config), make("/r/b", config, names=("a", "c"))
@@ -86,6 +102,7 @@ def test_runs_on_other_images_are_not_compared():
 def test_a_run_that_has_not_ended_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         runs.read(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"seed": 0}))
+    config = seeded(folder, "baseline", 0, **{"data.root": "images"})
+    workdir.write_text(tmp_path / workdir.CONFIG, config.to_json())
     with pytest.raises(FileNotFoundError, match="has not ended"):
         runs.read(tmp_path)

@@ -11,6 +11,7 @@ from PIL import Image
 from dml_jax import data
 from dml_jax.retrieval import index, page, server
 from dml_jax.retrieval.embed import Embeddings
+from tests import chromium
 
 
 def png(colour, size=8):
@@ -168,3 +169,34 @@ def test_a_contact_sheet_is_whole_without_any_other_file(gallery):
     assert made.count("no picture") == 1
     assert "que&lt;ry&gt;.png" in made and "<ry>" not in made
     assert "http" not in made and "<script" not in made
+
+
+DROP = """
+(async () => {
+  const canvas = document.createElement("canvas");
+  canvas.width = canvas.height = 8;
+  const brush = canvas.getContext("2d");
+  brush.fillStyle = "rgb(250, 5, 5)";
+  brush.fillRect(0, 0, 8, 8);
+  const dataTransfer = new DataTransfer();
+  const image = await new Promise(done => canvas.toBlob(done, "image/png"));
+  dataTransfer.items.add(new File([image], "dropped.png", {type: "image/png"}));
+  document.dispatchEvent(new DragEvent("drop", {dataTransfer, cancelable: true}));
+})()
+"""
+
+
+@chromium.needed
+@pytest.mark.parametrize(("width", "touch"), [(1280, False), (390, True)])
+def test_an_image_is_dropped_on_the_page(port, tmp_path, width, touch):
+    with chromium.Page(tmp_path / "profile", width=width, touch=touch) as browser:
+        browser.open(f"http://127.0.0.1:{port}/", ready="document.readyState === 'complete'")
+        browser.get(DROP)
+        browser.until("document.querySelectorAll('.similarity').length === 3")
+        assert browser.get("document.querySelector('ol li b').textContent") == "red"
+        pictures = "[...document.querySelectorAll('ol img')]"
+        browser.until(f"{pictures}.every(x => x.complete)")
+        assert browser.get(f"{pictures}.filter(x => x.naturalWidth > 0).length") == 2
+        assert browser.get("document.documentElement.scrollWidth") <= width
+        (problem,) = browser.problems
+        assert "404" in problem  # The third neighbour is no image.

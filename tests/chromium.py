@@ -7,12 +7,19 @@ import shutil
 import subprocess
 import time
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def find():
     """The path of a Chromium, or None."""
     return next(filter(None, map(shutil.which, NAMES)), None)
+
+
+needed = pytest.mark.skipif(
+    find() is None, reason=f"none of {', '.join(NAMES)} is installed, so the page is not opened"
+)
 
 
 class Page:
@@ -27,7 +34,8 @@ class Page:
             "--disable-gpu",
             "--hide-scrollbars",
             "--disable-dev-shm-usage",
-            "--host-resolver-rules=MAP * ~NOTFOUND",  # Nothing may come from the network.
+            # Nothing may come from the network.
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
             f"--user-data-dir={folder}",
             "--remote-debugging-pipe",
         ]
@@ -106,10 +114,10 @@ class Page:
         elif method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
 
-    def open(self, path):
-        """Opens a file and waits until its programs have run."""
-        self.call("Page.navigate", url=path.absolute().as_uri())
-        self.until("document.documentElement?.dataset.ready")
+    def open(self, url, ready="document.documentElement?.dataset.ready"):
+        """Opens a page and waits until it is ready."""
+        self.call("Page.navigate", url=url)
+        self.until(ready)
 
     def get(self, expression):
         """The value of a JavaScript expression."""
