@@ -3,7 +3,7 @@
 python scripts/train.py --config=configs/glyphs.py:memvir --workdir=runs/glyphs_memvir
 
 Expected R@1 / RP / MAP@R in percent of the last epoch, means of three seeds (docs/benchmarks.md):
-`baseline` 90.8 / 65.6 / 59.8, `ps` 90.6 / 64.8 / 59.0, `memvir` 88.8 / 61.7 / 55.2.
+`baseline` 90.4 / 65.1 / 59.3, `ps` 90.7 / 64.9 / 59.2, `memvir` 88.6 / 60.9 / 54.4.
 
 The recipe is our choice, made for a minute or two on two CPU cores, and so are the regularisers'
 settings: ratio and alpha of PS as on CARS196; of MemVir a warm-up of half the epochs, and N = 5,
