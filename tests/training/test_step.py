@@ -258,7 +258,7 @@ def test_statistics_go_from_part_to_part(images):
     built = experiment.build(config, sharding.make_mesh(jax.devices()[:1]))
     state = built.init()
     batch_stats, params = state.batch_stats, state.params["embedder"]
-    pixels = np.random.default_rng(0).integers(256, size=(8, 4, 4, 3), dtype=np.uint8)
+    pixels = jax.random.randint(jax.random.key(0), (8, 4, 4, 3), 0, 256)
     recipe = built.recipe._replace(micro_batches=2)
     embeddings, updated = step.embed(recipe, params, batch_stats, pixels)
     for part in (0, 1):
