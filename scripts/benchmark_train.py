@@ -224,8 +224,9 @@ def _print_profile(built: experiment.Experiment) -> None:
         if operation and not operation.startswith(("while", "call", "conditional")):
             took[operation] += event.duration_ns
     # What the compiler itself has put in is told by its result.
-    of = dict(re.findall(r"%(\S+) = (\w+\[[\d,]*\])", compiled.as_text()))
-    of |= dict(re.findall(r'%(\S+) = .*op_name="[^/"]*/([^"]+)"', compiled.as_text()))
+    text = compiled.as_text() or ""
+    of = dict(re.findall(r"%(\S+) = (\w+\[[\d,]*\])", text))
+    of |= dict(re.findall(r'%(\S+) = .*op_name="[^/"]*/([^"]+)"', text))
     table = Table("ms", "share", "operation", "of")
     for operation, nanoseconds in took.most_common(10):
         share = 100 * nanoseconds / took.total()

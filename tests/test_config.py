@@ -284,7 +284,6 @@ BAD = {
     "data.augmentation.crop_scale": ((0.9, 0.5), r"crop_scale is \(0.9, 0.5\); .* least and most"),
     "data.cache": ("gpu", "config.data.cache is 'gpu'; choose one of none, host, device"),
     "data.cache_size": (0, "config.data.cache_size is 0; it must be a whole number from 1 to"),
-    "model.remat": (1, "config.model.remat is 1; it must be True or False"),
     "model.pooling": ("max", "config.model.pooling is 'max'; choose one of gap, gmp"),
     "model.backbone": ("bninception", "config.model.width is 16, but bninception has no width"),
     "model.pretrained": ("x.pth", "config.model.pretrained is 'x.pth'; choose none, a file that"),
@@ -315,6 +314,15 @@ def test_images_on_the_device_are_no_smaller_than_tests_need_them():
     config.validate(made)
     made.data.cache = "device"
     with pytest.raises(ValueError, match=r"cache_size is 31; .* at least config.data.resize, 32"):
+        config.validate(made)
+
+
+def test_activations_that_cannot_be_computed_again_are_refused():
+    made = glyphs.get_config()
+    made.model.remat = True
+    config.validate(made)
+    made.model.backbone = "conv4"
+    with pytest.raises(ValueError, match=r"config.model.remat is True, but conv4 has no blocks"):
         config.validate(made)
 
 
