@@ -33,6 +33,9 @@ def default() -> ConfigDict:
             "skip_nonfinite": 0,
             "epochs": 130,
             "batch_size": 128,
+            # Equal parts in which a batch is embedded, one after another, to save memory. The loss
+            # is of the whole batch; batch statistics, where they train, are of a part.
+            "micro_batches": 1,
             "data": {
                 "name": "folder",
                 "root": "",
@@ -67,6 +70,9 @@ def default() -> ConfigDict:
                 # Whether running statistics normalise in training too, and stay as they are.
                 "freeze_bn": True,
                 "dtype": "float32",
+                # Whether activations within blocks are computed again on the way back, to save
+                # memory; not of conv4, which would save none.
+                "remat": False,
             },
             "loss": {"name": "norm_softmax", "scale": 23.0},
             "proxy_init": "uniform_dim",
@@ -171,6 +177,7 @@ RULES = {
     "skip_nonfinite": rules.whole(0),
     "epochs": rules.whole(1),
     "batch_size": rules.whole(1),
+    "micro_batches": rules.whole(1),
     "data.name": rules.choice(data.NAMES),
     "data.root": rules.text("it must be the path of a directory", lambda _: True),
     "data.unreadable": rules.choice(data.POLICIES),
@@ -199,6 +206,7 @@ RULES = {
     "model.dim": rules.whole(1),
     "model.freeze_bn": rules.flag(),
     "model.dtype": rules.choice(_DTYPES),
+    "model.remat": rules.flag(),
     "loss.name": rules.choice(losses.NAMES),
     "proxy_init": rules.choice(state.PROXY_INITS),
     "proxy_synthesis.ratio": rules.number(least=0.0),
@@ -309,6 +317,15 @@ def _instances(batch_size: int, n_instance: int) -> str | None:
     )
 
 
+def _parts(batch_size: int, micro_batches: int) -> str | None:
+    if batch_size % micro_batches == 0:
+        return None
+    return (
+        f"config.micro_batches is {micro_batches}; it must be a divisor of config.batch_size, "
+        f"{batch_size}"
+    )
+
+
 def _image_size(backbone: str, size: int) -> str | None:
     try:
         check_image_size(backbone, size)
@@ -357,16 +374,27 @@ def _backbone_option(option: str, value: Any, backbone: str, place: str) -> str 
     )
 
 
+def _remat(remat: bool, backbone: str) -> str | None:
+    if not remat or "remat" in backbone_options(backbone):
+        return None
+    return (
+        f"config.model.remat is True, but {backbone} has no blocks whose activations, computed "
+        "again, would save memory"
+    )
+
+
 _TOGETHER: dict[Callable[..., str | None], tuple[str, ...]] = {
     _resize: ("data.resize", "data.image_size"),
     _cache_size: ("data.cache", "data.cache_size", "data.resize"),
     _root: ("data.name", "data.root"),
     _instances: ("batch_size", "data.n_instance"),
+    _parts: ("batch_size", "micro_batches"),
     _image_size: ("model.backbone", "data.image_size"),
     _warmup: ("memvir.warmup_epochs", "epochs", "memvir.num_steps"),
     _mixtures: ("proxy_synthesis.ratio", "batch_size"),
     _width: ("model.width", "model.backbone", "model.pretrained"),
     _stem: ("model.stem", "model.backbone", "model.pretrained"),
+    _remat: ("model.remat", "model.backbone"),
 }
 """What says that settings do not fit one another, if each is right by itself; None if they do."""
 

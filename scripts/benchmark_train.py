@@ -2,15 +2,20 @@
 
 python -m scripts.benchmark_train --torch --json=train.json
 python -m scripts.benchmark_train --backbone=resnet50 --image_size=224 --dtype=bfloat16 --torch
+python -m scripts.benchmark_train --profile
 
 A batch of noise waits on the device; the last line reads JPEGs instead, as a run does (host). The
 forms take turns in one process. Utilisation is the floating-point operations that XLA counts in a
 step, per second, over those of the fastest matrix product on the same device in the same type.
+
+With --profile it prints the operations in which a step with both regularisers spends its time.
 """
 
+import collections
 import itertools
 import json
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -44,6 +49,7 @@ _WORKERS = flags.DEFINE_integer("workers", 0, "Processes that read images.")
 _TORCH = flags.DEFINE_bool("torch", False, "Whether to time PyTorch's step as well.")
 _TURNS = flags.DEFINE_integer("turns", 5, "How often each form takes its turn.", lower_bound=1)
 _CALLS = flags.DEFINE_integer("calls", 10, "Steps in a turn.", lower_bound=1)
+_PROFILE = flags.DEFINE_bool("profile", False, "Whether to look into a step instead.")
 _JSON = flags.DEFINE_string("json", None, "A file to write the results to.")
 
 _JPEG = (480, 700)  # Height and width.
@@ -52,10 +58,13 @@ _JPEG = (480, 700)  # Height and width.
 def main() -> None:
     """Runs the program."""
     with command_line.mendable(), tempfile.TemporaryDirectory() as root:
+        _write_images(Path(root))
+        if _PROFILE.value:
+            _print_profile(experiment.build(_config(root, 1.0, _STEPS.value), sharding.make_mesh()))
+            return
         turns: dict[str, Callable[[], None]] = {}
         if _TORCH.value:
             turns["PyTorch, bare"] = _torch_step()
-        _write_images(Path(root))
         for mixing, steps in itertools.product((0.0, 1.0), (0, _STEPS.value)):
             parts = [*(["PS"] if mixing else []), *(["MemVir"] if steps else [])]
             built = experiment.build(_config(root, mixing, steps), sharding.make_mesh())
@@ -190,6 +199,41 @@ def _peak() -> float:
         jax.block_until_ready(multiply(x))
         seconds.append(time.perf_counter() - began)
     return 2 * size**3 / min(seconds) * jax.device_count()
+
+
+def _print_profile(built: experiment.Experiment) -> None:
+    """Prints the operations of a step that take longest, and what of the program each is."""
+    batch, state = next(_noise(built)), built.init()
+    function = jax.jit(
+        lambda state, batch: step.train_step(built.recipe, state, batch), donate_argnums=0
+    )
+    with jax.set_mesh(built.mesh):
+        compiled = function.lower(state, batch).compile()
+    for _ in range(_CALLS.value):
+        state, _ = compiled(state, batch)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(_CALLS.value):
+                state, _ = jax.block_until_ready(compiled(state, batch))
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(file))
+    took: collections.Counter[str] = collections.Counter()
+    for event in (e for plane in profile.planes for line in plane.lines for e in line.events):
+        operation = dict(event.stats).get("hlo_op", "")
+        # Those that only call others would count these twice.
+        if operation and not operation.startswith(("while", "call", "conditional")):
+            took[operation] += event.duration_ns
+    # What the compiler itself has put in is told by its result.
+    text = compiled.as_text() or ""
+    of = dict(re.findall(r"%(\S+) = (\w+\[[\d,]*\])", text))
+    of |= dict(re.findall(r'%(\S+) = .*op_name="[^/"]*/([^"]+)"', text))
+    table = Table("ms", "share", "operation", "of")
+    for operation, nanoseconds in took.most_common(10):
+        share = 100 * nanoseconds / took.total()
+        milliseconds = nanoseconds / _CALLS.value / 1e6
+        table.add_row(f"{milliseconds:.2f}", f"{share:.1f} %", operation, of[operation])
+    print(f"{took.total() / _CALLS.value / 1e6:.1f} ms in {len(took)} operations")
+    Console(width=200).print(table)
 
 
 def _torch_step() -> Callable[[], None]:

@@ -214,6 +214,10 @@ OURS = {
     "deterministic",
     "data.root",
     "data.num_workers",
+    "data.cache",
+    "data.cache_size",
+    "micro_batches",
+    "model.remat",
     "checkpoint.every_epochs",
     "checkpoint.keep_last",
     "wandb",
@@ -286,6 +290,7 @@ BAD = {
     "skip_nonfinite": (-1, "config.skip_nonfinite is -1; it must be a whole number from 0 to"),
     "epochs": (0, "config.epochs is 0; it must be a whole number from 1 to"),
     "batch_size": (127, "config.batch_size is 127; it must be a multiple of .*n_instance, 2"),
+    "micro_batches": (3, "config.micro_batches is 3; it must be a divisor of .*batch_size, 128"),
     "data.name": ("cifar", "config.data.name is 'cifar'; choose one of folder, glyphs, .*inshop"),
     "data.root": ("letters", "config.data.root is 'letters', but glyphs comes with its images"),
     "data.resize": (16, "config.data.resize is 16; it must be at least config.data.image_size, 32"),
@@ -322,6 +327,15 @@ def test_images_on_the_device_are_no_smaller_than_tests_need_them():
     config.validate(made)
     made.data.cache = "device"
     with pytest.raises(ValueError, match=r"cache_size is 31; .* at least config.data.resize, 32"):
+        config.validate(made)
+
+
+def test_activations_that_cannot_be_computed_again_are_refused():
+    made = glyphs.get_config()
+    made.model.remat = True
+    config.validate(made)
+    made.model.backbone = "conv4"
+    with pytest.raises(ValueError, match=r"config.model.remat is True, but conv4 has no blocks"):
         config.validate(made)
 
 

@@ -64,10 +64,13 @@ class BNInception(nn.Module):
             scale and bias still train.
         dtype: what convolutions and activations compute in. Parameters, running statistics and
             the reductions of batch normalisation are float32 always.
+        remat: compute the activations of each block once more on the way back, instead of keeping
+            them.
     """
 
     freeze_bn: bool = False
     dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     input_normalisation: ClassVar[InputNormalisation] = CAFFE
 
@@ -101,11 +104,15 @@ class BNInception(nn.Module):
         ) -> Float[Array, "b y x f"]:
             return nn.relu(norm(name=f"{name}_bn")(conv(features, kernel, stride, name=name)(x)))
 
-        x = _halve(unit(images, 64, 7, "conv1_7x7_s2", stride=2))
-        x = unit(x, 64, 1, "conv2_3x3_reduce")
-        x = _halve(unit(x, 192, 3, "conv2_3x3"))
+        def stem(x: Float[Array, "b h w c"]) -> Float[Array, "b y x f"]:
+            x = _halve(unit(x, 64, 7, "conv1_7x7_s2", stride=2))
+            x = unit(x, 64, 1, "conv2_3x3_reduce")
+            return _halve(unit(x, 192, 3, "conv2_3x3"))
+
+        x = layers.block(self, stem, images)
         for name, block in BLOCKS.items():
-            x = _inception(x, block, f"inception_{name}", unit)
+            inception = partial(_inception, block=block, name=f"inception_{name}", unit=unit)
+            x = layers.block(self, inception, x)
         return x
 
 

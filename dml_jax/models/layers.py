@@ -77,6 +77,24 @@ def batch_norm(*, frozen: bool, train: bool, dtype: DTypeLike, name: str) -> nn.
     )
 
 
+def block(
+    module: nn.Module, function: Callable[[Array], Array], x: Float[Array, "b h w c"]
+) -> Float[Array, "b y x f"]:
+    """Applies a part of a network, whose activations are not kept if `module.remat` says so.
+
+    On the way back they are computed once more, of the part's input. Variables and their names
+    are the same either way.
+
+    Args:
+        module: the network, in whose compact method this is called.
+        function: the part; it may make submodules.
+        x: its input.
+    """
+    if not module.remat:
+        return function(x)
+    return nn.remat(lambda _, x: function(x))(module, x)
+
+
 def max_pool(
     x: Float[Array, "b h w c"],
     stride: int = 1,

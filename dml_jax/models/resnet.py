@@ -69,6 +69,8 @@ class ResNet(nn.Module):
             scale and bias still train.
         dtype: what convolutions and activations compute in. Parameters, running statistics and
             the reductions of batch normalisation are float32 always.
+        remat: compute the activations of each block once more on the way back, instead of keeping
+            them.
 
     Raises:
         ValueError: on an unknown stem.
@@ -80,6 +82,7 @@ class ResNet(nn.Module):
     stem: str = "imagenet"
     freeze_bn: bool = False
     dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     input_normalisation: ClassVar[InputNormalisation] = IMAGENET
 
@@ -97,20 +100,28 @@ class ResNet(nn.Module):
         """
         conv = partial(layers.convolution, dtype=self.dtype)
         norm = partial(layers.batch_norm, frozen=self.freeze_bn, train=train, dtype=self.dtype)
-        kernel = 7 if self.stem == "imagenet" else 3
-        x = nn.relu(norm(name="bn1")(conv(self.width, kernel, 2, name="conv1")(images)))
-        if self.stem == "imagenet":
-            x = layers.max_pool(x, 2)
+
+        def stem(x: Float[Array, "b h w c"]) -> Float[Array, "b y x f"]:
+            kernel = 7 if self.stem == "imagenet" else 3
+            x = nn.relu(norm(name="bn1")(conv(self.width, kernel, 2, name="conv1")(x)))
+            return layers.max_pool(x, 2) if self.stem == "imagenet" else x
+
+        def residual(
+            x: Float[Array, "b h w c"], stage: int, number: int
+        ) -> Float[Array, "b y x f"]:
+            return ResidualBlock(
+                features=self.width * 2**stage,
+                stride=2 if stage > 0 and number == 0 else 1,
+                bottleneck=self.bottleneck,
+                conv=conv,
+                norm=norm,
+                name=f"layer{stage + 1}.{number}",
+            )(x)
+
+        x = layers.block(self, stem, images)
         for stage, size in enumerate(self.stage_sizes):
-            for block in range(size):
-                x = ResidualBlock(
-                    features=self.width * 2**stage,
-                    stride=2 if stage > 0 and block == 0 else 1,
-                    bottleneck=self.bottleneck,
-                    conv=conv,
-                    norm=norm,
-                    name=f"layer{stage + 1}.{block}",
-                )(x)
+            for number in range(size):
+                x = layers.block(self, partial(residual, stage=stage, number=number), x)
         return x
 
 

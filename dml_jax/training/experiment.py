@@ -65,10 +65,12 @@ def build(
         FileNotFoundError: the images are not where the config says.
     """
     configs.validate(config)
-    if config.batch_size % mesh.size:
+    parts = config.micro_batches
+    if config.batch_size // parts % mesh.size:
+        in_parts = f" in {parts} parts (config.micro_batches)" if parts > 1 else ""
         raise ValueError(
             f"config.batch_size is {config.batch_size}, which the {mesh.size} devices cannot share "
-            f"evenly; choose a multiple of {mesh.size}"
+            f"evenly{in_parts}; choose a multiple of {parts * mesh.size}"
         )
     sources, findings = make_sources(config, findings)
     train = sources["train"]
@@ -92,6 +94,7 @@ def build(
         mixing_ratio=config.proxy_synthesis.ratio,
         memory_warmup_steps=config.memvir.warmup_epochs * steps_per_epoch,
         frozen_steps=config.optimizer.frozen_epochs * steps_per_epoch,
+        micro_batches=parts,
         images=_images(config, mesh),
     )
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Num, PRNGKeyArray, PyTree
 
 from dml_jax import losses, memvir, proxy_synthesis, sharding
 from dml_jax.models import Embedder
@@ -37,8 +37,52 @@ class Recipe(NamedTuple):
     """MemVir: steps before the memory is used; of no effect where the state has no memory."""
     frozen_steps: int
     """Steps at the beginning in which the backbone stays as it is, its batch statistics too."""
+    micro_batches: int
+    """Equal parts in which a batch is embedded, one after another; see `embed`."""
     images: Callable[[Mapping[str, Array], PRNGKeyArray], Array] = sent
     """From a batch and a key to the images to train on, `[batch, height, width, 3]`."""
+
+
+def embed(
+    recipe: Recipe, params: PyTree, batch_stats: PyTree, images: Num[Array, "batch h w 3"]
+) -> tuple[Float[Array, "batch dim"], PyTree]:
+    """Embeds a batch as training does, with the memory that activations of one part need.
+
+    The way back computes each part once more. Batch normalisation, where it is not frozen, goes by
+    the part's own statistics, and moves the running ones at each part.
+
+    Args:
+        recipe: how, and in how many parts.
+        params: the embedder's.
+        batch_stats: before the batch.
+        images: split by row, of which every part takes as many from every device.
+
+    Returns:
+        The embeddings, and the batch statistics after the batch.
+    """
+
+    def embed_part(params: PyTree, batch_stats: PyTree, images: Array) -> tuple[Array, PyTree]:
+        embeddings, updates = recipe.embedder.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        return embeddings, updates["batch_stats"]
+
+    count = recipe.micro_batches
+    if count == 1:
+        return embed_part(params, batch_stats, images)
+    # A part is every count-th row: the same rows on any number of devices, and none has to move.
+    parts = images.reshape(-1, count, *images.shape[1:])
+    # No loop of XLA's, in which convolutions' gradients are many times as slow on the CPU.
+    embeddings = []
+    for part in range(count):
+        made, batch_stats = jax.checkpoint(embed_part)(params, batch_stats, parts[:, part])
+        # No part begins before the one before it has ended, nor on the way back.
+        params, batch_stats, made = jax.lax.optimization_barrier((params, batch_stats, made))
+        embeddings.append(made)
+    return jnp.stack(embeddings, axis=1).reshape(len(images), -1), batch_stats
 
 
 def objective(
@@ -60,12 +104,7 @@ def objective(
     Returns:
         The loss, and behind it the new batch statistics and the new memory.
     """
-    embeddings, updates = recipe.embedder.apply(
-        {"params": params["embedder"], "batch_stats": state.batch_stats},
-        batch["image"],
-        train=True,
-        mutable=["batch_stats"],
-    )
+    embeddings, batch_stats = embed(recipe, params["embedder"], state.batch_stats, batch["image"])
     problem = {"embeddings": embeddings, "proxies": params["proxies"], "labels": batch["label"]}
     if recipe.mixing_ratio:
         lam, partner = proxy_synthesis.draw(
@@ -75,12 +114,12 @@ def objective(
             **problem, lam=lam, partner=partner, ratio=recipe.mixing_ratio, loss=recipe.loss
         )._asdict()
     if state.memory is None:
-        return recipe.loss(**problem), (updates["batch_stats"], None)
+        return recipe.loss(**problem), (batch_stats, None)
     loss, memory = memvir.loss_and_update(recipe.loss, state.memory, **problem)
     # What the warm-up remembers is forgotten at once: an empty memory changes no loss.
     warm = state.step >= recipe.memory_warmup_steps
     memory = memory._replace(steps=jnp.where(warm, memory.steps, 0))
-    return loss, (updates["batch_stats"], memory)
+    return loss, (batch_stats, memory)
 
 
 class Observed(NamedTuple):

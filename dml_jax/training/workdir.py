@@ -37,17 +37,20 @@ FREE = (
     "config.data.root",
     "config.epochs",
     "config.evaluation",
+    "config.model.remat",
     "config.skip_nonfinite",
     "config.wandb",
 )
 """Settings, and groups of them, that may change when a run goes on: no step depends on them.
 
 The images may have moved (`data.root`), but must be the same: see `fingerprints`. So may the
-host's cache come or go (`data.cache`), but not the device's.
+host's cache come or go (`data.cache`), but not the device's. A batch may be taken in other parts
+(`micro_batches`) if batch normalisation is frozen, so that they have no statistics of their own.
 """
 
 _FREE_PATHS = tuple(f"{path}{end}" for path in FREE for end in (".", ":"))
 _CACHE_PATHS = ("config.data.cache:", "config.data.cache_size:")
+_PARTS_PATH = "config.micro_batches:"
 _PART = ".part"
 
 
@@ -149,11 +152,14 @@ def check(workdir: Path, config: ConfigDict) -> list[str]:
                 "choose a new folder for --workdir"
             )
         return []
-    there, here = read_config(workdir).to_dict(), json.loads(config.to_json())
+    # Runs of before there were parts had one.
+    there = {"micro_batches": 1} | read_config(workdir).to_dict()
+    here = json.loads(config.to_json())
     differences = list(_differences(there, here))
     # Whether the host keeps images changes no step; crops on the device are others.
     on_device = "device" in (there["data"].get("cache"), here["data"]["cache"])
     free = _FREE_PATHS if on_device else _FREE_PATHS + _CACHE_PATHS
+    free += (_PARTS_PATH,) if here["model"]["freeze_bn"] else ()
     _refuse(workdir, "configuration", [x for x in differences if not x.startswith(free)])
     return differences
 

@@ -208,3 +208,92 @@ def test_a_frozen_backbone_and_its_optimizer_state_stay_until_they_thaw(images, 
         # Torch counts a parameter's own steps: the first of the backbone is as large as a first.
         rate = config.optimizer.learning_rate
         assert 0.5 * rate < abs(after - before).max() < 1.5 * rate
+
+
+CONV4 = {"model__backbone": "conv4", "model__stem": None}
+COLOURS = {"model__backbone": "colours", "model__width": None, "model__stem": None}
+
+
+def compiled_on(config, devices, rows):
+    """The step's program for so many devices and rows."""
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    built = experiment.build(config, mesh)
+    batch = {
+        "image": jax.ShapeDtypeStruct((rows, tiny.SIZE, tiny.SIZE, 3), np.uint8),
+        "label": jax.ShapeDtypeStruct((rows,), np.int32),
+    }
+    function = jax.jit(
+        lambda state, batch: step.train_step(built.recipe, state, batch),
+        in_shardings=(built.state_sharding, sharding.by_row(mesh)),
+    )
+    with jax.set_mesh(mesh):
+        return function.lower(built.state_shape, batch).compile()
+
+
+def test_parts_have_the_gradients_of_the_whole_batch(images):
+    # Synthetic and virtual classes mix what different parts have embedded.
+    config = tiny.config(images, "ps_memvir", batch_size=16, model__freeze_bn=True, **CONV4)
+    built = experiment.build(config, sharding.make_mesh(jax.devices()[:1]))
+    state = built.init()
+
+    def gradients(parts):
+        recipe = built.recipe._replace(micro_batches=parts, memory_warmup_steps=0)
+
+        def of_loss(params, state, batch):
+            return step.objective(recipe, params, state, batch, jax.random.key(0))
+
+        return jax.jit(jax.value_and_grad(of_loss, has_aux=True))
+
+    whole, in_parts = gradients(1), gradients(4)
+    for _, batch in loop.batches(built, 0, 4):  # The gap is one step.
+        before = state
+        (loss, (_, memory)), expected = whole(state.params, state, batch)
+        state = state._replace(memory=memory)
+    (loss_of_parts, _), computed = in_parts(before.params, before, batch)
+    np.testing.assert_allclose(loss_of_parts, loss, rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(computed), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y)
+
+
+def test_statistics_go_from_part_to_part(images):
+    built = experiment.build(tiny.config(images, **COLOURS), sharding.make_mesh(jax.devices()[:1]))
+    state = built.init()
+    batch_stats, params = state.batch_stats, state.params["embedder"]
+    pixels = jax.random.randint(jax.random.key(0), (8, 4, 4, 3), 0, 256)
+    recipe = built.recipe._replace(micro_batches=2)
+    embeddings, updated = step.embed(recipe, params, batch_stats, pixels)
+    for part in (0, 1):
+        expected, updates = recipe.embedder.apply(
+            {"params": params, "batch_stats": batch_stats},
+            pixels[part::2],
+            train=True,
+            mutable=["batch_stats"],
+        )
+        batch_stats = updates["batch_stats"]
+        np.testing.assert_allclose(embeddings[part::2], expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(updated, batch_stats, rtol=1e-6)
+
+
+def test_parts_are_the_same_on_any_number_of_devices(images):
+    config = tiny.config(images, batch_size=16, micro_batches=2, **COLOURS)
+    alone, _ = losses_of_run(config, devices=1, steps=3)
+    together, _ = losses_of_run(config, devices=4, steps=3)
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+
+def test_parts_need_less_memory_and_no_image_leaves_its_device(images):
+    whole, parts = (
+        compiled_on(tiny.config(images, batch_size=16, micro_batches=count, **CONV4), 4, rows=256)
+        for count in (1, 4)
+    )
+    memory = [x.memory_analysis().temp_size_in_bytes for x in (whole, parts)]
+    assert memory[1] < 0.5 * memory[0], memory
+    moves = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+    lines = [line for line in parts.as_text().splitlines() if any(f"{x}(" in line for x in moves)]
+    assert not [line for line in lines if f"{tiny.SIZE},{tiny.SIZE},3]" in line]
+
+
+def test_devices_that_cannot_share_a_part_are_refused(images):
+    config = tiny.config(images, batch_size=8, micro_batches=4)
+    with pytest.raises(ValueError, match=r"in 4 parts \(config.micro_batches\); .* multiple of 16"):
+        experiment.build(config, sharding.make_mesh(jax.devices()[:4]))

@@ -63,6 +63,7 @@ FREE = {
     "data.cache": "host",
     "data.cache_size": 64,
     "data.root": "/elsewhere",
+    "model.remat": True,
     "skip_nonfinite": 2,
     "wandb": "letters",
 }
@@ -84,6 +85,7 @@ def test_what_changes_no_step_may_change_and_is_written_down(tmp_path, name, cap
 FIXED = {
     "seed": 1,
     "batch_size": 4,
+    "micro_batches": 2,
     "model.dim": 8,
     "memvir.num_steps": 3,
     "memvir.step_gap": 1,
@@ -110,6 +112,24 @@ def test_the_size_of_the_devices_images_may_not_change(tmp_path):
     workdir.claim(tmp_path, changed(**{"data.cache": "device"}))
     with pytest.raises(ValueError, match=r"config\.data\.cache_size: 320 there, 64 now"):
         workdir.check(tmp_path, changed(**{"data.cache": "device", "data.cache_size": 64}))
+
+
+def test_parts_of_a_batch_may_change_where_they_have_no_statistics(tmp_path):
+    frozen = {"model.freeze_bn": True, "micro_batches": 2}
+    workdir.claim(tmp_path, changed(**frozen))
+    (difference,) = workdir.check(tmp_path, changed(**frozen | {"micro_batches": 1}))
+    assert difference == "config.micro_batches: 2 there, 1 now"
+
+
+def test_a_run_of_before_there_were_parts_goes_on_with_one(tmp_path):
+    workdir.claim(tmp_path, changed())
+    path = tmp_path / workdir.CONFIG
+    written = json.loads(path.read_text())
+    del written["micro_batches"]
+    path.write_text(json.dumps(written))
+    assert workdir.check(tmp_path, changed()) == []
+    with pytest.raises(ValueError, match=r"config\.micro_batches: 1 there, 2 now"):
+        workdir.check(tmp_path, changed(micro_batches=2))
 
 
 def test_a_finished_run_goes_on_only_when_it_may_train_longer(tmp_path):
