@@ -39,7 +39,7 @@ def make(config: ConfigDict, mesh: jax.sharding.Mesh) -> Network:
     """
     options = {name: value for name, value in config.model.items() if name != "pretrained"}
     # A backbone that cannot compute activations again is not asked whether it should.
-    embedder = create_embedder(**options | {"remat": options.get("remat") or None})
+    embedder = create_embedder(**options | {"remat": options["remat"] or None})
     everywhere = sharding.replicated(mesh)
     image = jax.ShapeDtypeStruct((1, *(config.data.image_size,) * 2, 3), jnp.uint8)
     shapes = jax.eval_shape(partial(embedder.init, train=False), jax.random.key(0), image)

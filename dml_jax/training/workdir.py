@@ -152,9 +152,7 @@ def check(workdir: Path, config: ConfigDict) -> list[str]:
                 "choose a new folder for --workdir"
             )
         return []
-    # Runs of before there were parts had one.
-    there = {"micro_batches": 1} | read_config(workdir).to_dict()
-    here = json.loads(config.to_json())
+    there, here = read_config(workdir).to_dict(), json.loads(config.to_json())
     differences = list(_differences(there, here))
     # Whether the host keeps images changes no step; crops on the device are others.
     on_device = "device" in (there["data"].get("cache"), here["data"]["cache"])

@@ -121,17 +121,6 @@ def test_parts_of_a_batch_may_change_where_they_have_no_statistics(tmp_path):
     assert difference == "config.micro_batches: 2 there, 1 now"
 
 
-def test_a_run_of_before_there_were_parts_goes_on_with_one(tmp_path):
-    workdir.claim(tmp_path, changed())
-    path = tmp_path / workdir.CONFIG
-    written = json.loads(path.read_text())
-    del written["micro_batches"]
-    path.write_text(json.dumps(written))
-    assert workdir.check(tmp_path, changed()) == []
-    with pytest.raises(ValueError, match=r"config\.micro_batches: 1 there, 2 now"):
-        workdir.check(tmp_path, changed(micro_batches=2))
-
-
 def test_a_finished_run_goes_on_only_when_it_may_train_longer(tmp_path):
     workdir.claim(tmp_path, changed(epochs=5))
     result = {"last": {"epoch": 5}}
