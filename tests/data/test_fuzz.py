@@ -15,7 +15,7 @@ from tests.fuzz import CHANGES, changed, damaged
 
 EXAMPLES = int(os.environ.get("DML_JAX_FUZZ_EXAMPLES", "100"))
 fuzzed = settings(
-    max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=2 * EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

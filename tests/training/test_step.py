@@ -26,11 +26,8 @@ def losses_of_run(config, devices, steps):
     return np.asarray(losses), state
 
 
-@pytest.mark.parametrize(
-    ("variant", "counts"),
-    [("baseline", (8,)), ("ps_memvir", (2, 4, 8)), ("memvir_proxy_anchor", (4,))],
-)
-def test_losses_are_the_same_on_any_number_of_devices(images, variant, counts):
+@pytest.mark.parametrize("variant", ["baseline", "ps_memvir", "memvir_proxy_anchor"])
+def test_losses_are_the_same_on_any_number_of_devices(images, variant):
     # In a deep network the last bit of a sum decides, every few steps, on which side of zero some
     # activation falls, and a high learning rate carries that into the loss: so a shallow network
     # at the official rates. Its 6 classes don't divide by 4 and 8.
@@ -38,7 +35,7 @@ def test_losses_are_the_same_on_any_number_of_devices(images, variant, counts):
     config = tiny.config(images, variant, batch_size=16, epochs=15, **rates)
     alone, _ = losses_of_run(config, devices=1, steps=30)
     assert len(set(alone)) == 30
-    for devices in counts:
+    for devices in (2, 4, 8):
         together, state = losses_of_run(config, devices=devices, steps=30)
         np.testing.assert_allclose(together, alone, rtol=1e-5)
         if state.memory is not None:
