@@ -171,9 +171,7 @@ def inshop(source: Path) -> Contents:
         if split not in splits:
             raise ValueError(f"{partition}: {name} is in a split {split!r}, not in {list(splits)}")
         pictures.append(Picture(splits[split], item, name, _inside(root, name)))
-    names = {picture.class_name for picture in pictures}
-    numbered = all(name.isdecimal() for name in names)
-    return Contents(tuple(sorted(names, key=int if numbered else str)), pictures)
+    return Contents(_in_order(sorted(p.class_name for p in pictures)), pictures)
 
 
 def omniglot(source: Path) -> Contents:
