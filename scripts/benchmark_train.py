@@ -4,22 +4,28 @@ python -m scripts.benchmark_train --torch --json=train.json
 python -m scripts.benchmark_train --backbone=resnet50 --image_size=224 --dtype=bfloat16 --torch
 python -m scripts.benchmark_train --profile
 
-A batch of noise waits on the device; the last line reads JPEGs instead, as a run does (host). The
-forms take turns in one process. Utilisation is the floating-point operations that XLA counts in a
-step, per second, over those of the fastest matrix product on the same device in the same type.
+Each form takes its images from three places: a batch of noise that waits on the device; JPEGs, by
+way of the device's cache (config.data.cache=device) or read as they are needed. They take turns.
+PyTorch is in processes of its own, so that each framework has what it brings along; in the second
+of them glibc keeps memory, as dml_jax's programs have it keep theirs. Utilisation is the
+floating-point operations that XLA counts in a step, per second, over those of the fastest matrix
+product on the same device in the same type.
 
 With --profile it prints the operations in which a step with both regularisers spends its time.
 """
 
 import collections
+import contextlib
 import itertools
 import json
+import multiprocessing
 import platform
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import folder
-from dml_jax import command_line, losses, sharding
+from dml_jax import command_line, losses, sharding, tuning
 from dml_jax.models import BACKBONES
 from dml_jax.training import experiment, loop, step
 
@@ -64,14 +70,19 @@ def main() -> None:
             return
         turns: dict[str, Callable[[], None]] = {}
         if _TORCH.value:
-            turns["PyTorch, bare"] = _torch_step()
+            turns["PyTorch, bare"] = _torch_steps(tuned=False)
+            turns["PyTorch, bare, glibc as ours"] = _torch_steps(tuned=True)
         for mixing, steps in itertools.product((0.0, 1.0), (0, _STEPS.value)):
             parts = [*(["PS"] if mixing else []), *(["MemVir"] if steps else [])]
+            form = " + ".join(parts) or "bare"
             built = experiment.build(_config(root, mixing, steps), sharding.make_mesh())
-            turns[" + ".join(parts) or "bare"] = _Step(built, _noise(built)).take
+            turns[form] = _Step(built, _noise(built)).take
+            turns[f"{form}, JPEGs"] = _Step(built, _of_a_run(built)).take
             if not parts:
                 flops = _flops(built)
-                turns["bare, images from disk"] = _Step(built, _from_disk(built)).take
+            config = _config(root, mixing, steps, cache="device")
+            built = experiment.build(config, sharding.make_mesh())
+            turns[f"{form}, device's cache"] = _Step(built, _of_a_run(built)).take
         rates = _rates(turns)
     peak = _peak()
     table = Table("step", "images/s", "of the bare one", "spread", "utilisation")
@@ -100,7 +111,7 @@ def main() -> None:
         Path(_JSON.value).write_text(json.dumps(about | {"images_per_second": rates}, indent=2))
 
 
-def _config(root: str, mixing_ratio: float, memory_steps: int) -> ConfigDict:
+def _config(root: str, mixing_ratio: float, memory_steps: int, cache: str = "none") -> ConfigDict:
     config = folder.get_config("ps_memvir")
     config.update_from_flattened_dict(
         {
@@ -110,6 +121,8 @@ def _config(root: str, mixing_ratio: float, memory_steps: int) -> ConfigDict:
             "data.image_size": _IMAGE_SIZE.value,
             "data.resize": _IMAGE_SIZE.value,
             "data.num_workers": _WORKERS.value,
+            "data.cache": cache,
+            "data.cache_size": max(320, _IMAGE_SIZE.value),
             "model.backbone": _BACKBONE.value,
             "model.width": _WIDTH.value,
             "model.dim": _DIM.value,
@@ -146,7 +159,7 @@ def _noise(built: experiment.Experiment) -> Iterator[dict[str, jax.Array]]:
     return itertools.repeat(sharding.put_batch(built.mesh, batch))
 
 
-def _from_disk(built: experiment.Experiment) -> Iterator[dict[str, jax.Array]]:
+def _of_a_run(built: experiment.Experiment) -> Iterator[dict[str, jax.Array]]:
     for _, batch in loop.batches(built, 0, built.config.epochs * built.steps_per_epoch):
         yield batch
 
@@ -234,6 +247,30 @@ def _print_profile(built: experiment.Experiment) -> None:
         table.add_row(f"{milliseconds:.2f}", f"{share:.1f} %", operation, of[operation])
     print(f"{took.total() / _CALLS.value / 1e6:.1f} ms in {len(took)} operations")
     Console(width=200).print(table)
+
+
+def _torch_steps(*, tuned: bool) -> Callable[[], None]:
+    """Takes the steps of a turn in a process of their own, and waits for them."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=_serve_torch, args=(theirs, sys.argv, tuned), daemon=True).start()
+
+    def take() -> None:
+        ours.send(None)
+        ours.recv()
+
+    return take
+
+
+def _serve_torch(pipe: Connection, arguments: list[str], tuned: bool) -> None:
+    flags.FLAGS(arguments)
+    if tuned:
+        tuning.prepare(embeds=True)
+    take = _torch_step()
+    with contextlib.suppress(EOFError):  # Whoever asks for turns has ended.
+        while True:
+            pipe.recv()
+            pipe.send(take())
 
 
 def _torch_step() -> Callable[[], None]:
