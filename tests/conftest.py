@@ -26,19 +26,16 @@ del os.environ["XLA_FLAGS"]
 if _given is not None:
     os.environ["XLA_FLAGS"] = _given
 
-# Runs of one configuration compile one program; so they do it once, in whatever process. pytest's
-# worker processes find this in their environment.
+# Runs of one configuration compile one program; so they do it once, in whatever process. Nothing is
+# downloaded, and nobody's cache is read. pytest's worker processes find this in their environment.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    _compiled = tempfile.TemporaryDirectory(prefix="dml_jax_tests_", ignore_cleanup_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    _folder = tempfile.TemporaryDirectory(prefix="dml_jax_tests_", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_folder.name}/compiled"
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
+    os.environ["HF_HOME"] = f"{_folder.name}/hub"
+    os.environ["HF_HUB_OFFLINE"] = "1"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-# Nothing is downloaded, and nobody's cache is read.
-_hub = tempfile.TemporaryDirectory(prefix="dml_jax_tests_", ignore_cleanup_errors=True)
-os.environ["HF_HOME"] = _hub.name
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Broadcasting between ranks must be written out. (Not so the promotion of types: optax's Adam,
 # clu's metrics and flax's BatchNorm in bfloat16 rely on it.)

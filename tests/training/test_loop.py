@@ -26,11 +26,12 @@ def start(config, folder):
     return built
 
 
-def test_a_run_leaves_everything_that_a_user_looks_for(images, tmp_path, monkeypatch):
+@pytest.mark.parametrize("settings", [{}, {"micro_batches": 2, "model__remat": True}])
+def test_a_run_leaves_everything_that_a_user_looks_for(settings, images, tmp_path, monkeypatch):
     chex.clear_trace_counter()
     monkeypatch.setattr(step, "train_step", chex.assert_max_traces(n=1)(step.train_step))
     folder = tmp_path / "run"
-    config = tiny.config(images, "ps_memvir")
+    config = tiny.config(images, "ps_memvir", **settings)
     built = start(config, folder)
     result = loop.train(built, folder)
 
