@@ -250,10 +250,19 @@ def _print_profile(built: experiment.Experiment) -> None:
 
 
 def _torch_steps(*, tuned: bool) -> Callable[[], None]:
-    """Takes the steps of a turn in a process of their own, and waits for them."""
+    """Takes the steps of a turn in a process of their own, and waits for them.
+
+    Raises:
+        ValueError: that process cannot make its network.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     context.Process(target=_serve_torch, args=(theirs, sys.argv, tuned), daemon=True).start()
+    theirs.close()
+    try:
+        ours.recv()  # It is ready.
+    except EOFError as error:
+        raise ValueError("PyTorch's process has ended, and said why; see above") from error
 
     def take() -> None:
         ours.send(None)
@@ -267,6 +276,7 @@ def _serve_torch(pipe: Connection, arguments: list[str], tuned: bool) -> None:
     if tuned:
         tuning.prepare(embeds=True)
     take = _torch_step()
+    pipe.send(None)
     with contextlib.suppress(EOFError):  # Whoever asks for turns has ended.
         while True:
             pipe.recv()

@@ -4,6 +4,7 @@ import functools
 import os
 import tempfile
 from typing import ClassVar
+from unittest import mock
 
 import flax.linen as nn
 import hypothesis
@@ -18,13 +19,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 # This process mostly compiles, in two thirds of the time without LLVM's optimisations. The programs
 # that tests start compile as a user's do: XLA reads the flags once, when its devices are made.
-_given = os.environ.get("XLA_FLAGS")
 _quickly = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = f"{_given or ''} {_quickly}"
-jax.devices()
-del os.environ["XLA_FLAGS"]
-if _given is not None:
-    os.environ["XLA_FLAGS"] = _given
+with mock.patch.dict(os.environ, XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {_quickly}"):
+    jax.devices()
 
 # Runs of one configuration compile one program; so they do it once, in whatever process. Nothing is
 # downloaded, and nobody's cache is read. pytest's worker processes find this in their environment.
