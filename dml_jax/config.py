@@ -10,6 +10,7 @@ from ml_collections import ConfigDict, config_dict
 from dml_jax import data, losses, rules
 from dml_jax.models import (
     BACKBONES,
+    HEAD_INITS,
     POOLINGS,
     backbone_options,
     check_image_size,
@@ -67,6 +68,8 @@ def default() -> ConfigDict:
                 "pretrained": "weights/bninception.safetensors",
                 "pooling": "gap",
                 "dim": 512,
+                # Initial values of the linear head; see dml_jax.models.Embedder.
+                "head_init": "uniform",
                 # Whether running statistics normalise in training too, and stay as they are.
                 "freeze_bn": True,
                 "dtype": "float32",
@@ -204,6 +207,7 @@ RULES = {
     ),
     "model.pooling": rules.choice(POOLINGS),
     "model.dim": rules.whole(1),
+    "model.head_init": rules.choice(HEAD_INITS),
     "model.freeze_bn": rules.flag(),
     "model.dtype": rules.choice(_DTYPES),
     "model.remat": rules.flag(),

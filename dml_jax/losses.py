@@ -322,9 +322,10 @@ class SoftTriple(SoftmaxLoss):
 
     The similarity of a class is the mean of the cosines with its centres, weighted by the softmax
     of the cosines over `gamma`. Proxies are `[classes * centers_per_class, dim]`, class by class.
-    `tau` weighs a term that merges centres that a class does not need: the mean distance
-    between two centres of a class, which is the paper's regulariser (equation 9). It takes the
-    classes of the step, those that Proxy Synthesis adds too, and not those that MemVir remembers.
+    `tau` weighs a regulariser that merges centres that a class does not need (equation 9): half the
+    mean distance between two centres of a class, as in its authors' program, which divides the sum
+    over unordered pairs by the number of ordered ones. It takes the classes of the step, including
+    the synthetic ones, but not the virtual classes of MemVir.
 
     Source: Qian et al., SoftTriple loss: Deep metric learning without triplet sampling, ICCV 2019,
     equations 7 to 9.
@@ -358,13 +359,13 @@ class SoftTriple(SoftmaxLoss):
     def penalty(
         self, proxies: Float[Array, "proxies dim"], class_mask: Bool[Array, " classes"]
     ) -> Float[Array, ""]:
-        """`tau` times the mean distance between two centres of a class."""
+        """`tau` times half the mean distance between two centres of a class."""
         if self.tau == 0 or self.centers_per_class == 1:
             return jnp.zeros(())
         centers = proxies.reshape(-1, self.centers_per_class, proxies.shape[-1])
         first, second = jnp.triu_indices(self.centers_per_class, k=1)
         distances = numerics.lengths(centers[:, first] - centers[:, second])
-        return self.tau * jnp.mean(jnp.mean(distances, axis=1), where=class_mask)
+        return self.tau / 2 * jnp.mean(jnp.mean(distances, axis=1), where=class_mask)
 
 
 @dataclasses.dataclass(frozen=True)

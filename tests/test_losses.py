@@ -253,7 +253,7 @@ def test_tau_takes_the_classes_of_the_step_and_the_synthetic_ones():
         of_class = unit.reshape(CLASSES, 2, DIM)
         own = of_class[labels]
         synthetic = 0.3 * own[:3] + 0.7 * own[partner[:3]]
-        expected = 0.2 * jnp.mean(distance(jnp.concatenate([of_class, synthetic])))
+        expected = 0.1 * jnp.mean(distance(jnp.concatenate([of_class, synthetic])))
         np.testing.assert_allclose(with_tau - value, expected, rtol=1e-4)
 
 
@@ -263,10 +263,12 @@ def test_tau_pulls_the_centres_of_a_class_together(problem):
     centers = centers.reshape(CLASSES, 3, DIM)
     unit = centers / jnp.linalg.norm(centers, axis=-1, keepdims=True)
     pairs = [(0, 1), (0, 2), (1, 2)]
-    # Equation 9's distances of unit vectors, sqrt(2 - 2 cos).
+    # As its authors compute equation 9: a sum over unordered pairs i < j of sqrt(2 - 2 cos), divided
+    # by classes * K * (K - 1), the number of ordered pairs.
     distances = [jnp.sqrt(2 - 2 * (unit[:, i] * unit[:, j]).sum(-1)) for i, j in pairs]
+    expected = 0.2 * jnp.sum(jnp.asarray(distances)) / (CLASSES * 3 * 2)
     difference = create("soft_triple", tau=0.2)(*problem) - create("soft_triple")(*problem)
-    chex.assert_trees_all_close(difference, 0.2 * jnp.mean(jnp.asarray(distances)), rtol=1e-4)
+    chex.assert_trees_all_close(difference, expected, rtol=1e-4)
     merged = jnp.broadcast_to(centers[:, :1], centers.shape).reshape(-1, DIM)
     gradient = jax.grad(create("soft_triple", tau=0.2), argnums=1)(embeddings, merged, labels)
     chex.assert_tree_all_finite(gradient)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -134,18 +135,69 @@ def test_partners_are_a_permutation_and_differ_wherever_that_is_possible(labels,
     assert np.sum(labels != labels[partner]) == possible
 
 
-def test_partners_are_random():
-    labels = jnp.arange(8)
-    partners = [
-        proxy_synthesis.draw(jax.random.key(seed), labels, alpha=0.4, ratio=1.0)[1][0]
-        for seed in range(300)
+def partners(labels, seed=0):
+    """One draw of partners for each row of labels `[draws, batch]`."""
+    keys = jax.random.split(jax.random.key(seed), len(labels))
+    draw = jax.vmap(lambda key, row: proxy_synthesis.draw(key, row, alpha=0.4, ratio=1.0)[1][0])
+    return np.asarray(jax.jit(draw)(keys, jnp.asarray(labels)))
+
+
+def twins(labels, partner):
+    """Rows of which another row has the same class and the same class of partner."""
+    pairs = np.stack([labels, labels[partner]])
+    _, counts = np.unique(pairs, axis=1, return_counts=True)
+    return counts[counts > 1].sum()
+
+
+def batches_of(classes, n_instance):
+    """200 batches of 128 samples, as the samplers of training draw them."""
+    rng = np.random.default_rng(0)
+    if n_instance == 1:
+        return rng.integers(0, classes, (200, 128))
+    drawn = [rng.choice(classes, 128 // n_instance, replace=False) for _ in range(200)]
+    return np.repeat(drawn, n_instance, axis=1)
+
+
+@pytest.mark.parametrize(
+    ("classes", "n_instance", "most"), [(98, 1, 2.5), (64, 2, 2.0), (98, 2, 2.0), (11_318, 1, 0.1)]
+)
+def test_synthetic_classes_seldom_have_twins(classes, n_instance, most):
+    labels = batches_of(classes, n_instance)
+    drawn = partners(labels)
+    mean = np.mean([twins(*pair) for pair in zip(labels, drawn, strict=True)])
+    # Partners that are independent of one another have this many twins or a few more.
+    independent = np.random.default_rng(1).permuted(np.tile(np.arange(128), (200, 1)), axis=1)
+    expected = np.mean([twins(*pair) for pair in zip(labels, independent, strict=True)])
+    assert mean <= most
+    assert mean <= 1.25 * expected + 0.1
+    assert (np.take_along_axis(labels, drawn, axis=1) != labels).all()
+
+
+@pytest.mark.parametrize("n_instance", [1, 2])
+def test_a_partner_is_any_sample_of_another_class_with_the_same_probability(n_instance):
+    labels = np.arange(12) // n_instance
+    draws = 6000
+    counts = np.zeros((12, 12))
+    for partner in partners(np.tile(labels, (draws, 1))):
+        counts[np.arange(12), partner] += 1
+    other = labels[:, None] != labels[None]
+    assert not counts[~other].any()
+    p_values = [
+        scipy.stats.chisquare(row[of]).pvalue for row, of in zip(counts, other, strict=True)
     ]
-    counts = np.zeros((8, 8))
-    for partner in partners:
-        counts[np.arange(8), partner] += 1
-    assert not counts.diagonal().any()
-    off_diagonal = counts[~np.eye(8, dtype=bool)]
-    assert off_diagonal.min() > 20 and off_diagonal.max() < 75  # 300 / 7 = 43 each.
+    assert min(p_values) > 1e-3
+
+
+def test_partners_of_two_samples_are_nearly_independent():
+    labels = np.arange(10)
+    counts = np.zeros((10, 10))
+    for first, second in partners(np.tile(labels, (20_000, 1)))[:, :2]:
+        counts[first, second] += 1
+    # All samples form one cycle, so two partners differ, and two samples are not each other's.
+    possible = ~np.eye(10, dtype=bool)
+    possible[0] = possible[:, 1] = possible[1, 0] = False
+    assert not counts[~possible].any()
+    assert scipy.stats.chisquare(counts[possible]).pvalue > 1e-3
 
 
 def test_weights_follow_the_beta_distribution():

@@ -1,7 +1,7 @@
 """Networks from pixels to embeddings."""
 
 from dml_jax.models import pretrained
-from dml_jax.models.embedder import POOLINGS, Embedder
+from dml_jax.models.embedder import HEAD_INITS, POOLINGS, Embedder
 from dml_jax.models.registry import (
     BACKBONES,
     backbone_options,
@@ -12,6 +12,7 @@ from dml_jax.models.registry import (
 
 __all__ = [
     "BACKBONES",
+    "HEAD_INITS",
     "POOLINGS",
     "Embedder",
     "backbone_options",

@@ -1,10 +1,13 @@
 """From pixels to embeddings: input normalisation, backbone, pooling, linear head."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 POOLINGS = ("gap", "gmp", "gap+gmp")
+HEAD_INITS = ("uniform", "kaiming_fan_out")
 
 
 class Embedder(nn.Module):
@@ -15,19 +18,27 @@ class Embedder(nn.Module):
             [B, H, W, 3] to a feature map [B, h, w, F].
         pooling: over space: "gap" averages, "gmp" takes the maximum, "gap+gmp" adds the two.
         dim: size of an embedding.
+        head_init: initial values of the head, for F pooled features. "uniform" draws kernel and
+            bias from U(-1/sqrt(F), 1/sqrt(F)), as PyTorch's nn.Linear does; "kaiming_fan_out" draws
+            the kernel from N(0, 2/dim) and sets the bias to zero, as Proxy-Anchor's authors do.
 
     Raises:
-        ValueError: on an unknown pooling.
+        ValueError: on an unknown pooling or head_init.
     """
 
     backbone: nn.Module
     pooling: str
     dim: int
+    head_init: str = "uniform"
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
             raise ValueError(
                 f"unknown pooling {self.pooling!r}: choose one of {', '.join(POOLINGS)}"
+            )
+        if self.head_init not in HEAD_INITS:
+            raise ValueError(
+                f"unknown head_init {self.head_init!r}: choose one of {', '.join(HEAD_INITS)}"
             )
         super().__post_init__()
 
@@ -42,7 +53,20 @@ class Embedder(nn.Module):
         average, maximum = x.mean((1, 2)), _maximum(x)
         x = {"gap": average, "gmp": maximum, "gap+gmp": average + maximum}[self.pooling]
         # Accelerators would round the operands of a float32 product to bfloat16 or TF32.
-        return nn.Dense(self.dim, precision="highest", name="head")(x)
+        inits = _head_inits(self.head_init, features=x.shape[-1])
+        return nn.Dense(self.dim, precision="highest", name="head", **inits)(x)
+
+
+def _head_inits(name: str, *, features: int) -> dict[str, nn.initializers.Initializer]:
+    """Returns `kernel_init` and `bias_init` of a head on so many features; see `Embedder`."""
+    if name == "kaiming_fan_out":
+        kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        return {"kernel_init": kernel_init, "bias_init": nn.initializers.zeros}
+
+    def uniform(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        return jax.random.uniform(key, shape, dtype, -(features**-0.5), features**-0.5)
+
+    return {"kernel_init": uniform, "bias_init": uniform}
 
 
 def _maximum(x: Float[Array, "b h w f"]) -> Float[Array, "b f"]:

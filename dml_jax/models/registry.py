@@ -54,21 +54,26 @@ def check_image_size(name: str, size: int) -> None:
         check(size, size)
 
 
-def create_embedder(*, backbone: str, pooling: str, dim: int, **options: Any) -> Embedder:
+def create_embedder(
+    *, backbone: str, pooling: str, dim: int, head_init: str = "uniform", **options: Any
+) -> Embedder:
     """Makes an embedder.
 
     Args:
         backbone: a key of `BACKBONES`.
         pooling: "gap", "gmp" or "gap+gmp".
         dim: size of an embedding.
+        head_init: "uniform" or "kaiming_fan_out"; see `Embedder`.
         **options: see `create_backbone`; one that is None is as if it were not given.
 
     Returns:
         A module from RGB images of 0..255 [B, H, W, 3] to raw float32 embeddings [B, dim].
 
     Raises:
-        ValueError: on an unknown backbone or pooling.
+        ValueError: on an unknown backbone, pooling or head_init.
         TypeError: on an option that the backbone does not have.
     """
     given = {option: value for option, value in options.items() if value is not None}
-    return Embedder(backbone=create_backbone(backbone, **given), pooling=pooling, dim=dim)
+    return Embedder(
+        backbone=create_backbone(backbone, **given), pooling=pooling, dim=dim, head_init=head_init
+    )

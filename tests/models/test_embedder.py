@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from dml_jax.models import Embedder, create_embedder, resnet
 from dml_jax.models import embedder as embedder_module
@@ -86,6 +87,39 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32(images):
     reference = embed(variables, images)
     assert (embeddings != reference).any()
     np.testing.assert_allclose(embeddings, reference, atol=0.02 * float(abs(reference).max()))
+
+
+def head_of(images, **options):
+    embedder = Embedder(backbone=resnet.ResNet((1, 1), bottleneck=False, width=8), **options)
+    variables = jax.jit(lambda x: embedder.init(jax.random.key(5), x, train=False))(images)
+    return jax.tree.map(np.asarray, variables["params"]["head"])
+
+
+def test_the_head_starts_as_torch_starts_a_linear_layer(images):
+    head = head_of(images, pooling="gap", dim=4096)
+    features = head["kernel"].shape[0]
+    bound = features**-0.5
+    for values in (head["kernel"], head["bias"]):
+        assert np.abs(values).max() <= bound
+        assert np.abs(values).max() > 0.99 * bound
+        # Five standard deviations of the standard deviation and of the mean of a uniform sample.
+        spread = bound / 3**0.5
+        assert abs(values.std() / spread - 1) < 5 * (0.2 / values.size) ** 0.5
+        assert abs(values.mean()) < 5 * spread / values.size**0.5
+        assert scipy.stats.kstest(values.ravel(), "uniform", (-bound, 2 * bound)).pvalue > 1e-3
+    assert np.abs(np.corrcoef(head["kernel"], head["bias"][None])[-1, :-1]).max() < 0.1
+
+
+def test_the_head_of_proxy_anchor_is_normal_by_fan_out_without_bias(images):
+    head = head_of(images, pooling="gap", dim=4096, head_init="kaiming_fan_out")
+    assert not head["bias"].any()
+    spread = (2 / 4096) ** 0.5
+    assert scipy.stats.kstest(head["kernel"].ravel(), scipy.stats.norm(0, spread).cdf).pvalue > 1e-3
+
+
+def test_unknown_head_init_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="unknown head_init 'zero': choose one of uniform, kaim"):
+        create_embedder(backbone="resnet18", pooling="gap", dim=8, head_init="zero")
 
 
 def test_unknown_pooling_is_refused_with_the_known_ones():
