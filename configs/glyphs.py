@@ -19,7 +19,7 @@ from dml_jax import config as configs
 def get_config(variant: str = "baseline") -> ConfigDict:
     """The settings of a variant, such as `baseline`, `ps`, `memvir` or `ps_memvir_proxy_nca`."""
     config = configs.default()
-    config.epochs = 6
+    config.epochs = 30
     config.data.update(
         name="glyphs",
         image_size=32,
@@ -29,22 +29,13 @@ def get_config(variant: str = "baseline") -> ConfigDict:
         # Letters are decoded faster than worker processes are started.
         num_workers=0,
     )
-    config.model.update(
-        backbone="resnet18",
-        width=16,
-        stem="small",
-        pretrained="none",
-        pooling="gap+gmp",
-        dim=128,
-        freeze_bn=False,
-    )
-    config.optimizer.update(
-        learning_rate=3e-3, proxy_learning_rate=3e-2, eps=1e-6, decay_epochs=(5,)
-    )
-    config.evaluation.every_epochs = 2
+    config.model.update(backbone="conv4", width=48, pretrained="none", dim=128, freeze_bn=False)
+    config.optimizer.update(learning_rate=1e-3, eps=1e-3, decay_epochs=(18, 26))
+    config.evaluation.every_epochs = 10
+    config.checkpoint.every_epochs = 10
     return configs.with_variant(
         config,
         variant,
         proxy_synthesis={"ratio": 1.0, "alpha": 0.4},
-        memvir={"num_steps": 5, "step_gap": 3, "warmup_epochs": 3},
+        memvir={"num_steps": 3, "step_gap": 15, "warmup_epochs": 5},
     )

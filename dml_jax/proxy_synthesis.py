@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dml_jax import losses
 
-
 _EXCHANGES = 8
 """Rounds of exchanges. Of 128 samples drawn from 20 classes, 1 draw in 1000 or fewer needs more."""
 

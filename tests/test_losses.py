@@ -263,7 +263,7 @@ def test_tau_pulls_the_centres_of_a_class_together(problem):
     centers = centers.reshape(CLASSES, 3, DIM)
     unit = centers / jnp.linalg.norm(centers, axis=-1, keepdims=True)
     pairs = [(0, 1), (0, 2), (1, 2)]
-    # As its authors compute equation 9: a sum over unordered pairs i < j of sqrt(2 - 2 cos), divided
+    # Equation 9 as its authors compute it: a sum over unordered pairs of sqrt(2 - 2 cos), divided
     # by classes * K * (K - 1), the number of ordered pairs.
     distances = [jnp.sqrt(2 - 2 * (unit[:, i] * unit[:, j]).sum(-1)) for i, j in pairs]
     expected = 0.2 * jnp.sum(jnp.asarray(distances)) / (CLASSES * 3 * 2)
