@@ -1,7 +1,7 @@
 """Letters of five scripts in the typefaces of matplotlib's wheel, as classes of encoded images.
 
 Many letters of different scripts are one drawing: Latin A, Greek Alpha and Cyrillic A. So a class
-is a set of letters whose drawings coincide in some typeface, and belongs to one split alone.
+is a set of letters whose drawings coincide in some typeface, and each class is in one split only.
 """
 
 import unicodedata
@@ -30,9 +30,9 @@ _TYPEFACES = tuple(
     for style in ("", "-Bold", f"-{slant}", f"-Bold{slant}")
 ) + ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta")
 
-# Drawings that differ by no more than this are one: points in pixels, and blackness (0 .. 255).
+# Drawings coincide if they differ by at most this: a quarter of a pixel, or a quarter of black.
 _SAME_POINT = 0.25
-_SAME_INK = 64
+_SAME_INK = 64.0
 
 Classes = dict[str, list[tuple[str, bytes]]]
 """By name of the class: the name and the PNG file of each of its images."""
@@ -46,8 +46,8 @@ class _Drawing(NamedTuple):
     Attributes:
         letter: one character.
         typeface: one of `_TYPEFACES`.
-        outline: points of its contours in pixels, from the left and lower end of their box.
-        contours: where each contour ends, and which points lie on the curve.
+        outline: points of its contours in pixels, from the lower left corner of their box.
+        contours: the index of each contour's last point, and which points lie on the curve.
         picture: the letter in black on white.
     """
 
@@ -68,9 +68,12 @@ def create() -> dict[str, Classes]:
     """Draws the classes of "train" (Latin and Greek) and of "test" (the other scripts).
 
     Letters whose drawings coincide in some typeface are one class, named after the first of them.
-    Where they are of both splits, the class has the letters of "train", and the others are left
-    out. Drawings that coincide are one image, and a class has at least 8 images. So no image is
-    in two classes, and none is there twice.
+    If such a class has letters of both splits, it is a training class without its test letters.
+    Of the drawings in a class that coincide, only the first is kept. A class that has fewer than
+    8 images left is dropped. So no two classes share an image, and no image occurs twice.
+
+    Returns:
+        By split, then by class name in the order of the letters: the images.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -101,7 +104,7 @@ def create() -> dict[str, Classes]:
 
 
 def _drawings() -> Iterator[_Drawing]:
-    """Every letter that is no accented one, in every typeface that has it."""
+    """Every letter without an accent, in every typeface that has it."""
     spec = find_spec("matplotlib")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
@@ -123,7 +126,7 @@ def _drawings() -> Iterator[_Drawing]:
 
 
 def _drawn(typeface: str, path: Path, letters: Iterable[str]) -> Iterator[_Drawing]:
-    """Those of the letters that a typeface has."""
+    """The letters that the typeface at `path` has."""
     # The other layout engine exists only where libraqm does; the images must not depend on it.
     engine = ImageFont.Layout.BASIC
     font = ImageFont.truetype(str(path), _FONT_SIZE, layout_engine=engine)
@@ -151,11 +154,12 @@ def _picture(font: ImageFont.FreeTypeFont, letter: str) -> UInt8[np.ndarray, "h 
 
 
 def _coinciding(drawings: Sequence[_Drawing]) -> _Pairs:
-    """Which drawings coincide, in any typefaces and wherever in the image they lie.
+    """Pairs of drawings that coincide wherever in the image they lie, by index.
 
-    Two do if their outlines have the same points to a quarter of a pixel. Some letters were drawn
-    a second time, with other points: these coincide if the boxes around their ink are equally
-    large, and no pixel in them differs by more than a quarter of black.
+    Two coincide if their outlines have the same points to a quarter of a pixel. The pixels may
+    still differ, because hinting and side bearings move an outline by parts of a pixel. Some
+    letters are the same shape drawn with other points. So two also coincide if the boxes around
+    their ink have one size and no pixel in them differs by more than a quarter of black.
     """
     inks = [_ink(drawing.picture) for drawing in drawings]
     outlines = _close(
@@ -168,14 +172,17 @@ def _coinciding(drawings: Sequence[_Drawing]) -> _Pairs:
 
 
 def _ink(picture: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h2 w2"]:
-    """The box around all that is not white, and how black it is."""
+    """How black the picture is, 0 .. 255, in the smallest box around all that is not white."""
     ink = 255 - picture
     rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
     return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def _close(keys: Sequence[Hashable], values: Sequence[np.ndarray], tolerance: float) -> _Pairs:
-    """Pairs of equal keys whose values, which are equally long then, differ nowhere by more."""
+    """Pairs, by index, of equal keys and of values that differ by at most `tolerance` everywhere.
+
+    Values of equal keys must be vectors of one length.
+    """
     groups = defaultdict(list)
     for index, key in enumerate(keys):
         groups[key].append(index)
@@ -187,12 +194,12 @@ def _close(keys: Sequence[Hashable], values: Sequence[np.ndarray], tolerance: fl
 
 
 def _components(count: int, pairs: _Pairs) -> Int[np.ndarray, " count"]:
-    """The number of the connected component that each of `count` nodes is in."""
+    """Labels the connected components of a graph with `count` nodes and an edge for each pair."""
     edges = coo_array((np.ones(len(pairs), bool), tuple(pairs.T)), shape=(count, count))
     return connected_components(edges, directed=False)[1]
 
 
 def _encode(drawing: _Drawing) -> tuple[str, bytes]:
-    """The drawing's name, which is unique, and its picture as a PNG file."""
+    """The drawing's unique name, and its picture as a PNG file."""
     name = f"{drawing.typeface}/U+{ord(drawing.letter):04X}"
     return name, cv2.imencode(".png", drawing.picture)[1].tobytes()
