@@ -8,16 +8,14 @@ import dataclasses
 import itertools
 import os
 import stat
-import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-import cv2
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from jaxtyping import Bool, Int32, Int64
 
+from dml_jax.data import glyphs
 from dml_jax.data.images import Picture
 from dml_jax.data.records import INDEX, Images, read_index
 
@@ -257,67 +255,12 @@ def _source(classes: Mapping[str, Sequence[tuple[str, bytes | str]]]) -> Source:
     )
 
 
-# The glyphs
-
-_GLYPH_SIZE = 32
-_FONT_SIZE = 22  # Pixels; the largest at which practically every letter lies inside the image.
-_MIN_TYPEFACES = 8
-_SCRIPTS = {"train": ("LATIN", "GREEK"), "test": ("CYRILLIC", "GEORGIAN", "ARMENIAN")}
-_TYPEFACES = tuple(
-    f"DejaVu{family}{style}"
-    for family, slant in (("Sans", "Oblique"), ("SansMono", "Oblique"), ("Serif", "Italic"))
-    for style in ("", "-Bold", f"-{slant}", f"-Bold{slant}")
-) + ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta")
+# Built in
 
 
 def _glyphs() -> dict[str, Source]:
-    """Letters drawn by typefaces: a class is a letter that at least 8 of 16 typefaces have."""
-    spec = find_spec("matplotlib")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            "the glyphs are drawn with the typefaces of matplotlib's wheel: pip install matplotlib"
-        )
-    fonts = {}
-    for typeface in _TYPEFACES:
-        path = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / f"{typeface}.ttf"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: install matplotlib from its wheel")
-        # The other layout engine exists only where libraqm does; the images must not depend on it.
-        engine = ImageFont.Layout.BASIC
-        fonts[typeface] = ImageFont.truetype(str(path), _FONT_SIZE, layout_engine=engine)
-    return {split: _letters(fonts, scripts) for split, scripts in _SCRIPTS.items()}
-
-
-def _letters(fonts: dict[str, ImageFont.FreeTypeFont], scripts: tuple[str, ...]) -> Source:
-    # A font answers a character that it lacks (U+FFFF is none) with the picture of a box.
-    boxes = {typeface: _draw(font, "\uffff") for typeface, font in fonts.items()}
-    classes = {}
-    for letter in map(chr, range(0x10000)):
-        title = unicodedata.name(letter, "")
-        is_letter = title.startswith(scripts) and unicodedata.category(letter).startswith("L")
-        if not is_letter or unicodedata.decomposition(letter):  # An accented letter decomposes.
-            continue
-        drawn = {typeface: _draw(font, letter) for typeface, font in fonts.items()}
-        members = [
-            (f"{typeface}/U+{ord(letter):04X}", cv2.imencode(".png", picture)[1].tobytes())
-            for typeface, picture in drawn.items()
-            if not np.array_equal(picture, boxes[typeface])
-        ]
-        if len(members) >= _MIN_TYPEFACES:
-            classes[title] = members
-    return _source(classes)
-
-
-def _draw(font: ImageFont.FreeTypeFont, letter: str) -> UInt8[np.ndarray, "h w"]:
-    """The letter in black, the box of its ink and its advance in the middle of a white square."""
-    left, top, right, bottom = font.getbbox(letter)
-    origin = ((_GLYPH_SIZE - left - right) // 2, (_GLYPH_SIZE - top - bottom) // 2)
-    image = Image.new("L", (_GLYPH_SIZE, _GLYPH_SIZE), 255)
-    ImageDraw.Draw(image).text(origin, letter, fill=0, font=font)
-    return np.asarray(image)
-
-
-# Photographs
+    """Letters drawn by typefaces: see `dml_jax.data.glyphs`."""
+    return {split: _source(classes) for split, classes in glyphs.create().items()}
 
 
 def _orl_faces() -> dict[str, Source]:

