@@ -332,7 +332,7 @@ def test_images_on_the_device_are_no_smaller_than_tests_need_them():
 
 def test_activations_that_cannot_be_computed_again_are_refused():
     made = glyphs.get_config()
-    made.model.remat = True
+    made.model.update(backbone="resnet18", remat=True)
     config.validate(made)
     made.model.backbone = "conv4"
     with pytest.raises(ValueError, match=r"config.model.remat is True, but conv4 has no blocks"):
@@ -473,7 +473,9 @@ def test_images_have_a_root_if_they_do_not_come_along(root):
 
 def test_pretrained_weights_fit_the_pretrained_width_and_stem_alone():
     made = glyphs.get_config()
-    made.model.pretrained = "hf:timm/resnet18.tv_in1k"
+    made.model.update(
+        backbone="resnet18", width=16, stem="small", pretrained="hf:timm/resnet18.tv_in1k"
+    )
     with pytest.raises(ValueError) as error:
         config.validate(made)
     assert [line.partition(";")[0] for line in str(error.value).splitlines()] == [

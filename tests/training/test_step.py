@@ -47,8 +47,8 @@ def test_a_deep_network_starts_the_same_on_any_number_of_devices():
     # Later, see above: a narrow ResNet-18 was found 6e-5 apart after 20 steps.
     config = glyphs.get_config("ps_memvir")
     config.update_from_flattened_dict(
-        {"batch_size": 32, "model.width": 8, "optimizer.learning_rate": 1e-4}
-        | {"optimizer.proxy_learning_rate": 1e-2, "optimizer.eps": 1e-3}
+        {"model.backbone": "resnet18", "model.stem": "small", "model.width": 8}
+        | {"batch_size": 32, "optimizer.learning_rate": 1e-4}
     )
     alone, _ = losses_of_run(config, devices=1, steps=4)
     together, _ = losses_of_run(config, devices=8, steps=4)
