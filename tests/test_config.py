@@ -1,7 +1,10 @@
+import ast
 import dataclasses
 import functools
 import importlib.util
 import math
+import re
+import shlex
 from pathlib import Path
 
 import chex
@@ -77,6 +80,9 @@ def three_images(source):
     )
 
 
+# Of `memvir_baseline` another test shows that it is `memvir` without the memory.
+REGULARISED = [method for method in config.METHODS if method != "memvir_baseline"]
+
 SMALL = {
     "batch_size": 2,
     "data.image_size": 8,
@@ -105,14 +111,14 @@ SMALL_MEMORY = {
 
 
 @pytest.mark.parametrize("loss", losses.NAMES)
-@pytest.mark.parametrize("method", config.METHODS)
+@pytest.mark.parametrize("method", REGULARISED)
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_variant_of_every_file_takes_two_steps(file, method, loss, roots):
     made = load(file).get_config(f"{method}_{loss}")
     made.data.root = roots[file.stem]
     config.validate(made)
     assert made.loss.name == loss
-    has_memory = method in ("memvir", "ps_memvir")
+    has_memory = "memvir" in method
     assert bool(made.proxy_synthesis.ratio) == ("ps" in method)
     assert bool(made.memvir.num_steps) == has_memory
     with pytest.raises(AttributeError, match="epoch"):
@@ -159,6 +165,9 @@ def test_what_memvir_is_compared_with_differs_in_nothing_but_the_memory(file, lo
         load(file).get_config(f"{method}_{loss}").to_dict()
         for method in ("memvir_baseline", "memvir", "ps_memvir")
     )
+    if file.stem == "folder":
+        bare["data"]["root"] = remembers["data"]["root"] = both["data"]["root"] = "photos"
+    config.validate(ConfigDict(bare))
     assert bare["memvir"] == config.default().memvir.to_dict()
     assert bare["proxy_synthesis"] == config.default().proxy_synthesis.to_dict()
     assert bare == remembers | {"memvir": bare["memvir"]}
@@ -331,6 +340,35 @@ def test_proxy_anchor_is_set_as_its_authors_set_it(name):
     long = get_config("memvir_proxy_anchor")
     assert long.optimizer.decay_every == 0 and long.optimizer.decay_epochs == (long.epochs,)
     assert long.batch_size == 180 and long.proxy_init == "normal_classes"
+
+
+def documented_commands(page):
+    """The arguments of each train.py command in a page's code blocks."""
+    for block in re.findall(r"^```\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+        if block.startswith("python scripts/train.py"):
+            yield shlex.split(block.replace("\\\n", " "))[1:]
+
+
+def test_the_pull_requests_proxy_anchor_has_the_recipe_of_the_other_losses():
+    (command,) = documented_commands(ROOT / "docs" / "official.md")
+    _, named, workdir_flag, *overrides = command
+    assert (named, workdir_flag) == ("--config=configs/cars196.py:proxy_anchor", "--workdir=DIR")
+    made = load(ROOT / "configs" / "cars196.py").get_config("proxy_anchor")
+    for override in overrides:
+        path, _, value = override.removeprefix("--config.").partition("=")
+        is_word = value.isalpha() and value not in ("True", "False")
+        value = value if is_word else ast.literal_eval(value)
+        made.update_from_flattened_dict({path: value})
+    ours = {path: value for path, value in config.leaves(made) if path not in OURS}
+    expected = OFFICIAL | {
+        "loss.name": "proxy_anchor",
+        "loss.alpha": 32.0,
+        "loss.margin": 0.1,
+        "proxy_init": "normal_classes",
+        "optimizer.clip_value": 1e9,
+    }
+    del expected["loss.scale"]
+    assert ours == expected
 
 
 @pytest.mark.parametrize("name", PROXY_ANCHOR_FLAGS)
