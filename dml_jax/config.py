@@ -16,8 +16,12 @@ from dml_jax.models import (
     check_image_size,
     pretrained,
 )
+from dml_jax.models.normalisation import CHANNELS
 from dml_jax.models.resnet import STEMS
 from dml_jax.training import optimizer, state
+
+METHODS = ("baseline", "ps", "memvir", "ps_memvir", "memvir_baseline")
+"""What a variant may add to a loss; see `with_variant`."""
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -66,12 +70,17 @@ def default() -> ConfigDict:
                 "stem": config_dict.placeholder(str),
                 # "none", a .safetensors file, or "hf:OWNER/NAME" such as hf:timm/resnet50.tv_in1k.
                 "pretrained": "weights/bninception.safetensors",
+                # "rgb" or "bgr", in which the backbone gets an image's channels; by default as its
+                # weights were trained.
+                "channels": config_dict.placeholder(str),
                 "pooling": "gap",
                 "dim": 512,
                 # Initial values of the linear head; see dml_jax.models.Embedder.
                 "head_init": "uniform",
                 # Whether running statistics normalise in training too, and stay as they are.
                 "freeze_bn": True,
+                # Whether their scale and bias stay as they are too, without weight decay.
+                "freeze_bn_affine": False,
                 "dtype": "float32",
                 # Whether activations within blocks are computed again on the way back, to save
                 # memory; not of conv4, which would save none.
@@ -97,6 +106,8 @@ def default() -> ConfigDict:
                 # Each learning rate is multiplied by decay_rate at the start of these epochs.
                 "decay_rate": 0.1,
                 "decay_epochs": (50,),
+                # Or after every so many epochs, if this is not 0 and decay_epochs is ().
+                "decay_every": 0,
                 # Bound on the size of each element of a gradient; none by default.
                 "clip_value": config_dict.placeholder(float),
                 # Epochs at the beginning in which the backbone stays as it is.
@@ -122,18 +133,21 @@ def with_variant(
     *,
     proxy_synthesis: Mapping[str, Any],
     memvir: Mapping[str, Any],
+    loss_settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> ConfigDict:
     """Applies a variant to a data set's config, and locks it.
 
-    A variant is a method and a loss, `METHOD_LOSS`: the method one of `baseline`, `ps`, `memvir`
-    and `ps_memvir`, the loss any of `dml_jax.losses`. Either may be left out, for `baseline` and
-    for `norm_softmax`.
+    A variant is a method and a loss, `METHOD_LOSS`: the method one of `METHODS`, the loss any of
+    `dml_jax.losses`. Either may be left out, for `baseline` and for `norm_softmax`.
+    `memvir_baseline` is the bare loss with all other settings of `memvir`, such as its epochs and
+    learning rates: what MemVir has to be compared with.
 
     Args:
-        config: with the data set's settings.
+        config: with the settings of the data set and of the variant's method and loss.
         variant: such as `memvir`, `ps_proxy_nca` or `baseline`.
         proxy_synthesis: its settings for this data set, used by the variants that have it.
         memvir: its settings for this data set, used by the variants that have it.
+        loss_settings: hyper-parameters that are not a loss's defaults, by loss.
 
     Returns:
         The same config, locked.
@@ -142,7 +156,8 @@ def with_variant(
         ValueError: unknown variant.
     """
     method, loss = parse_variant(variant)
-    config.loss = ConfigDict({"name": loss, **dataclasses.asdict(losses.create(loss))})
+    made = losses.create(loss, **(loss_settings or {}).get(loss, {}))
+    config.loss = ConfigDict({"name": loss, **dataclasses.asdict(made)})
     if method in ("ps", "ps_memvir"):
         config.proxy_synthesis.update(proxy_synthesis)
     if method in ("memvir", "ps_memvir"):
@@ -156,9 +171,8 @@ def parse_variant(variant: str) -> tuple[str, str]:
     Raises:
         ValueError: unknown variant.
     """
-    methods = ("baseline", "ps", "memvir", "ps_memvir")
-    names = {f"{method}_{loss}": (method, loss) for method in methods for loss in losses.NAMES}
-    names |= {method: (method, "norm_softmax") for method in methods}
+    names = {f"{method}_{loss}": (method, loss) for method in METHODS for loss in losses.NAMES}
+    names |= {method: (method, "norm_softmax") for method in METHODS}
     names |= {loss: ("baseline", loss) for loss in losses.NAMES}
     if variant not in names:
         raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(sorted(names))}")
@@ -205,10 +219,12 @@ RULES = {
         f"choose {pretrained.NONE}, a file that ends in .safetensors, or hf:OWNER/NAME",
         pretrained.is_place,
     ),
+    "model.channels": rules.optional(rules.choice(CHANNELS)),
     "model.pooling": rules.choice(POOLINGS),
     "model.dim": rules.whole(1),
     "model.head_init": rules.choice(HEAD_INITS),
     "model.freeze_bn": rules.flag(),
+    "model.freeze_bn_affine": rules.flag(),
     "model.dtype": rules.choice(_DTYPES),
     "model.remat": rules.flag(),
     "loss.name": rules.choice(losses.NAMES),
@@ -228,6 +244,7 @@ RULES = {
     "optimizer.decay_epochs": rules.several(
         rules.whole(1), "it must be ascending whole numbers of at least 1, or none", _ascend
     ),
+    "optimizer.decay_every": rules.whole(0),
     "optimizer.clip_value": rules.optional(rules.number(above=0.0)),
     "optimizer.frozen_epochs": rules.whole(0),
     "evaluation.every_epochs": rules.whole(1),
@@ -387,6 +404,24 @@ def _remat(remat: bool, backbone: str) -> str | None:
     )
 
 
+def _affine(freeze_bn_affine: bool, freeze_bn: bool) -> str | None:
+    if freeze_bn or not freeze_bn_affine:
+        return None
+    return (
+        "config.model.freeze_bn_affine is True, but config.model.freeze_bn is False; set both, or "
+        "neither"
+    )
+
+
+def _decays(every: int, epochs: Collection[int]) -> str | None:
+    if not every or not len(epochs):
+        return None
+    return (
+        f"config.optimizer.decay_every is {every} and config.optimizer.decay_epochs {epochs}; set "
+        "the first to 0, or the second to ()"
+    )
+
+
 _TOGETHER: dict[Callable[..., str | None], tuple[str, ...]] = {
     _resize: ("data.resize", "data.image_size"),
     _cache_size: ("data.cache", "data.cache_size", "data.resize"),
@@ -399,6 +434,8 @@ _TOGETHER: dict[Callable[..., str | None], tuple[str, ...]] = {
     _width: ("model.width", "model.backbone", "model.pretrained"),
     _stem: ("model.stem", "model.backbone", "model.pretrained"),
     _remat: ("model.remat", "model.backbone"),
+    _affine: ("model.freeze_bn_affine", "model.freeze_bn"),
+    _decays: ("optimizer.decay_every", "optimizer.decay_epochs"),
 }
 """What says that settings do not fit one another, if each is right by itself; None if they do."""
 

@@ -1,6 +1,9 @@
 """Turns weights that PyTorch saved into a .safetensors file for `config.model.pretrained`.
 
 python scripts/convert_weights.py --backbone=resnet50 --source=FILE.pth --out=FILE.safetensors
+
+A file that is named as PyTorch's hub names them, NAME-DIGITS.pth with the first digits of its
+SHA-256, is held against these digits before anything in it is read.
 """
 
 import os
@@ -27,6 +30,7 @@ def main() -> None:
             raise ValueError(f"--out={out} must end in .safetensors and lie in an existing folder")
         if out.exists():
             raise FileExistsError(f"{out} exists; remove it, or choose another --out")
+        pretrained.check_hash(Path(_SOURCE.value))
         tensors = pretrained.from_port(_read(_SOURCE.value))
         try:
             pretrained.convert(_BACKBONE.value, tensors)

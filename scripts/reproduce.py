@@ -6,10 +6,13 @@ python scripts/reproduce.py --config=configs/cars196.py:ps_proxy_nca --seeds=8 -
     --config.data.root=data/cars196
 
 Started again it goes on where it was; what is finished is not done again. A variant is compared
-with the bare one of its loss, which is trained too.
+with the bare loss on the same schedule, which is trained too: a variant with MemVir with
+`memvir_baseline`, if the config file gives MemVir another schedule or initialiser of the proxies,
+and otherwise with `baseline`. The column "against" names it.
 
 Scores are of the last epoch. `--epoch=best` gives each metric's own best epoch instead, as the
-official programs tell theirs: chosen on the test classes, unless classes are held out.
+official programs do: chosen on the test classes, unless classes are held out. Published scores
+are given with their sources; see dml_jax/published.py.
 """
 
 import runpy
@@ -19,7 +22,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from dml_jax import command_line, retrieval
+from dml_jax import command_line, published, retrieval
 from dml_jax import config as configs
 from dml_jax.report import comparison
 from dml_jax.training import run
@@ -42,7 +45,8 @@ def main() -> None:
         file, _, variant = config_flags.get_config_filename(flag).partition(":")
         recipe, overrides = runpy.run_path(file), config_flags.get_override_values(flag)
         wanted = _VARIANTS.value or ([variant] if variant else ["ps", "memvir", "ps_memvir"])
-        variants = list(dict.fromkeys(name for x in wanted for name in (_bare(x), x)))
+        bare = {name: comparison.baseline(name, recipe["get_config"]) for name in wanted}
+        variants = list(dict.fromkeys(name for x in wanted for name in (bare[x], x)))
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
         # Seed by seed, so that what is done compares all variants, however far it is.
         for seed in range(_SEEDS.value):
@@ -52,28 +56,19 @@ def main() -> None:
                 folder = Path(_ROOT.value) / name / f"seed{seed}"
                 print(f"\n{name}, seed {seed}: {folder}")
                 results[name].append(run.run(config, folder))
-    published = recipe.get("PUBLISHED", {})
+    references = recipe.get("PUBLISHED", {})
     for title, metric in retrieval.SCORES.items():
         epoch, scores = comparison.scores(results, metric, best=_EPOCH.value == "best")
         table = comparison.table(
             f"{title}, {epoch}",
             scores,
-            baselines={name: _bare(name) for name in variants if name != _bare(name)},
+            baselines={name: against for name, against in bare.items() if name != against},
             published={
-                name: published[configs.parse_variant(name)][metric]
+                name: published.describe(references.get(configs.parse_variant(name), ()), metric)
                 for name in variants
-                if configs.parse_variant(name) in published
             },
         )
         print(f"\n{table}")
-
-
-def _bare(variant: str) -> str:
-    """The bare variant of the same loss, called as the variant is: with its loss or without."""
-    method, loss = configs.parse_variant(variant)
-    if method == "baseline":
-        return variant
-    return loss if variant.endswith(loss) else "baseline"
 
 
 if __name__ == "__main__":

@@ -71,3 +71,14 @@ def test_what_does_not_fit_or_is_not_safe_is_refused(torch, tensors, tmp_path):
         assert done.returncode == 2 and str(source) in done.stderr
         assert message in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_file_that_is_not_what_its_name_says_is_refused_unread(tmp_path):
+    # PyTorch is not needed for that.
+    source, out = tmp_path / "bn_inception-52deb4733.pth", tmp_path / "new.safetensors"
+    source.write_bytes(b"half of a download")
+    done = run(*arguments(source, out, "bninception"))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{source} is not what its name says" in done.stderr
+    assert "not with 52deb4733" in done.stderr
+    assert list(tmp_path.iterdir()) == [source]

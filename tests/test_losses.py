@@ -285,6 +285,27 @@ def test_the_margin_makes_a_loss_that_grows_with_the_angle(name):
     assert values[-1] > values[0] + 1
 
 
+@pytest.mark.parametrize(("official", "factor"), [("norm_softmax", 1), ("proxy_nca", 2)])
+def test_sphereface_without_margin_takes_raw_embeddings_and_unit_proxies(official, factor):
+    """What the official MemVir program's losses become by --train_with_l2norm=False."""
+    embeddings, proxies, labels = (
+        jnp.asarray(GOLDEN[x]) for x in ("embeddings", "proxies", "labels")
+    )
+
+    def expected(embeddings, proxies):
+        unit = proxies / jnp.linalg.norm(proxies, axis=1, keepdims=True)
+        if official == "norm_softmax":
+            logits = 3.0 * embeddings @ unit.T
+        else:
+            logits = -3.0 * ((embeddings[:, None] - unit[None]) ** 2).sum(-1)
+        return -jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels].mean()
+
+    loss = losses.create("sphereface", margin=1.0, scale=3.0 * factor)
+    ours = jax.value_and_grad(lambda x, p: loss(x, p, labels), (0, 1))(embeddings, proxies)
+    theirs = jax.value_and_grad(expected, (0, 1))(embeddings, proxies)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_unknown_loss_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="unknown loss 'norm'.*norm_softmax"):
         losses.create("norm")

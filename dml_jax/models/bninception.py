@@ -6,7 +6,7 @@ trained with Caffe and ported: every convolution has a bias and a batch normalis
 
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -66,13 +66,13 @@ class BNInception(nn.Module):
             the reductions of batch normalisation are float32 always.
         remat: compute the activations of each block once more on the way back, instead of keeping
             them.
+        input_normalisation: what images become before they reach the backbone.
     """
 
     freeze_bn: bool = False
     dtype: DTypeLike = jnp.float32
     remat: bool = False
-
-    input_normalisation: ClassVar[InputNormalisation] = CAFFE
+    input_normalisation: InputNormalisation = CAFFE
 
     @staticmethod
     def check_image_size(height: int, width: int) -> None:

@@ -4,7 +4,6 @@ Vinyals et al., Matching networks for one shot learning, NeurIPS 2016, section 4
 """
 
 import math
-from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -24,13 +23,13 @@ class ConvNet(nn.Module):
         freeze_bn: normalise by the running statistics in training too and leave them as they are;
             scale and bias still train.
         dtype: what convolutions and activations compute in.
+        input_normalisation: what images become before they reach the backbone.
     """
 
     width: int = 64
     freeze_bn: bool = False
     dtype: DTypeLike = jnp.float32
-
-    input_normalisation: ClassVar[InputNormalisation] = IMAGENET
+    input_normalisation: InputNormalisation = IMAGENET
 
     @staticmethod
     def check_image_size(height: int, width: int) -> None:

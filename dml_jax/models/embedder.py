@@ -53,20 +53,27 @@ class Embedder(nn.Module):
         average, maximum = x.mean((1, 2)), _maximum(x)
         x = {"gap": average, "gmp": maximum, "gap+gmp": average + maximum}[self.pooling]
         # Accelerators would round the operands of a float32 product to bfloat16 or TF32.
-        inits = _head_inits(self.head_init, features=x.shape[-1])
-        return nn.Dense(self.dim, precision="highest", name="head", **inits)(x)
+        kernel_init, bias_init = _head_inits(self.head_init, features=x.shape[-1])
+        return nn.Dense(
+            self.dim,
+            precision="highest",
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            name="head",
+        )(x)
 
 
-def _head_inits(name: str, *, features: int) -> dict[str, nn.initializers.Initializer]:
-    """Returns `kernel_init` and `bias_init` of a head on so many features; see `Embedder`."""
+def _head_inits(
+    name: str, *, features: int
+) -> tuple[nn.initializers.Initializer, nn.initializers.Initializer]:
+    """Returns the initialisers of kernel and bias of a head on so many features; see `Embedder`."""
     if name == "kaiming_fan_out":
-        kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-        return {"kernel_init": kernel_init, "bias_init": nn.initializers.zeros}
+        return nn.initializers.variance_scaling(2.0, "fan_out", "normal"), nn.initializers.zeros
 
     def uniform(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         return jax.random.uniform(key, shape, dtype, -(features**-0.5), features**-0.5)
 
-    return {"kernel_init": uniform, "bias_init": uniform}
+    return uniform, uniform
 
 
 def _maximum(x: Float[Array, "b h w f"]) -> Float[Array, "b f"]:

@@ -1,9 +1,12 @@
 """How a backbone wants its input pixels."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
+
+Channels = Literal["rgb", "bgr"]
+CHANNELS = get_args(Channels)
 
 
 class InputNormalisation(NamedTuple):
@@ -17,20 +20,20 @@ class InputNormalisation(NamedTuple):
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    channels: Literal["RGB", "BGR"]
+    channels: Channels
 
     def normalise(self, images: Num[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
         """Returns RGB images of 0..255 as the backbone's float32 input."""
-        if self.channels == "BGR":
+        if self.channels == "bgr":
             images = images[..., ::-1]
         mean, std = (jnp.array(x, jnp.float32).reshape(1, 1, 1, 3) for x in (self.mean, self.std))
         return (images.astype(jnp.float32) - mean) / std
 
 
 IMAGENET = InputNormalisation(
-    mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), channels="RGB"
+    mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), channels="rgb"
 )
 """What torchvision's networks were trained on."""
 
-CAFFE = InputNormalisation(mean=(104.0, 117.0, 128.0), std=(1.0, 1.0, 1.0), channels="BGR")
+CAFFE = InputNormalisation(mean=(104.0, 117.0, 128.0), std=(1.0, 1.0, 1.0), channels="bgr")
 """What the Caffe networks were trained on."""

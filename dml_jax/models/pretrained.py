@@ -6,6 +6,7 @@ A backbone's modules are named as PyTorch's are, dots included, so that
 `("params", "layer1.0", "conv1", "kernel")` is `layer1.0.conv1.weight`.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -34,6 +35,9 @@ _CLASSIFIERS = ("fc.", "last_linear.", "classifier.")
 
 # A revision with ".." in it would be looked for outside the hub's cache.
 _HUB = re.compile(r"hf:(?P<repo_id>[\w.-]+/[\w.-]+)(?:@(?P<revision>(?!.*\.\.)\w[\w./-]*))?")
+
+# How PyTorch's hub names files: with at least the first eight digits of their SHA-256.
+_HASHED = re.compile(r".*-(?P<digits>[0-9a-f]{8,64})\.pth")
 
 _LISTED = 50  # Tensors that an error names.
 
@@ -102,6 +106,30 @@ def _download(where: str, repo_id: str, revision: str | None) -> Path:
             "path, or copy the cache and set HF_HUB_OFFLINE=1"
         ) from None
     return Path(path)
+
+
+def check_hash(path: Path) -> None:
+    """Makes sure that a file holds what its name promises, if its name promises anything.
+
+    Args:
+        path: a file; of NAME-DIGITS.pth, such as bn_inception-52deb4733.pth, the SHA-256 has to
+            begin with the digits, which are hexadecimal and at least eight.
+
+    Raises:
+        ValueError: the SHA-256 is another.
+        FileNotFoundError: there is no such file.
+    """
+    named = _HASHED.fullmatch(path.name)
+    if named is None:
+        return
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(named["digits"]):
+        raise ValueError(
+            f"{path} is not what its name says: its SHA-256 begins with "
+            f"{digest[: len(named['digits'])]}, not with {named['digits']}; download it again, or, "
+            "if these digits are no hash, rename the file"
+        )
 
 
 def backbone_tensors(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

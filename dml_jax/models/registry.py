@@ -55,7 +55,13 @@ def check_image_size(name: str, size: int) -> None:
 
 
 def create_embedder(
-    *, backbone: str, pooling: str, dim: int, head_init: str = "uniform", **options: Any
+    *,
+    backbone: str,
+    pooling: str,
+    dim: int,
+    head_init: str = "uniform",
+    channels: str | None = None,
+    **options: Any,
 ) -> Embedder:
     """Makes an embedder.
 
@@ -64,6 +70,9 @@ def create_embedder(
         pooling: "gap", "gmp" or "gap+gmp".
         dim: size of an embedding.
         head_init: "uniform" or "kaiming_fan_out"; see `Embedder`.
+        channels: "rgb" or "bgr", the order in which the backbone gets its channels; by default
+            that of its pretrained weights. Its means and deviations stay in their order: the first
+            is that of the first channel, whichever it is.
         **options: see `create_backbone`; one that is None is as if it were not given.
 
     Returns:
@@ -74,6 +83,8 @@ def create_embedder(
         TypeError: on an option that the backbone does not have.
     """
     given = {option: value for option, value in options.items() if value is not None}
-    return Embedder(
-        backbone=create_backbone(backbone, **given), pooling=pooling, dim=dim, head_init=head_init
-    )
+    module = create_backbone(backbone, **given)
+    if channels is not None:
+        normalisation = module.input_normalisation._replace(channels=channels)
+        module = module.clone(input_normalisation=normalisation)
+    return Embedder(backbone=module, pooling=pooling, dim=dim, head_init=head_init)

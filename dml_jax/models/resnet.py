@@ -6,7 +6,6 @@ of a bottleneck sits on its 3x3 convolution, as in torchvision.
 
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -71,6 +70,7 @@ class ResNet(nn.Module):
             the reductions of batch normalisation are float32 always.
         remat: compute the activations of each block once more on the way back, instead of keeping
             them.
+        input_normalisation: what images become before they reach the backbone.
 
     Raises:
         ValueError: on an unknown stem.
@@ -83,8 +83,7 @@ class ResNet(nn.Module):
     freeze_bn: bool = False
     dtype: DTypeLike = jnp.float32
     remat: bool = False
-
-    input_normalisation: ClassVar[InputNormalisation] = IMAGENET
+    input_normalisation: InputNormalisation = IMAGENET
 
     def __post_init__(self) -> None:
         if self.stem not in STEMS:

@@ -1,10 +1,13 @@
 """Runs of several seeds side by side, with the tests that say what a difference is worth."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import scipy.stats
+from ml_collections import ConfigDict
+
+from dml_jax import config as configs
 
 
 def table(
@@ -12,7 +15,7 @@ def table(
     scores: Mapping[str, Sequence[float]],
     *,
     baselines: Mapping[str, str],
-    published: Mapping[str, tuple[float, float]],
+    published: Mapping[str, str],
 ) -> str:
     """A metric of every run, its mean and standard deviation, as a Markdown table in percent.
 
@@ -20,26 +23,26 @@ def table(
     seeds alone would set the two means at least so far apart.
 
     >>> print(table("R@1, last epoch", {"plain": [0.5, 0.52], "mixed": [0.6, 0.62]},
-    ...             baselines={"mixed": "plain"}, published={"plain": (51.5, 0.3)}))
-    | R@1, last epoch | 1 | 2 | mean ± std | against | p (Welch) | published, best epoch |
+    ...             baselines={"mixed": "plain"}, published={"plain": "51.5 (paper)"}))
+    | R@1, last epoch | 1 | 2 | mean ± std | against | p (Welch) | published |
     |---|---|---|---|---|---|---|
-    | plain | 50.0 | 52.0 | 51.00 ± 1.41 |  |  | 51.5 ± 0.3 |
+    | plain | 50.0 | 52.0 | 51.00 ± 1.41 |  |  | 51.5 (paper) |
     | mixed | 60.0 | 62.0 | 61.00 ± 1.41 | plain +10.00 | 0.019 |  |
 
     Args:
         title: the metric, and the epoch that it is of.
         scores: of each variant, one fraction a seed; as many seeds each.
         baselines: which variant each is compared with, of those that are.
-        published: mean and standard deviation in percent, of the variants that have any, if any
-            have; the official programs tell the best epoch's, chosen on the test classes.
+        published: what others published of each variant, as text; "" for nothing. Without any the
+            table has no such column.
 
     Returns:
         The lines of the table.
     """
     seeds = range(1, 1 + max(map(len, scores.values())))
     head = [title, *map(str, seeds), "mean ± std", "against", "p (Welch)"]
-    if published:
-        head.append("published, best epoch")
+    if any(published.values()):
+        head.append("published")
     rows = [head, ["---"] * len(head)]
     for variant, fractions in scores.items():
         percents = [100 * fraction for fraction in fractions]
@@ -50,10 +53,30 @@ def table(
             against = f"{baselines[variant]} {gain:+.2f}"
             p = p_value(percents, baseline)
         row = [variant, *(f"{x:.1f}" for x in percents), mean_and_std(percents), against, p]
-        if published:
-            row.append("{:g} ± {:g}".format(*published[variant]) if variant in published else "")
+        if any(published.values()):
+            row.append(published.get(variant, ""))
         rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows).replace("| --- ", "|---")
+
+
+def baseline(variant: str, get_config: Callable[[str], ConfigDict]) -> str:
+    """The bare variant that a variant is compared with, itself if it has no regulariser.
+
+    It has the variant's loss and its schedule, and is named as the variant is, with its loss or
+    without.
+
+    Args:
+        variant: a name, see `config.with_variant`.
+        get_config: gives the configuration of a variant.
+    """
+    method, loss = configs.parse_variant(variant)
+    if "baseline" in method:
+        return variant
+    names_loss = variant.endswith(loss)
+    plain = loss if names_loss else "baseline"
+    long = f"memvir_baseline_{loss}" if names_loss else "memvir_baseline"
+    differ = get_config(long).to_dict() != get_config(plain).to_dict()
+    return long if "memvir" in method and differ else plain
 
 
 def scores(

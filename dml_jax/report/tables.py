@@ -8,23 +8,37 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dml_jax import config as configs
-from dml_jax import retrieval
+from dml_jax import published, retrieval
 from dml_jax.report import comparison
 from dml_jax.report.runs import Group, Run
 from dml_jax.training import workdir
 
 
-def variant(config: ConfigDict) -> tuple[str, str]:
-    """Method and loss of a configuration, as `config.parse_variant` gives them of a name."""
-    parts = [
-        name
-        for name, used in (
-            ("ps", config.proxy_synthesis.ratio),
-            ("memvir", config.memvir.num_steps),
-        )
-        if used
-    ]
-    return "_".join(parts) or "baseline", config.loss.name
+def variant(config: ConfigDict, recipe: Mapping[str, Any]) -> tuple[str, str]:
+    """Method and loss of a configuration, as `config.parse_variant` gives them of a name.
+
+    The bare loss on MemVir's schedule is told from the one on its own by which of the two the
+    configuration differs from in fewer settings.
+
+    Args:
+        config: of a run.
+        recipe: what the config file of its data set defines.
+    """
+    used = {"ps": config.proxy_synthesis.ratio, "memvir": config.memvir.num_steps}
+    regularisers = [name for name, amount in used.items() if amount]
+    loss = config.loss.name
+    if regularisers:
+        return "_".join(regularisers), loss
+    schedules = ("baseline", "memvir_baseline")  # Of equal ones min takes the first.
+    return min(schedules, key=lambda method: len(_changes(config, recipe, method, loss))), loss
+
+
+def _changes(
+    config: ConfigDict, recipe: Mapping[str, Any], method: str, loss: str
+) -> dict[str, Any]:
+    """The settings of a configuration that a variant of its config file has otherwise."""
+    start = _flat(recipe["get_config"](f"{method}_{loss}"))
+    return {path: value for path, value in _flat(config).items() if start.get(path) != value}
 
 
 def scores(groups: Sequence[Group], recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -35,13 +49,13 @@ def scores(groups: Sequence[Group], recipe: Mapping[str, Any]) -> list[dict[str,
         recipe: what the config file of their data set defines, which may be published scores.
 
     Returns:
-        Of each row `name`, `seeds` and `cells`; of each cell `value`, `best`, `spread` (each
-        seed's), `against` (the bare variant, and how far apart they are) and `published`.
+        Of each row `name`, `seeds`, `bare` (the group that it is compared with, if any) and
+        `cells`; of each cell `value`, `best`, `spread` (each seed's), `against` (how far it is from
+        `bare`) and `published`, with the sources.
     """
-    published = recipe.get("PUBLISHED", {})
     rows = []
     for group in groups:
-        told = published.get(variant(group.first.config), {})
+        references = recipe.get("PUBLISHED", {}).get(variant(group.first.config, recipe), ())
         bare = _bare(group, groups)
         cells = []
         for metric in retrieval.SCORES.values():
@@ -51,7 +65,7 @@ def scores(groups: Sequence[Group], recipe: Mapping[str, Any]) -> list[dict[str,
                 "value": comparison.mean_and_std(ours),
                 "best": len(groups) > 1 and statistics.mean(ours) == best,
                 "spread": ", ".join(f"{x:.2f}" for x in ours) if len(ours) > 1 else "",
-                "published": "{:g} ± {:g}".format(*told[metric]) if metric in told else "",
+                "published": published.describe(references, metric),
                 "against": "",
             }
             if bare is not None:
@@ -82,14 +96,15 @@ def _bare(group: Group, groups: Sequence[Group]) -> Group | None:
     def rest(one: Group) -> dict[str, Any]:
         return one.first.config.to_dict() | {"seed": 0, "proxy_synthesis": 0, "memvir": 0}
 
-    if variant(group.first.config)[0] == "baseline":
+    if not _is_regularised(group):
         return None
-    alike = [
-        other
-        for other in groups
-        if variant(other.first.config)[0] == "baseline" and rest(other) == rest(group)
-    ]
+    alike = [x for x in groups if not _is_regularised(x) and rest(x) == rest(group)]
     return alike[0] if alike else None
+
+
+def _is_regularised(group: Group) -> bool:
+    config = group.first.config
+    return bool(config.proxy_synthesis.ratio or config.memvir.num_steps)
 
 
 def costs(groups: Sequence[Group]) -> list[dict[str, str]]:
@@ -174,14 +189,12 @@ def commands(groups: Sequence[Group], recipe: Mapping[str, Any]) -> list[dict[st
 
 
 def _command(run: Run, recipe: Mapping[str, Any]) -> str:
-    method, loss = variant(run.config)
+    method, loss = variant(run.config, recipe)
     name = method if loss == "norm_softmax" else f"{method}_{loss}"
     file = run.config.data.name
-    start = _flat(recipe["get_config"](name))
     changed = [
         f"--config.{path}={shlex.quote(_flag(value))}"
-        for path, value in _flat(run.config).items()
-        if start.get(path) != value
+        for path, value in _changes(run.config, recipe, method, loss).items()
     ]
     origin = workdir.forked_from(run.folder, None)
     words = [

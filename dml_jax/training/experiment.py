@@ -80,7 +80,9 @@ def build(
     _check_lengths(config, steps_per_epoch)
     network = networks.make(config, mesh)
     transformation, learning_rate = optimizer.create(
-        **config.optimizer, steps_per_epoch=steps_per_epoch
+        **config.optimizer,
+        freeze_bn_affine=config.model.freeze_bn_affine,
+        steps_per_epoch=steps_per_epoch,
     )
     loss = losses.create(**config.loss)
     num_classes = len(train.class_names)
@@ -156,11 +158,18 @@ def _check_lengths(config: ConfigDict, steps_per_epoch: int) -> None:
             f"config.skip_nonfinite is {config.skip_nonfinite}, but an epoch has only "
             f"{steps_per_epoch} steps; it must be fewer, so that each epoch has a loss"
         )
-    longest = max(config.epochs, config.optimizer.frozen_epochs, *config.optimizer.decay_epochs, 0)
+    of_optimizer = config.optimizer
+    longest = max(
+        config.epochs,
+        of_optimizer.frozen_epochs,
+        of_optimizer.decay_every,
+        *of_optimizer.decay_epochs,
+    )
     if longest * steps_per_epoch >= 2**31:
         raise ValueError(
             f"{longest} epochs of {steps_per_epoch} steps are too many: steps are counted in 32 "
-            "bits; see config.epochs, config.optimizer.frozen_epochs and .decay_epochs"
+            "bits; see config.epochs and config.optimizer.frozen_epochs, .decay_epochs and "
+            ".decay_every"
         )
 
 
@@ -275,11 +284,11 @@ def load_fork(experiment: Experiment, folder: Path) -> dict[str, PyTree]:
         ValueError: it trains another network.
     """
     there, here = workdir.read_config(folder).model, experiment.config.model
-    for name in ("backbone", "width", "stem", "dim"):
-        if there[name] != here[name]:
+    for name in ("backbone", "width", "stem", "channels", "dim"):
+        if there.get(name) != here[name]:
             raise ValueError(
                 f"config.model.{name} is {here[name]!r}, but {folder}, from which to fork, has "
-                f"{there[name]!r}"
+                f"{there.get(name)!r}"
             )
     return networks.load(experiment.network, folder, "last")
 

@@ -37,7 +37,9 @@ def make(config: ConfigDict, mesh: jax.sharding.Mesh) -> Network:
         config: a whole config.
         mesh: the devices to run on.
     """
-    options = {name: value for name, value in config.model.items() if name != "pretrained"}
+    # The weights come later, and whether scale and bias train is up to the optimizer.
+    elsewhere = ("pretrained", "freeze_bn_affine")
+    options = {name: value for name, value in config.model.items() if name not in elsewhere}
     # A backbone that cannot compute activations again is not asked whether it should.
     embedder = create_embedder(**options | {"remat": options["remat"] or None})
     everywhere = sharding.replicated(mesh)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from dml_jax import memvir
 from dml_jax.models import Embedder
 
-PROXY_INITS = ("uniform_dim", "uniform_classes", "normal_dim")
+PROXY_INITS = ("uniform_dim", "uniform_classes", "normal_dim", "normal_classes")
 
 
 @flax.struct.dataclass
@@ -54,17 +54,19 @@ def initial_proxies(
         key: a random key.
         init: `uniform_dim` for U(-1/sqrt(dim), 1/sqrt(dim)), as Proxy Synthesis's authors start;
             `uniform_classes` for U(-1/sqrt(proxies), 1/sqrt(proxies)) or `normal_dim` for
-            N(0, 2/dim), as MemVir's authors start Norm-SoftMax and Proxy-NCA.
+            N(0, 2/dim), as MemVir's authors start Norm-SoftMax and Proxy-NCA; `normal_classes`
+            for N(0, 2/proxies), as Proxy-Anchor's authors do.
         shape: how many proxies, and of what size.
 
     Returns:
         `[proxies, dim]`, float32.
     """
     num_proxies, dim = shape
-    if init == "normal_dim":
-        return jax.random.normal(key, shape) * (2 / dim) ** 0.5
-    bound = {"uniform_dim": dim, "uniform_classes": num_proxies}[init] ** -0.5
-    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+    distribution, _, count = init.partition("_")
+    fan = {"dim": dim, "classes": num_proxies}[count]
+    if distribution == "normal":
+        return jax.random.normal(key, shape) * (2 / fan) ** 0.5
+    return jax.random.uniform(key, shape, minval=-(fan**-0.5), maxval=fan**-0.5)
 
 
 def create(

@@ -62,10 +62,36 @@ def test_gradient_of_maximum_pooling_goes_to_the_maximum():
 
 
 def test_normalisation_reorders_channels_for_bgr_backbones():
-    caffe = InputNormalisation(mean=(104, 117, 128), std=(1, 1, 2), channels="BGR")
+    caffe = InputNormalisation(mean=(104, 117, 128), std=(1, 1, 2), channels="bgr")
     red, green, blue = 130, 7, 9
     image = jnp.array([red, green, blue], jnp.uint8).reshape(1, 1, 1, 3)
     assert caffe.normalise(image).ravel().tolist() == [9 - 104, 7 - 117, 1]
+
+
+@pytest.mark.parametrize("backbone", ["resnet6", "conv4", "bninception"])
+def test_channels_change_places_and_their_means_do_not(backbone, images):
+    made = {
+        channels: create_embedder(backbone=backbone, pooling="gap", dim=8, channels=channels)
+        for channels in (None, "rgb", "bgr")
+    }
+    inputs = {
+        channels: one.backbone.input_normalisation.normalise(images)
+        for channels, one in made.items()
+    }
+    own = "bgr" if backbone == "bninception" else "rgb"
+    np.testing.assert_array_equal(inputs[None], inputs[own])
+    flipped = made["rgb"].backbone.input_normalisation.normalise(images[..., ::-1])
+    np.testing.assert_array_equal(inputs["bgr"], flipped)
+    assert (inputs["bgr"] != inputs["rgb"]).any()
+
+
+def test_the_official_programs_input_of_a_resnet_can_be_had(images):
+    """They swap the channels of ResNets too, and then subtract torchvision's means as they are."""
+    embedder = create_embedder(backbone="resnet6", pooling="gap", dim=8, channels="bgr")
+    theirs = np.asarray(images)[..., ::-1].astype(np.float32) / 255
+    theirs = (theirs - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
+    ours = embedder.backbone.input_normalisation.normalise(images)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32(images):

@@ -123,6 +123,26 @@ def test_weights_of_another_backbone_are_refused(state_dict):
         pretrained.convert("resnet50", state_dict)
 
 
+@pytest.mark.parametrize("name", ["weights.pth", "epoch-1234567.pth", "net-nothexadecimal.pth"])
+def test_a_file_whose_name_promises_no_hash_may_hold_anything(name, tmp_path):
+    (tmp_path / name).write_bytes(b"anything")
+    pretrained.check_hash(tmp_path / name)
+
+
+# sha256 of "anything".
+ANYTHING = "ee0874170b7f6f32b8c2ac9573c428d35b575270a66b757c2c0185d2bd09718d"
+
+
+@pytest.mark.parametrize("digits", [8, 9, 64])
+def test_a_file_is_held_against_the_hash_in_its_name(digits, tmp_path):
+    good = tmp_path / f"bn_inception-{ANYTHING[:digits]}.pth"
+    good.write_bytes(b"anything")
+    pretrained.check_hash(good)
+    good.write_bytes(b"anything else")
+    with pytest.raises(ValueError, match=f"SHA-256 begins with .*, not with {ANYTHING[:digits]};"):
+        pretrained.check_hash(good)
+
+
 @pytest.mark.parametrize("classifier", ["fc", "last_linear"])
 def test_classifiers_of_bninceptions_ports_are_left_out(classifier):
     shapes = weights.SHAPES["bninception"]

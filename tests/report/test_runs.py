@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from configs import cars196, folder
-from dml_jax.report import runs, tables
+from dml_jax.report import comparison, runs, tables
 from dml_jax.retrieval.embed import Embeddings
 from dml_jax.training import workdir
 
@@ -44,7 +44,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group():
         "value": "65.00 ± 7.07",
         "best": True,
         "spread": "70.00, 60.00",
-        "published": "84.25 ± 0.31",
+        "published": "84.25 ± 0.31 (PS README, 8 runs); 84.7 (PS paper, table 6)",
         "against": "+15.00",
     }
     assert rows[1]["cells"][0]["against"] == "" and not rows[1]["cells"][0]["best"]
@@ -56,6 +56,58 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group():
     differing = {row["path"]: row["values"] for row in (first, *rest) if row["differ"]}
     assert differing["optimizer.learning_rate"] == ["0.0001", "0.0001", "1e-05"]
     assert differing.keys() == {"optimizer.learning_rate", "proxy_synthesis.ratio"}
+
+
+def test_each_row_is_compared_with_the_bare_loss_on_its_own_schedule():
+    names = ("baseline", "ps", "memvir_baseline", "memvir", "ps_memvir")
+    found = [make(f"/r/{name}", seeded(cars196, name, 0)) for name in names]
+    rows = {row["name"]: row for row in tables.scores(runs.group(found), vars(cars196))}
+    assert {name: row["bare"] for name, row in rows.items()} == {
+        "baseline": "",
+        "ps": "baseline",
+        "memvir_baseline": "",
+        "memvir": "memvir_baseline",
+        "ps_memvir": "memvir_baseline",
+    }
+    recall, precision, _ = rows["memvir"]["cells"]
+    assert (
+        recall["published"] == "86.11 ± 0.19 (MemVir README, 5 runs); 86.8 (MemVir paper, table 4)"
+    )
+    assert precision["published"] == "38.29 ± 0.21 (MemVir README, 5 runs)"
+    # Nobody published what the bare loss makes of MemVir's schedule.
+    assert {cell["published"] for cell in rows["memvir_baseline"]["cells"]} == {""}
+    assert rows["baseline"]["cells"][0]["published"].startswith("83.08 ± 0.21 (PS README")
+    for row in tables.commands(runs.group(found), vars(cars196)):
+        name = row["name"].removesuffix(", seed 0")
+        assert f"--config=configs/cars196.py:{name} " in row["command"]
+        assert "--config." not in row["command"]
+
+
+@pytest.mark.parametrize("loss", ["", "_proxy_nca", "_softmax"])
+def test_the_baseline_of_a_variant_is_on_its_schedule(loss):
+    plain = loss.removeprefix("_") or "baseline"
+    long = f"memvir_baseline{loss}"
+    expected = {
+        plain: plain,
+        f"ps{loss}": plain,
+        f"memvir{loss}": long,
+        f"ps_memvir{loss}": long,
+        long: long,
+    }
+    for variant, baseline in expected.items():
+        assert comparison.baseline(variant, cars196.get_config) == baseline
+    # Where MemVir has no schedule of its own, its baseline is the only one.
+    assert comparison.baseline(f"memvir{loss}", folder.get_config) == plain
+
+
+def test_the_table_takes_what_is_published_as_it_is():
+    scores = {"plain": [0.5, 0.52], "mixed": [0.6, 0.62]}
+    nothing = comparison.table("R@1", scores, baselines={}, published={"plain": "", "mixed": ""})
+    assert "published" not in nothing
+    one = comparison.table("R@1", scores, baselines={}, published={"plain": "", "mixed": "61 (me)"})
+    head, _, *rows = one.splitlines()
+    assert head.endswith("| published |")
+    assert [row.split(" | ")[-1] for row in rows] == [" |", "61 (me) |"]
 
 
 @pytest.mark.parametrize("variant", ["baseline", "ps_memvir", "memvir_proxy_nca", "cosface"])

@@ -108,6 +108,60 @@ def test_rates_decay_at_the_epochs_told(epochs, expected):
         np.testing.assert_allclose(updates["embedder"][0], -0.1 * rate * direction, rtol=1e-5)
 
 
+def test_rates_decay_after_every_so_many_epochs_as_torchs_step_schedule_does():
+    every = {**SETTINGS, "decay_epochs": (), "decay_every": 3}
+    told = {**SETTINGS, "decay_epochs": (4, 7, 10, 13)}
+    transformation, learning_rate = optimizer.create(**every)
+    rates = [learning_rate(step) for step in range(26)]
+    # torch.optim.lr_scheduler.StepLR(step_size=3, gamma=0.5), two steps an epoch from 0.
+    assert [rate for rate, _ in rates] == [0.1 * 0.5 ** (step // 2 // 3) for step in range(26)]
+    assert rates == [optimizer.create(**told)[1](step) for step in range(26)]
+
+    params = {"embedder": jnp.ones(1), "proxies": jnp.ones(1)}
+    state = transformation.init(params)
+    update = jax.jit(transformation.update)
+    for step, expected in enumerate(rates):
+        # Nesterov's first step is 1.9 times the gradient.
+        updates, _ = update(params, state, params, step=jnp.int32(step))
+        ours = [-float(updates[group][0]) / 1.9 for group in ("embedder", "proxies")]
+        np.testing.assert_allclose(ours, expected, rtol=1e-6)
+
+
+NETWORK = {
+    "backbone": {
+        "conv1": {"kernel": jnp.ones((1, 1, 2, 2)), "bias": jnp.ones(2)},
+        "layer1.0": {"bn1": {"scale": jnp.ones(2), "bias": jnp.ones(2)}},
+    },
+    "head": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+}
+
+
+@pytest.mark.parametrize("frozen_epochs", [0, 2])
+@pytest.mark.parametrize("name", optimizer.NAMES)
+def test_scale_and_bias_of_batch_norms_stay_and_all_else_moves(name, frozen_epochs):
+    settings = {**SETTINGS, "name": name, "weight_decay": 0.1, "frozen_epochs": frozen_epochs}
+    plain, _ = optimizer.create(**settings)
+    frozen, _ = optimizer.create(**settings, freeze_bn_affine=True)
+    start = {"embedder": NETWORK, "proxies": jnp.ones((3, 2))}
+    params, states = [start, start], [plain.init(start), frozen.init(start)]
+    updates = [jax.jit(transformation.update) for transformation in (plain, frozen)]
+    for step in range(6):
+        for i in range(2):
+            # Of each parameter on its own, so that what one does not do changes no other.
+            gradients = jax.tree.map(lambda x, s=step: jnp.cos(x + s), params[i])
+            made, states[i] = updates[i](gradients, states[i], params[i], step=jnp.int32(step))
+            params[i] = optax.apply_updates(params[i], made)
+        expected, ours = jax.tree.map(lambda x: x, params)
+        moved = expected["embedder"]["backbone"]["layer1.0"]["bn1"]
+        is_frozen = step < 2 * frozen_epochs
+        for array in moved.values():
+            assert (array == 1).all() == is_frozen
+        expected["embedder"]["backbone"]["layer1.0"]["bn1"] = NETWORK["backbone"]["layer1.0"]["bn1"]
+        jax.tree.map(np.testing.assert_array_equal, ours, expected)
+    kept = jax.tree_util.tree_leaves_with_path(states[1])
+    assert kept and not any("bn1" in jax.tree_util.keystr(path) for path, _ in kept)
+
+
 def test_gradients_are_clipped_before_the_decay_joins_them():
     settings = {**SETTINGS, "clip_value": 1.0, "weight_decay": 0.5}
     transformation, _ = optimizer.create(**settings)
@@ -130,6 +184,7 @@ def test_learning_rate_needs_no_device():
     ("wrong", "message"),
     [
         ({"name": "lion"}, "unknown optimizer 'lion': choose one of adam, adamw, rmsprop, sgd"),
+        ({"decay_every": 3}, r"decay_every is 3 and decay_epochs \(2, 4\); give one of them"),
         ({"decay_epochs": (0, 3)}, r"decay_epochs is \(0, 3\); epochs count from 1"),
     ],
 )

@@ -1,4 +1,5 @@
 import chex
+import flax
 import jax
 import numpy as np
 import optax
@@ -157,6 +158,22 @@ def test_frozen_statistics_stay_and_scales_train(images):
     chex.assert_trees_all_equal(before.batch_stats, after.batch_stats)
     scales = [state.params["embedder"]["backbone"]["bn1"]["scale"] for state in (before, after)]
     assert (scales[0] != scales[1]).all()
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_frozen_scales_stay_and_all_else_trains(images, epochs):
+    settings = {"model__freeze_bn": True, "model__freeze_bn_affine": True, **CONV4}
+    config = tiny.config(images, optimizer__frozen_epochs=epochs, **settings)
+    before = experiment.build(config, sharding.make_mesh(jax.devices()[:1])).init()
+    # An epoch has 4 steps.
+    _, after = losses_of_run(config, devices=1, steps=5)
+    chex.assert_trees_all_equal(before.batch_stats, after.batch_stats)
+    first, last = (
+        flax.traverse_util.flatten_dict(state.params, sep="/") for state in (before, after)
+    )
+    stayed = {path for path in first if (first[path] == last[path]).all()}
+    norms = {f"embedder/backbone/bn{i}/{x}" for i in range(1, 5) for x in ("scale", "bias")}
+    assert stayed == norms
 
 
 def test_bfloat16_computes_losses_near_those_of_float32(images):

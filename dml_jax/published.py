@@ -1,0 +1,137 @@
+"""Scores that the authors published for the four public benchmarks, and where they stand.
+
+All are in percent, with BN-Inception, 512 dimensions and the conventional evaluation. The papers
+have R@1 alone, without deviations. The READMEs' scores are each metric's best epoch on the test
+classes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from dml_jax import retrieval
+
+
+class Score(NamedTuple):
+    """A published number, in percent."""
+
+    mean: float
+    std: float | None = None
+    """Standard deviation over the runs, where the source has it."""
+
+    def __str__(self) -> str:
+        """With the decimals that the sources have."""
+        return f"{self.mean:.1f}" if self.std is None else f"{self.mean:.2f} ± {self.std:.2f}"
+
+
+class Reference(NamedTuple):
+    """What one source says of a variant."""
+
+    source: str
+    scores: Mapping[str, Score]
+    """By metric, as `retrieval.SCORES` names them; a source need not have all."""
+
+
+def describe(references: Sequence[Reference], metric: str) -> str:
+    """A metric of all references that have it, each with its source, as text.
+
+    >>> paper = Reference("paper", {"recall@1": Score(84.7)})
+    >>> readme = Reference("README", {"recall@1": Score(84.25, 0.31), "map@r": Score(26.51, 0.18)})
+    >>> describe([readme, paper], "recall@1"), describe([readme, paper], "map@r")
+    ('84.25 ± 0.31 (README); 84.7 (paper)', '26.51 ± 0.18 (README)')
+    """
+    return "; ".join(f"{x.scores[metric]} ({x.source})" for x in references if metric in x.scores)
+
+
+_SETS = ("cub200", "cars196", "sop", "inshop")
+
+# Table 6 of the Proxy Synthesis paper: a pair of R@1, bare and with PS, for each of _SETS.
+_PS_PAPER = {
+    "softmax": ((64.2, 64.9), (81.5, 84.3), (76.3, 77.6), (90.4, 90.9)),
+    "norm_softmax": ((64.9, 66.0), (83.3, 84.7), (78.6, 79.6), (90.4, 91.5)),
+    "sphereface": ((65.4, 66.6), (83.6, 85.1), (78.9, 79.4), (90.3, 91.6)),
+    "cosface": ((65.7, 66.6), (83.6, 84.6), (78.6, 79.3), (90.7, 91.4)),
+    "arcface": ((66.1, 66.8), (83.7, 84.7), (78.8, 79.7), (91.0, 91.7)),
+    "proxy_nca": ((65.1, 66.4), (83.7, 84.5), (78.1, 79.1), (90.0, 91.4)),
+    "soft_triple": ((65.4, 66.6), (84.5, 85.3), (78.3, 79.5), (91.1, 91.8)),
+    "proxy_anchor": ((68.4, 69.2), (86.1, 86.9), (79.1, 79.8), (91.5, 91.9)),
+}
+# Table 4 of the MemVir paper: bare and with MemVir, likewise, without In-Shop.
+_MEMVIR_PAPER = {
+    "softmax": ((64.2, 66.8), (81.5, 86.5), (76.3, 77.8)),
+    "norm_softmax": ((64.9, 67.3), (83.3, 86.8), (78.6, 79.6)),
+    "cosface": ((65.7, 67.7), (83.6, 86.6), (78.6, 79.7)),
+    "arcface": ((66.1, 67.4), (83.7, 86.5), (78.8, 80.0)),
+    "proxy_nca": ((64.3, 68.3), (82.0, 86.5), (78.1, 79.2)),
+    "proxy_anchor": ((67.7, 69.0), (84.9, 86.7), (78.9, 79.7)),
+}
+# Each of a README's rows: R@1, RP and MAP@R, mean and deviation.
+_PS_README = {
+    ("baseline", "norm_softmax"): ((83.08, 0.21), (35.23, 0.34), (24.92, 0.35)),
+    ("ps", "norm_softmax"): ((84.25, 0.31), (36.76, 0.20), (26.51, 0.18)),
+    ("baseline", "proxy_nca"): ((83.28, 0.36), (35.70, 0.21), (25.35, 0.18)),
+    ("ps", "proxy_nca"): ((84.21, 0.21), (36.66, 0.18), (26.42, 0.20)),
+}
+_MEMVIR_README = {
+    ("memvir", "norm_softmax"): ((86.11, 0.19), (38.29, 0.21), (28.46, 0.22)),
+    ("memvir", "proxy_nca"): ((86.19, 0.39), (37.97, 0.13), (28.17, 0.14)),
+}
+# The PS README sorts its eight runs, each metric by itself; the MemVir README's baselines are the
+# first five of each row. In one of them, MAP@R of Norm-SoftMax, the second number is a misprint:
+# 25.56 for 25.26, as the PS README's mean of the eight shows. The MemVir README's mean, 25.19, is
+# that of the misprinted five; without the misprint it would be 25.13.
+_MEMVIR_BASELINES = {
+    ("baseline", "norm_softmax"): ((83.22, 0.12), (35.43, 0.26), (25.19, 0.34)),
+    ("baseline", "proxy_nca"): ((83.49, 0.29), (35.81, 0.17), (25.45, 0.14)),
+}
+# One row of Proxy-Anchor's own README for each of _SETS.
+_PROXY_ANCHOR_README = (69.1, 86.4, 79.2, 91.9)
+
+Variant = tuple[str, str]
+"""Method and loss, as `config.parse_variant` gives them."""
+
+
+def _readme(source: str, rows: Mapping[Variant, tuple]) -> list[tuple[Variant, Reference]]:
+    metrics = retrieval.SCORES.values()
+    return [
+        (variant, Reference(source, dict(zip(metrics, (Score(*x) for x in row), strict=True))))
+        for variant, row in rows.items()
+    ]
+
+
+def _recall(source: str, method: str, loss: str, percent: float) -> tuple[Variant, Reference]:
+    return (method, loss), Reference(source, {"recall@1": Score(percent)})
+
+
+def _paper(table: str, supplement: str, loss: str) -> str:
+    """Both papers train Proxy-Anchor with settings of its own, which their supplements give."""
+    return f"{table} and supplement {supplement}" if loss == "proxy_anchor" else table
+
+
+def _of(data_set: str) -> dict[Variant, list[Reference]]:
+    number = _SETS.index(data_set)
+    found = []
+    if data_set == "cars196":
+        found += _readme("PS README, 8 runs", _PS_README)
+        found += _readme("MemVir README, 5 runs", _MEMVIR_README)
+        found += _readme("MemVir README, best 5 of the PS README's 8 runs", _MEMVIR_BASELINES)
+    for loss, pairs in _PS_PAPER.items():
+        source = _paper("PS paper, table 6", "C.2", loss)
+        bare, mixed = pairs[number]
+        found += [_recall(source, "baseline", loss, bare), _recall(source, "ps", loss, mixed)]
+    # The MemVir paper has no In-Shop.
+    for loss, rows in _MEMVIR_PAPER.items() if number < 3 else ():
+        source = _paper("MemVir paper, table 4", "C.2.1", loss)
+        bare, remembered = rows[number]
+        if bare != _PS_PAPER[loss][number][0]:
+            found.append(_recall(source, "baseline", loss, bare))
+        found.append(_recall(source, "memvir", loss, remembered))
+    of_proxy_anchor = _PROXY_ANCHOR_README[number]
+    found.append(_recall("Proxy-Anchor README", "baseline", "proxy_anchor", of_proxy_anchor))
+    by_variant: dict[Variant, list[Reference]] = {}
+    for variant, reference in found:
+        by_variant.setdefault(variant, []).append(reference)
+    return by_variant
+
+
+PUBLISHED = {data_set: _of(data_set) for data_set in _SETS}
+"""Of each public benchmark, by its config's name, what is published of each variant."""
