@@ -69,6 +69,8 @@ def main() -> None:
             },
         )
         print(f"\n{table}")
+    if references:
+        print("\nPublished by READMEs: each metric's best epoch on the test classes.")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import functools
 import os
 import tempfile
-from typing import ClassVar
 from unittest import mock
 
 import flax.linen as nn
@@ -42,7 +41,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("dml_jax", "beartype.beartype")
 
 from dml_jax.models import layers, registry, resnet  # noqa: E402
-from dml_jax.models.normalisation import IMAGENET  # noqa: E402
+from dml_jax.models.normalisation import IMAGENET, InputNormalisation  # noqa: E402
 
 # A first example compiles, which takes as long as it takes; the same examples at every run.
 hypothesis.settings.register_profile("dml_jax", deadline=None, derandomize=True)
@@ -59,8 +58,7 @@ class Colours(nn.Module):
 
     freeze_bn: bool = False
     dtype: str = "float32"
-
-    input_normalisation: ClassVar = IMAGENET
+    input_normalisation: InputNormalisation = IMAGENET
 
     @nn.compact
     def __call__(self, images, *, train):

@@ -580,6 +580,17 @@ def test_settings_too_many_or_too_few_are_named():
     ]
 
 
+@pytest.mark.parametrize("channels", ["rgb", "bgr"])
+def test_the_order_of_channels_reaches_the_network(channels, tmp_path):
+    made = glyphs.get_config()
+    made.model.channels = channels
+    workdir.claim(tmp_path, made)
+    read = workdir.read_config(tmp_path)  # As searches and exports make the network again.
+    config.validate(read)
+    network = networks.make(read, sharding.make_mesh(jax.devices()[:1]))
+    assert network.embedder.backbone.input_normalisation.channels == channels
+
+
 @pytest.mark.parametrize(("backbone", "size"), [("conv4", 15), ("bninception", 40)])
 def test_images_that_a_backbone_cannot_halve_are_refused(backbone, size):
     made = glyphs.get_config()

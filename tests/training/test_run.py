@@ -93,6 +93,8 @@ def test_a_fork_of_another_network_is_refused_before_anything_is_written(images,
     workdir.claim(old, tiny.config(images, **NETWORK))
     with pytest.raises(ValueError, match="config.model.dim is 8, but .* has 16"):
         run.run(tiny.config(images, model__dim=8, **NETWORK), new, fork_from=old)
+    with pytest.raises(ValueError, match="config.model.channels is 'bgr', but .* has None"):
+        run.run(tiny.config(images, model__channels="bgr", **NETWORK), new, fork_from=old)
     with pytest.raises(FileNotFoundError, match="holds no run"):
         run.run(tiny.config(images, **NETWORK), new, fork_from=tmp_path / "nowhere")
     assert not new.exists()
