@@ -1,0 +1,39 @@
+import jax
+import numpy as np
+import pytest
+from scipy import stats
+
+from dml_jax import sharding
+from dml_jax.training import experiment, state
+from tests import tiny
+
+DIM = 512
+
+
+def uniform(size):
+    return stats.uniform(-(size**-0.5), 2 * size**-0.5)
+
+
+# As the official programs draw proxies, in torch and in their constructors.
+DISTRIBUTIONS = {
+    "uniform_dim": uniform(DIM),
+    "uniform_classes": uniform(tiny.TRAIN_CLASSES),
+    "normal_dim": stats.norm(scale=(2 / DIM) ** 0.5),
+}
+
+
+@pytest.mark.parametrize("init", state.PROXY_INITS)
+def test_a_run_draws_its_proxies_as_the_config_says(init, tmp_path):
+    network = {"model__backbone": "colours", "model__width": None, "model__stem": None}
+    config = tiny.config(tiny.write_images(tmp_path), proxy_init=init, model__dim=DIM, **network)
+    built = experiment.build(config, sharding.make_mesh(jax.devices()[:1]))
+    proxies = np.asarray(built.init().params["proxies"])
+    assert proxies.shape == (tiny.TRAIN_CLASSES, DIM)
+
+    expected, count = DISTRIBUTIONS[init], proxies.size
+    lowest, highest = np.float32(expected.support())
+    assert lowest <= proxies.min() and proxies.max() <= highest
+    # Five standard deviations of a mean and of a deviation, the latter of normal numbers.
+    assert abs(proxies.mean()) < 5 * expected.std() / count**0.5
+    assert abs(proxies.std() / expected.std() - 1) < 5 / (2 * count) ** 0.5
+    assert stats.kstest(proxies.ravel(), expected.cdf).pvalue > 1e-6
