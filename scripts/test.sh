@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Lint, format, types and tests, in an environment of their own (.venv-test).
 #
-#   scripts/test.sh [PYTEST ARGUMENTS]       PYTHON=/path/to/python chooses the Python
+#   scripts/test.sh [--all] [PYTEST ARGUMENTS]       PYTHON=/path/to/python chooses the Python
+#
+# Without --all, tests that are marked slow are left out.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
@@ -11,4 +13,9 @@ python="$PWD/.venv-test/bin/python"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy dml_jax scripts configs
+if [[ "${1:-}" == --all ]]; then
+  shift
+else
+  set -- -m "not slow" "$@"
+fi
 exec "$python" -m pytest "$@"

@@ -71,6 +71,6 @@ registry.BACKBONES["colours"] = Colours
 
 
 def pytest_collection_modifyitems(items):
-    """Whole programs first: they take minutes, and the processes should end at one time."""
-    long = ("test_kills.py", "test_programs.py")
+    """Whole programs and runs first: they take minutes, and the processes should end together."""
+    long = ("test_kills.py", "test_programs.py", "test_whole_run.py")
     items.sort(key=lambda item: item.path.name not in long)

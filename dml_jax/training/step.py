@@ -195,7 +195,10 @@ def _norms(tree: PyTree) -> Float[Array, " arrays"]:
 
 
 def _all_finite(tree: PyTree) -> Bool[Array, ""]:
-    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+    finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+    # XLA's CPU compiler would compute the conjunction of all arrays anew for each array that is
+    # chosen by it: of BN-Inception, 354,000 operations, and six times as long to compile.
+    return jax.lax.optimization_barrier(finite)
 
 
 def _where(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:

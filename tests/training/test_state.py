@@ -1,35 +1,40 @@
 import jax
 import numpy as np
 import pytest
+from scipy import stats
 
-from dml_jax.training import state
+from dml_jax import sharding
+from dml_jax.training import experiment, state
+from tests import tiny
 
-SHAPE = (1000, 32)  # Proxies and dimensions.
-
-
-@pytest.mark.parametrize(
-    ("init", "bound"), [("uniform_dim", 32**-0.5), ("uniform_classes", 1000**-0.5)]
-)
-def test_uniform_proxies_fill_their_bounds(init, bound):
-    proxies = state.initial_proxies(jax.random.key(0), init=init, shape=SHAPE)
-    assert 0.999 * bound < abs(proxies).max() <= bound
-    np.testing.assert_allclose(proxies.std(), bound / 3**0.5, rtol=0.02)
-    np.testing.assert_allclose(proxies.mean(), 0, atol=0.02 * bound)
+DIM = 512
 
 
-@pytest.mark.parametrize(("init", "count"), [("normal_dim", 32), ("normal_classes", 1000)])
-def test_normal_proxies_have_the_deviation_of_their_fan(init, count):
-    proxies = np.asarray(state.initial_proxies(jax.random.key(0), init=init, shape=SHAPE))
-    deviation = (2 / count) ** 0.5
-    np.testing.assert_allclose(proxies.std(), deviation, rtol=0.02)
-    # Of normal numbers 4.6 % lie beyond two deviations, of uniform ones none.
-    assert 0.04 < (abs(proxies) > 2 * deviation).mean() < 0.05
+def uniform(size):
+    return stats.uniform(-(size**-0.5), 2 * size**-0.5)
 
 
-def test_every_initialiser_is_tested():
-    assert set(state.PROXY_INITS) == {
-        "uniform_dim",
-        "uniform_classes",
-        "normal_dim",
-        "normal_classes",
-    }
+# As the official programs draw proxies, in torch and in their constructors.
+DISTRIBUTIONS = {
+    "uniform_dim": uniform(DIM),
+    "uniform_classes": uniform(tiny.TRAIN_CLASSES),
+    "normal_dim": stats.norm(scale=(2 / DIM) ** 0.5),
+    "normal_classes": stats.norm(scale=(2 / tiny.TRAIN_CLASSES) ** 0.5),
+}
+
+
+@pytest.mark.parametrize("init", state.PROXY_INITS)
+def test_a_run_draws_its_proxies_as_the_config_says(init, tmp_path):
+    network = {"model__backbone": "colours", "model__width": None, "model__stem": None}
+    config = tiny.config(tiny.write_images(tmp_path), proxy_init=init, model__dim=DIM, **network)
+    built = experiment.build(config, sharding.make_mesh(jax.devices()[:1]))
+    proxies = np.asarray(built.init().params["proxies"])
+    assert proxies.shape == (tiny.TRAIN_CLASSES, DIM)
+
+    expected, count = DISTRIBUTIONS[init], proxies.size
+    lowest, highest = np.float32(expected.support())
+    assert lowest <= proxies.min() and proxies.max() <= highest
+    # Five standard deviations of a mean and of a deviation, the latter of normal numbers.
+    assert abs(proxies.mean()) < 5 * expected.std() / count**0.5
+    assert abs(proxies.std() / expected.std() - 1) < 5 / (2 * count) ** 0.5
+    assert stats.kstest(proxies.ravel(), expected.cdf).pvalue > 1e-6

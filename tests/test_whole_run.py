@@ -1,0 +1,90 @@
+"""Whole runs, from a config file to scores, against those of the official programs."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from dml_jax import proxy_synthesis
+from tests import whole_run
+
+# Errors are relative. Float32 alone brings the official code up to these distances from its own
+# float64: losses and proxies 3e-5, embeddings 1.3e-4, gradients of the backbone 1e-3.
+TOLERANCES = {
+    "learning rates": 1e-6,
+    "metrics": 1e-6,
+    "losses": 1e-4,
+    "first features": 1e-5,
+    "first embeddings": 1e-5,
+    "last features": 5e-4,
+    "last embeddings": 5e-4,
+    "test embeddings": 5e-4,
+    "gradients of head and proxies": 1e-3,
+    "gradients of the backbone": 5e-3,
+    "proxies": 1e-4,
+    "head": 1e-4,
+    "change of proxies": 1e-3,
+    "change of head": 1e-3,
+    "change of batch norms": 2e-2,
+    "change of convolutions": 3e-2,
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    whole_run.write_images(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    file = tmp_path_factory.mktemp("weights") / "bninception.safetensors"
+    save_file(whole_run.backbone(), file)
+    return file
+
+
+@pytest.fixture
+def build(images, weights, monkeypatch):
+    """Builds a case, whose mixing weights and partners will be the recorded ones."""
+
+    def build_case(case):
+        monkeypatch.setattr(proxy_synthesis, "draw", partial(whole_run.draw, case))
+        return whole_run.build(case, images, weights)
+
+    return build_case
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param("a", id="norm_softmax-ps"),
+        pytest.param("b", id="norm_softmax-memvir"),
+        pytest.param("c", id="proxy_nca-memvir", marks=pytest.mark.slow),
+        pytest.param("d", id="proxy_nca", marks=pytest.mark.slow),
+        pytest.param("e", id="proxy_nca-half_ps-frozen-gap+gmp", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_is_the_official_run(build, case):
+    run = whole_run.train(case, *build(case), whole_run.initial(case))
+    errors = whole_run.errors(case, run)
+    assert errors.keys() == TOLERANCES.keys()
+    assert {kind: x for kind, x in errors.items() if not x <= TOLERANCES[kind]} == {}
+
+
+@pytest.mark.slow
+def test_one_bit_moves_a_run_about_as_far_as_it_is_from_the_official_run(build):
+    case, start = "c", whole_run.initial("c")
+    built, compiled = build(case)
+    next_numbers = {name: np.nextafter(x, np.float32(np.inf)) for name, x in start.items()}
+    run, moved = (whole_run.train(case, built, compiled, x) for x in (start, next_numbers))
+    errors = whole_run.errors(case, run)
+    embeddings, moved_embeddings = (whole_run.unit(x.eval_embeddings[-1]) for x in (run, moved))
+    spread = {
+        "losses": abs(moved.losses / run.losses - 1).max(),
+        "test embeddings": whole_run.error(moved_embeddings, embeddings),
+    }
+    for kind, distance in spread.items():
+        assert errors[kind] < 10 * distance
+        assert 0 < distance < TOLERANCES[kind]
