@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains an embedding three ways on the embedded letters and prints how they compare.
+# Trains an embedding four ways on the embedded letters and prints how they compare.
 #
 #   scripts/quickstart.sh [ARGUMENTS OF quickstart.py]       PYTHON=/path/to/python chooses the Python
 set -euo pipefail
