@@ -22,7 +22,7 @@ from dml_jax import config as configs
 def get_config(variant: str = "baseline") -> ConfigDict:
     """The settings of a variant, such as `baseline`, `ps`, `memvir` or `ps_memvir_proxy_nca`."""
     config = configs.default()
-    config.epochs = 30
+    config.epochs = 24
     config.data.update(
         name="glyphs",
         image_size=32,
@@ -33,12 +33,12 @@ def get_config(variant: str = "baseline") -> ConfigDict:
         num_workers=0,
     )
     config.model.update(backbone="conv4", width=48, pretrained="none", dim=128, freeze_bn=False)
-    config.optimizer.update(learning_rate=1e-3, eps=1e-3, decay_epochs=(18, 26))
-    config.evaluation.every_epochs = 10
-    config.checkpoint.every_epochs = 10
+    config.optimizer.update(learning_rate=4e-3, eps=1e-3, decay_epochs=(22,))
+    config.evaluation.every_epochs = 6
+    config.checkpoint.every_epochs = 6
     return configs.with_variant(
         config,
         variant,
-        proxy_synthesis={"ratio": 1.0, "alpha": 0.4},
-        memvir={"num_steps": 3, "step_gap": 15, "warmup_epochs": 5},
+        proxy_synthesis={"ratio": 3.0, "alpha": 1.0},
+        memvir={"num_steps": 1, "step_gap": 15, "warmup_epochs": 3},
     )
