@@ -69,6 +69,7 @@ def build(images, weights, monkeypatch):
 def test_a_run_is_the_official_run(build, case):
     run = whole_run.train(case, *build(case), whole_run.initial(case))
     errors = whole_run.errors(case, run)
+    print(*(f"{kind}: {x:.1e}" for kind, x in errors.items()), sep="\n")
     assert errors.keys() == TOLERANCES.keys()
     assert {kind: x for kind, x in errors.items() if not x <= TOLERANCES[kind]} == {}
 
@@ -86,5 +87,6 @@ def test_one_bit_moves_a_run_about_as_far_as_it_is_from_the_official_run(build):
         "test embeddings": whole_run.error(moved_embeddings, embeddings),
     }
     for kind, distance in spread.items():
+        print(f"{kind}: {distance:.1e}, to the official run {errors[kind]:.1e}")
         assert errors[kind] < 10 * distance
         assert 0 < distance < TOLERANCES[kind]

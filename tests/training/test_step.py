@@ -247,6 +247,15 @@ def compiled_on(config, devices, rows):
         return function.lower(built.state_shape, batch).compile()
 
 
+def test_whether_a_step_is_finite_is_computed_once(images):
+    config = tiny.config(images)
+    built = experiment.build(config, sharding.make_mesh(jax.devices()[:1]))
+    arrays = len(jax.tree.leaves(built.state_shape.params))
+    conjunctions = compiled_on(config, devices=1, rows=8).as_text().count(" and(")
+    # Computed anew for each array, they would be several times the square of the arrays.
+    assert conjunctions < arrays**2 or jax.__version_info__ < (0, 12)
+
+
 def test_parts_have_the_gradients_of_the_whole_batch(images):
     # Synthetic and virtual classes mix what different parts have embedded.
     config = tiny.config(images, "ps_memvir", batch_size=16, model__freeze_bn=True, **CONV4)
