@@ -1,6 +1,6 @@
 """The network that a configuration names: made, read from a checkpoint, and used."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class Network(NamedTuple):
     embedder: Embedder
     variables_shape: dict[str, PyTree]
     """The shape, type and place of every variable."""
-    embed: Callable[[PyTree, Array | np.ndarray], Array]
+    embed: jax.stages.Wrapped
     """Compiled: variables and images `[batch, ...]` to embeddings."""
 
 
@@ -40,6 +40,10 @@ def make(config: ConfigDict, mesh: jax.sharding.Mesh) -> Network:
     options = {name: value for name, value in config.model.items() if name != "pretrained"}
     # A backbone that cannot compute activations again is not asked whether it should.
     embedder = create_embedder(**options | {"remat": options["remat"] or None})
+
+    def embed_batch(variables: PyTree, images: Array) -> Array:
+        return embedder.apply(variables, images, train=False)
+
     everywhere = sharding.replicated(mesh)
     image = jax.ShapeDtypeStruct((1, *(config.data.image_size,) * 2, 3), jnp.uint8)
     shapes = jax.eval_shape(partial(embedder.init, train=False), jax.random.key(0), image)
@@ -50,10 +54,7 @@ def make(config: ConfigDict, mesh: jax.sharding.Mesh) -> Network:
         variables_shape=jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes
         ),
-        embed=jax.jit(
-            lambda variables, images: embedder.apply(variables, images, train=False),
-            in_shardings=(everywhere, sharding.by_row(mesh)),
-        ),
+        embed=jax.jit(embed_batch, in_shardings=(everywhere, sharding.by_row(mesh))),
     )
 
 
