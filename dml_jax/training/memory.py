@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from dml_jax import free_memory, sharding
-from dml_jax.training import experiment, workdir
+from dml_jax import free_memory, sharding, tuning
+from dml_jax.retrieval.embed import in_flight
+from dml_jax.training import experiment, networks, workdir
 from dml_jax.training.experiment import Experiment
 
 _PROGRAM = 500_000_000
@@ -27,7 +28,8 @@ Measured with a ResNet-18 (512 dimensions, batches of 64 images of 128 pixels): 
 """
 _WORKER = 250_000_000
 """Bytes of a process that decodes images; 275 MB were resident, some of them shared."""
-_EMBEDDINGS_IN_FLIGHT = 2  # See `retrieval.embed`.
+_KEPT = 4
+"""How many times a program may keep the memory of a step; see `tuning.prepare`. 3 were seen."""
 _SLACK = 1.25  # By how much a guess of what a program would need may be too low.
 _SIZES = 32  # Image sizes that are proposed are multiples of it.
 
@@ -68,6 +70,8 @@ def check(built: Experiment, folder: Path) -> None:
     needed, room = need(built), free_room(built)
     smallest = sharding.least(room.size)
     if needed.total <= smallest:
+        if sharding.on_cpu(built.mesh) and needed.fixed + _KEPT * needed.temporary > smallest:
+            tuning.give_memory_back()
         return
     tightest = math.isclose(room.size, smallest, rel_tol=1e-6)
     where = room.where if tightest else "another process has less"
@@ -96,7 +100,7 @@ def need(built: Experiment) -> Need:
     """
     state, batch = experiment.abstract_state(built), experiment.abstract_batch(built)
     step = built.take_step.compile(state, batch).memory_analysis()
-    rows, size = built.config.batch_size, built.config.data.image_size
+    rows, size = networks.rows_at_once(built.network), built.config.data.image_size
     images = jax.ShapeDtypeStruct(
         (rows, size, size, 3), jnp.uint8, sharding=sharding.by_row(built.mesh)
     )
@@ -109,7 +113,7 @@ def need(built: Experiment) -> Need:
     embedding = given + evaluation.temp_size_in_bytes + evaluation.output_size_in_bytes
     return Need(
         fixed=step.argument_size_in_bytes,
-        temporary=max(step.temp_size_in_bytes + new, _EMBEDDINGS_IN_FLIGHT * embedding),
+        temporary=max(step.temp_size_in_bytes + new, in_flight(built.mesh) * embedding),
     )
 
 
@@ -212,4 +216,4 @@ def _fits(built: Experiment, folder: Path, settings: Mapping[str, Any], room: in
 
 
 def _gb(size: int | float) -> str:
-    return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e9:.2f} GB"

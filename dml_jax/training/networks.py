@@ -41,7 +41,7 @@ def make(config: ConfigDict, mesh: jax.sharding.Mesh) -> Network:
     # A backbone that cannot compute activations again is not asked whether it should.
     embedder = create_embedder(**options | {"remat": options["remat"] or None})
 
-    def embed_batch(variables: PyTree, images: Array) -> Array:
+    def embed_batch(variables: PyTree, images: Array) -> PyTree:
         return embedder.apply(variables, images, train=False)
 
     everywhere = sharding.replicated(mesh)
@@ -145,12 +145,18 @@ def embed_images(
         batches.close()
 
 
+def rows_at_once(network: Network) -> int:
+    """How many images are embedded at once: a part of a training batch, or the whole of it."""
+    config, devices = network.config, network.mesh.size
+    # Here may be other devices than those that the run's batches were shared by.
+    return -(-config.batch_size // (config.micro_batches * devices)) * devices
+
+
 def _test_batches(
     network: Network, source: data.Source, cache: device_cache.Cache | None
 ) -> data.Batches | Generator[dict[str, Array | np.ndarray]]:
     config, mesh = network.config.data, network.mesh
-    # Here may be other devices than those that the run's batches were shared by.
-    batch_size = -(-network.config.batch_size // mesh.size) * mesh.size
+    batch_size = rows_at_once(network)
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     if cache is None:
         return data.test_batches(

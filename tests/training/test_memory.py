@@ -26,7 +26,7 @@ def images(tmp_path_factory):
 @pytest.fixture
 def one_device(monkeypatch):
     make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_: make_mesh(jax.devices()[:1]))
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_cpu_devices_share_what_the_program_leaves_of_the_host(images, host, dev
     state = sum(x.nbytes for x in jax.tree.leaves(built.init()))
     room = memory.free_room(built)
     assert room.size == pytest.approx((8 * GB - 500_000_000 - 2 * 250_000_000 - state) / devices)
-    assert re.match("the host has 8.0 GB free, of which the rest of the program", room.where)
+    assert re.match("the host has 8.00 GB free, of which the rest of the program", room.where)
     host(GB)
     assert memory.free_room(built).size < 0
 
@@ -96,9 +96,9 @@ def test_an_accelerator_has_memory_of_its_own(images, host, monkeypatch):
             return {"bytes_limit": 7 * GB, "bytes_in_use": 2 * GB}
 
     built = built_on(1, images)
-    monkeypatch.setattr(type(built.mesh), "local_devices", [Accelerator()])
+    monkeypatch.setitem(vars(built.mesh), "local_devices", [Accelerator()])
     host(8 * GB)
-    assert memory.free_room(built) == (5 * GB, "device 3 has 5.0 GB free")
+    assert memory.free_room(built) == (5 * GB, "device 3 has 5.00 GB free")
     host(GB // 4)
     assert memory.free_room(built).size == 0
 
@@ -147,7 +147,8 @@ def test_a_ring_that_is_too_large_fits_in_half_precision(images, host, one_devic
     built = built_on(1, images, "memvir", epochs=9, **ring)
     host(0)
     needed, rest = memory.need(built), -memory.free_room(built).size
-    kept = sum(x.nbytes for x in jax.tree.leaves(built.state_shape.memory) if x.ndim == 3)
+    arrays = jax.tree.leaves(built.state_shape.memory)
+    kept = sum(x.size * x.dtype.itemsize for x in arrays if x.ndim == 3)
     host(int(rest + needed.total - 0.45 * kept))
     with pytest.raises(ValueError, match=r"\n  --config.memvir.dtype=bfloat16(\n|$)"):
         memory.check(built, Path("nowhere"))
@@ -173,7 +174,7 @@ LARGE = {
     "epochs": 1,
     "data.image_size": 128,
     "data.resize": 128,
-    "model.width": 96,
+    "model.width": 192,
 }
 
 
