@@ -21,9 +21,11 @@ from dml_jax import config as configs
 def get_config(variant: str = "baseline") -> ConfigDict:
     """The settings of a variant, such as `baseline`, `ps`, `memvir` or `ps_memvir_proxy_nca`."""
     config = configs.default()
-    config.model.update(backbone="resnet50", pretrained="none", freeze_bn=False)
-    # From random weights the official learning rate for fine-tuning would be slow.
-    config.optimizer.learning_rate = 1e-3
+    config.batch_size = 64
+    config.data.update(image_size=128, resize=146)
+    config.model.update(backbone="resnet18", pretrained="none", freeze_bn=False)
+    # From random weights the official settings for fine-tuning would be slow.
+    config.optimizer.update(learning_rate=1e-3, eps=1e-3)
     return configs.with_variant(
         config,
         variant,

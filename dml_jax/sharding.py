@@ -6,6 +6,8 @@ losses, synthetic pairs and batch statistics are the same on any number of devic
 
 import collections
 import resource
+import socket
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -42,6 +44,11 @@ def gathered(x: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
+def on_cpu(mesh: Mesh) -> bool:
+    """Whether the devices of a mesh are CPUs, whose memory is the host's."""
+    return mesh.local_devices[0].platform == "cpu"
 
 
 def peak_memory() -> int:
@@ -171,6 +178,23 @@ def any_process(wanted: bool) -> bool:
         return wanted
     with jax.transfer_guard("allow"):
         return bool(np.any(multihost_utils.process_allgather(np.bool_(wanted))))
+
+
+def least(value: int | float) -> int | float:
+    """The smallest of the numbers that the processes give, as float32; all wait for each other."""
+    if jax.process_count() == 1:
+        return value
+    with jax.transfer_guard("allow"):
+        return float(np.min(multihost_utils.process_allgather(np.float32(value))))
+
+
+def processes_on_this_host() -> int:
+    """How many of the processes run on this host, this one included; all wait for each other."""
+    if jax.process_count() == 1:
+        return 1
+    name = np.uint32(zlib.crc32(socket.gethostname().encode()))
+    with jax.transfer_guard("allow"):
+        return int(np.sum(multihost_utils.process_allgather(name) == name))
 
 
 def bytes_from_first_process(message: bytes) -> bytes:

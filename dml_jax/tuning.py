@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -26,6 +27,8 @@ def prepare(*, embeds: bool) -> None:
     """
     _prefer_eigen()
     _keep_programs()
+    if embeds:
+        _dispatch_in_turn()
     if embeds and not importlib.metadata.entry_points(group="jax_plugins"):  # No accelerator.
         _keep_memory()
 
@@ -58,15 +61,42 @@ def _processor() -> str:
     return hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:12]
 
 
+def _dispatch_in_turn() -> None:
+    """Has CPUs end a program before the next is dispatched, which then can have its memory."""
+    if "JAX_CPU_ENABLE_ASYNC_DISPATCH" not in os.environ:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
 def _keep_memory() -> None:
-    """Has glibc keep what a step needs, for which Linux would fill fresh pages at every step."""
-    if platform.libc_ver()[0] != "glibc":
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    for parameter, value in (
-        (-8, 1),  # M_ARENA_MAX: only the first arena grows beyond 64 MB.
-        (-4, 0),  # M_MMAP_MAX: nothing is mapped on its own, and unmapped when it is freed.
-        (-1, (1 << 31) - 1),  # M_TRIM_THRESHOLD
-        (-2, 256 << 20),  # M_TOP_PAD
-    ):
-        mallopt(parameter, value)
+    """Has glibc keep what a step needs, for which Linux would otherwise fill pages at every step.
+
+    Between two steps others may take small pieces of it, so that it no longer fits the next step.
+    Then it is kept several times; see `give_memory_back`.
+    """
+    _set_malloc(
+        {
+            -8: 1,  # M_ARENA_MAX: only the first arena grows beyond 64 MB.
+            -4: 0,  # M_MMAP_MAX: nothing is mapped on its own, and unmapped when it is freed.
+            -1: (1 << 31) - 1,  # M_TRIM_THRESHOLD
+            -2: 256 << 20,  # M_TOP_PAD
+        }
+    )
+
+
+def give_memory_back() -> None:
+    """Has glibc give large blocks back when they are freed: slower, but nothing is kept twice."""
+    _set_malloc(
+        {
+            -4: 1 << 16,  # M_MMAP_MAX
+            -3: 32 << 20,  # M_MMAP_THRESHOLD: glibc takes no higher one.
+            -1: 32 << 20,  # M_TRIM_THRESHOLD
+            -2: 0,  # M_TOP_PAD
+        }
+    )
+
+
+def _set_malloc(parameters: Mapping[int, int]) -> None:
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in parameters.items():
+            mallopt(parameter, value)

@@ -183,21 +183,17 @@ def test_a_run_that_is_killed_ends_like_one_that_is_not(images, tmp_path, monkey
     class Killed(BaseException):
         pass
 
-    compile_step = step.compile_step
+    class KilledAtTheSeventh(step.Step):
+        taken = 0
 
-    def killed_at_the_seventh(*arguments):
-        compiled, done = compile_step(*arguments), []
-
-        def call(state, batch):
-            if len(done) == 6:
+        def __call__(self, state, batch):
+            if self.taken == 6:
                 raise Killed
-            done.append(batch)
-            return compiled(state, batch)
-
-        return call
+            self.taken += 1
+            return super().__call__(state, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "compile_step", killed_at_the_seventh)
+        patch.setattr(step, "Step", KilledAtTheSeventh)
         with pytest.raises(Killed):
             run.run(config, tmp_path / "killed")
     run.run(config, tmp_path / "killed")

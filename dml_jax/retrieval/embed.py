@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32, Integer
 
-from dml_jax.sharding import put_batch, replicated
+from dml_jax.sharding import on_cpu, put_batch, replicated
 
 _RATIO = 100  # No file of embeddings unpacks to as many times its size.
 _HARMLESS = 1 << 28  # Bytes that it may unpack to in any case.
@@ -43,8 +43,8 @@ def embed(
 ) -> Float32[np.ndarray, "n d"]:
     """Embed all images, in padded batches spread over the mesh axis "data".
 
-    Two batches are in flight: the next one is on its way before the previous result is awaited.
-    All transfers are explicit. With several processes each passes its own rows of every batch, and
+    Accelerators have the next batch before the previous result is awaited; see `in_flight`. All
+    transfers are explicit. With several processes each passes its own rows of every batch, and
     each gets all the embeddings.
 
     Args:
@@ -76,6 +76,14 @@ def embed(
     return result
 
 
+def in_flight(mesh: Mesh) -> int:
+    """Returns how many batches are sent to the devices of a mesh before a result is awaited.
+
+    On CPUs each would hold its own temporary memory from the time when it is dispatched.
+    """
+    return 1 if on_cpu(mesh) else 2
+
+
 def _outputs(
     embed_fn: Callable[[Any, jax.Array], jax.Array],
     variables: Any,
@@ -92,7 +100,7 @@ def _outputs(
         # Indices travel with their images, so that both are gathered in the same order.
         placed = put_batch(mesh, batch)
         pending.append(gather((embed_fn(variables, placed["image"]), placed["index"])))
-        if len(pending) == 2:
+        if len(pending) == in_flight(mesh):
             yield jax.device_get(pending.popleft())
     while pending:
         yield jax.device_get(pending.popleft())

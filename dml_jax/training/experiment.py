@@ -32,6 +32,8 @@ class Experiment(NamedTuple):
     mesh: jax.sharding.Mesh
     steps_per_epoch: int
     recipe: step.Recipe
+    take_step: step.Step
+    """The recipe's step, sharded as the state and a batch are."""
     learning_rate: Callable[[int], tuple[float, float]]
     """Of the embedder and of the proxies, at a step."""
     init: Callable[[], state.TrainState]
@@ -132,6 +134,7 @@ def build(
         mesh=mesh,
         steps_per_epoch=steps_per_epoch,
         recipe=recipe,
+        take_step=step.compile_step(recipe, state_sharding, sharding.by_row(mesh)),
         learning_rate=learning_rate,
         init=lambda: init(networks.load_pretrained(config)),
         state_shape=state_shape,
@@ -263,6 +266,26 @@ def abstract_state(experiment: Experiment) -> state.TrainState:
         experiment.state_shape,
         experiment.state_sharding,
     )
+
+
+def abstract_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes, types and places of what a step is given; loads the devices' cache of images."""
+    rows, size = experiment.config.batch_size, experiment.config.data.image_size
+    cache = experiment.cache("train")
+    if cache is None:
+        shapes = {"image": ((rows, size, size, 3), jnp.uint8), "label": ((rows,), jnp.int32)}
+    else:
+        shapes = {
+            "cache": (cache.images.shape, jnp.uint8),
+            "index": ((rows,), jnp.int32),
+            "label": ((rows,), jnp.int32),
+            "sides": ((rows, 2), jnp.int32),
+        }
+    place = sharding.by_row(experiment.mesh)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        for name, (shape, dtype) in shapes.items()
+    }
 
 
 def parameter_overview(experiment: Experiment) -> str:

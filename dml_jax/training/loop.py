@@ -23,7 +23,7 @@ from dml_jax.training.experiment import (
     score,
 )
 from dml_jax.training.state import TrainState
-from dml_jax.training.step import Observed, compile_step
+from dml_jax.training.step import Observed
 from dml_jax.training.writer import Silence, Writer
 
 _STEPS_IN_FLIGHT = 4
@@ -54,9 +54,6 @@ def train(
     total_steps = config.epochs * steps_per_epoch
     with checkpoint.Checkpoints(folder, keep_last=config.checkpoint.keep_last) as checkpoints:
         state, start = _start(experiment, folder, checkpoints)
-        compiled = compile_step(
-            experiment.recipe, experiment.state_sharding, sharding.by_row(experiment.mesh)
-        )
         # Epochs that ended with an evaluation.
         evaluated = [x for x in _lines(folder, start, steps_per_epoch) if "map@r" in x]
         _check_length(config.epochs, start / steps_per_epoch, evaluated)
@@ -76,7 +73,7 @@ def train(
             end = start if _has_stopped(experiment, evaluated) else total_steps
             epoch_began, first_step = time.perf_counter(), start
             for step, batch in batches(experiment, start, end):
-                state, observed = compiled(state, batch)
+                state, observed = experiment.take_step(state, batch)
                 asked.unsaved = True
                 watch.put(step, observed)
                 stops = agreement.after(step, asked.is_set())
@@ -253,7 +250,11 @@ def _reader(
 
 
 class _Watch:
-    """Looks at each step a few steps late: devices never wait for the host."""
+    """Looks at each step a few steps late, so that accelerators never wait for the host.
+
+    CPUs do wait. There, each step in flight holds its own temporary memory from the time when it
+    is dispatched, and steps are long beside what the host does between them.
+    """
 
     def __init__(
         self,
@@ -264,11 +265,12 @@ class _Watch:
     ) -> None:
         self._experiment, self._folder = experiment, folder
         self._writer, self._checkpoints = writer, checkpoints
+        self._steps_late = 0 if sharding.on_cpu(experiment.mesh) else _STEPS_IN_FLIGHT
         self._observed: collections.deque[tuple[int, Observed]] = collections.deque()
 
     def put(self, step: int, observed: Observed) -> None:
         self._observed.append((step, observed))
-        if len(self._observed) > _STEPS_IN_FLIGHT:
+        if len(self._observed) > self._steps_late:
             self._look()
 
     def drain(self) -> None:

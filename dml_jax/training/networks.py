@@ -1,6 +1,6 @@
 """The network that a configuration names: made, read from a checkpoint, and used."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class Network(NamedTuple):
     embedder: Embedder
     variables_shape: dict[str, PyTree]
     """The shape, type and place of every variable."""
-    embed: Callable[[PyTree, Array | np.ndarray], Array]
+    embed: jax.stages.Wrapped
     """Compiled: variables and images `[batch, ...]` to embeddings."""
 
 
@@ -42,6 +42,10 @@ def make(config: ConfigDict, mesh: jax.sharding.Mesh) -> Network:
     options = {name: value for name, value in config.model.items() if name not in elsewhere}
     # A backbone that cannot compute activations again is not asked whether it should.
     embedder = create_embedder(**options | {"remat": options["remat"] or None})
+
+    def embed_batch(variables: PyTree, images: Array) -> PyTree:
+        return embedder.apply(variables, images, train=False)
+
     everywhere = sharding.replicated(mesh)
     image = jax.ShapeDtypeStruct((1, *(config.data.image_size,) * 2, 3), jnp.uint8)
     shapes = jax.eval_shape(partial(embedder.init, train=False), jax.random.key(0), image)
@@ -52,10 +56,7 @@ def make(config: ConfigDict, mesh: jax.sharding.Mesh) -> Network:
         variables_shape=jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes
         ),
-        embed=jax.jit(
-            lambda variables, images: embedder.apply(variables, images, train=False),
-            in_shardings=(everywhere, sharding.by_row(mesh)),
-        ),
+        embed=jax.jit(embed_batch, in_shardings=(everywhere, sharding.by_row(mesh))),
     )
 
 
@@ -146,12 +147,18 @@ def embed_images(
         batches.close()
 
 
+def rows_at_once(network: Network) -> int:
+    """How many images are embedded at once: a part of a training batch, or the whole of it."""
+    config, devices = network.config, network.mesh.size
+    # Here may be other devices than those that the run's batches were shared by.
+    return -(-config.batch_size // (config.micro_batches * devices)) * devices
+
+
 def _test_batches(
     network: Network, source: data.Source, cache: device_cache.Cache | None
 ) -> data.Batches | Generator[dict[str, Array | np.ndarray]]:
     config, mesh = network.config.data, network.mesh
-    # Here may be other devices than those that the run's batches were shared by.
-    batch_size = -(-network.config.batch_size // mesh.size) * mesh.size
+    batch_size = rows_at_once(network)
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     if cache is None:
         return data.test_batches(

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from dml_jax import config as configs
 from dml_jax import sharding
 from dml_jax.models import pretrained
-from dml_jax.training import experiment, loop, networks, stopping, workdir, writer
+from dml_jax.training import experiment, loop, memory, networks, stopping, workdir, writer
 
 
 def run(
@@ -31,8 +31,8 @@ def run(
 
     Raises:
         Stopped: the process was asked to; started again, the run goes on.
-        ValueError: a setting or an image is wrong, or the folder holds another run, or another
-            process trains in it.
+        ValueError: a setting or an image is wrong, or a step does not fit into memory, or the
+            folder holds another run, or another process trains in it.
         FileNotFoundError: images or weights are not where the config says.
         ModuleNotFoundError: Weights & Biases is asked for, but not installed.
         FloatingPointError: the loss is no longer finite.
@@ -62,6 +62,7 @@ def run(
             networks.load_pretrained(config)
             if fork is not None:
                 experiment.load_fork(built, fork)
+        memory.check(built, folder)
 
         sharding.wait_for_all("checked")
 

@@ -205,10 +205,35 @@ def _where(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
 
 
-def compile_step(
-    recipe: Recipe, state_sharding: Any, batch_sharding: Any
-) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, Observed]]:
-    """`train_step` of a recipe, compiled; the state that is given to it is used up.
+class Step:
+    """A recipe's `train_step`, compiled once: for its memory, or when it is first taken.
+
+    The state that is given to it is used up.
+    """
+
+    def __init__(self, compiled: jax.stages.Wrapped, mesh: jax.sharding.Mesh) -> None:
+        """Wraps a jitted step, which looks for the mesh when it is traced."""
+        self._compiled, self._mesh = compiled, mesh
+
+    def __call__(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Observed]:
+        """Takes the step; see `train_step`."""
+        # For `sharding.gathered`.
+        with jax.set_mesh(self._mesh):
+            return self._compiled(state, batch)
+
+    def compile(self, state: TrainState, batch: Mapping[str, Any]) -> jax.stages.Compiled:
+        """The step, compiled for shapes. Steps of these shapes are not compiled again.
+
+        Args:
+            state: the shapes, types and shardings of the state's arrays.
+            batch: those of the batch's.
+        """
+        with jax.set_mesh(self._mesh):
+            return self._compiled.lower(state, batch).compile()
+
+
+def compile_step(recipe: Recipe, state_sharding: Any, batch_sharding: Any) -> Step:
+    """`train_step` of a recipe, to be compiled.
 
     Args:
         recipe: what to do.
@@ -225,10 +250,4 @@ def compile_step(
         in_shardings=(state_sharding, batch_sharding),
         out_shardings=(state_sharding, sharding.replicated(batch_sharding.mesh)),
     )
-
-    def on_mesh(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Observed]:
-        # For `sharding.gathered`, which looks for the mesh when the step is traced.
-        with jax.set_mesh(batch_sharding.mesh):
-            return compiled(state, batch)
-
-    return on_mesh
+    return Step(compiled, batch_sharding.mesh)
