@@ -41,6 +41,13 @@ before = faults()
 for _ in range(5):
     np.ones(25_000_000, np.float32)
 print(faults() - before, jax.config.jax_compilation_cache_dir)
+tuning.give_memory_back()
+np.ones(100_000_000, np.float32)
+before = faults()
+np.ones(100_000_000, np.float32)
+again = faults() - before
+product = jax.jit(lambda x: x @ x @ x @ x @ x).lower(np.ones((1500, 1500), np.float32)).compile()
+print(again, product(jax.numpy.ones((1500, 1500))).is_ready())
 """
 
 
@@ -57,9 +64,16 @@ def prepared(**given):
 
 
 def test_memory_is_kept_and_programs_are_kept_where_the_user_has_caches(tmp_path):
-    faults, cache = prepared(HOME=str(tmp_path))
+    faults, cache, again, ended = prepared(HOME=str(tmp_path))
     assert int(faults) < 1000 or sys.platform != "linux"  # 122,000 without.
     assert cache.startswith(f"{tmp_path}/.cache/dml_jax/")
+    assert int(again) > 20_000 or sys.platform != "linux"  # Mapped anew.
+    assert ended == "True"
+
+
+def test_what_the_environment_says_of_dispatch_stays(tmp_path):
+    given = {"JAX_CPU_ENABLE_ASYNC_DISPATCH": "true"}
+    assert prepared(HOME=str(tmp_path), **given)[3] == "False"
 
 
 def test_where_nothing_can_be_kept_programs_are_not(tmp_path):
