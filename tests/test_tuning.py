@@ -46,8 +46,7 @@ np.ones(100_000_000, np.float32)
 before = faults()
 np.ones(100_000_000, np.float32)
 again = faults() - before
-product = jax.jit(lambda x: x @ x @ x @ x @ x).lower(np.ones((1500, 1500), np.float32)).compile()
-print(again, product(jax.numpy.ones((1500, 1500))).is_ready())
+print(again, jax.config.values["jax_cpu_enable_async_dispatch"])
 """
 
 
@@ -64,16 +63,17 @@ def prepared(**given):
 
 
 def test_memory_is_kept_and_programs_are_kept_where_the_user_has_caches(tmp_path):
-    faults, cache, again, ended = prepared(HOME=str(tmp_path))
+    faults, cache, again, in_background = prepared(HOME=str(tmp_path))
     assert int(faults) < 1000 or sys.platform != "linux"  # 122,000 without.
     assert cache.startswith(f"{tmp_path}/.cache/dml_jax/")
-    assert int(again) > 20_000 or sys.platform != "linux"  # Mapped anew.
-    assert ended == "True"
+    # Mapped anew: 400 MB are 100,000 pages, or 200 where Linux gives out huge ones.
+    assert int(again) > 100 or sys.platform != "linux"
+    assert in_background == "False"
 
 
 def test_what_the_environment_says_of_dispatch_stays(tmp_path):
     given = {"JAX_CPU_ENABLE_ASYNC_DISPATCH": "true"}
-    assert prepared(HOME=str(tmp_path), **given)[3] == "False"
+    assert prepared(HOME=str(tmp_path), **given)[3] == "True"
 
 
 def test_where_nothing_can_be_kept_programs_are_not(tmp_path):
