@@ -279,8 +279,12 @@ def test_quickstart_compares_and_reuses(tmp_path):
         "baseline",
         "ps",
         "memvir",
+        "ps_memvir",
     ]
-    assert 25 < float(first[0][3]) < 28 and float(first[1][3]) < 12
+    baseline, *others = (float(row[3]) for row in first[2:])
+    for row, score in zip(first[3:], others, strict=True):
+        assert float(row[4]) == pytest.approx(score - baseline, abs=0.11)
+    assert 30 < float(first[0][3]) < 32 and float(first[1][3]) < 15
     runs = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert table_rows(quickstart(arguments)) == first
     assert runs == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
