@@ -95,6 +95,12 @@ def give_memory_back() -> None:
     )
 
 
+def trim_memory() -> None:
+    """Has glibc give back what is free at this moment, such as what compiling has needed."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _set_malloc(parameters: Mapping[int, int]) -> None:
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

@@ -31,6 +31,8 @@ _WORKER = 250_000_000
 _KEPT = 4
 """How many times a program may keep the memory of a step; see `tuning.prepare`. 3 were seen."""
 _SLACK = 1.25  # By how much a guess of what a program would need may be too low.
+_PARTS = 8
+"""Parts beyond these are not proposed: the time to compile grows with them."""
 _SIZES = 32  # Image sizes that are proposed are multiples of it.
 
 
@@ -67,7 +69,9 @@ def check(built: Experiment, folder: Path) -> None:
     Raises:
         ValueError: it does not fit; names the settings with which it would.
     """
-    needed, room = need(built), free_room(built)
+    needed = need(built)
+    tuning.trim_memory()
+    room = free_room(built)
     smallest = sharding.least(room.size)
     if needed.total <= smallest:
         if sharding.on_cpu(built.mesh) and needed.fixed + _KEPT * needed.temporary > smallest:
@@ -86,8 +90,8 @@ def check(built: Experiment, folder: Path) -> None:
     else:
         advice = (
             "No other image size, number of parts or way to store activations was found to fit: "
-            "choose a smaller config.model.backbone or config.batch_size, fewer "
-            "config.data.num_workers, or a machine with more memory"
+            "choose a smaller config.model.backbone, config.batch_size or config.memvir.num_steps, "
+            "fewer config.data.num_workers, or a machine with more memory"
         )
     raise ValueError(f"{problem}. {advice}")
 
@@ -191,8 +195,7 @@ def _candidates(built: Experiment, needed: Need, room: int | float) -> Iterator[
     if not config.model.remat:
         yield {"model.remat": True}
     times = needed.temporary / may_take
-    counts = range(config.micro_batches + 1, config.batch_size + 1)
-    for count in counts:
+    for count in range(config.micro_batches + 1, _PARTS * config.micro_batches + 1):
         shared = config.batch_size % (count * built.mesh.size) == 0
         if shared and count >= times * config.micro_batches:
             yield {"micro_batches": count}
