@@ -5,7 +5,7 @@ python scripts/train.py --config=configs/folder.py:ps --workdir=runs/mine --conf
 The settings are for a CPU: a ResNet-18 from random weights, 128 pixels and 64 images a batch. A run
 of theirs has at most 3.4 GB resident with its four input workers, and trains on a thousand pictures
 in about a minute an epoch on two cores. After 6 epochs of a thousand photographs of groceries, R@1
-and MAP@R of classes that it never saw were 47.1 and 16.5 %; raw pixels at 32x32 have 28.8 and 5.4 %.
+and MAP@R of classes that it never saw were 47.1 and 16.5 %; raw pixels at 32x32 have 28.8 and 5.4.
 
 Pretrained weights are worth more than any other setting. With them, add the official recipe:
 
@@ -18,8 +18,9 @@ four, for about a third more time, and changes no number but by rounding, since 
 is frozen (on CPUs not with Python 3.11, whose JAX saves nothing by it). On an accelerator also set
 `--config.batch_size=128`, the official one, which needs 17 GB in one part.
 
-For small images set `--config.data.image_size=32 --config.data.resize=32 --config.model.stem=small`;
-for images with a left and a right, such as letters, set `--noconfig.data.augmentation.flip`.
+For small images set `--config.data.image_size=32 --config.data.resize=32
+--config.model.stem=small`; for images with a left and a right, such as letters, set
+`--noconfig.data.augmentation.flip`.
 
 Our choice: ratio and alpha of PS as on CARS196; of MemVir its warm-up, and N = 20, M = 10, the
 smaller of its authors' N and of their M, since a folder may have many more classes than CARS196 and
