@@ -17,7 +17,7 @@ def test_a_run_of_another_configuration_is_refused_with_every_difference(tmp_pat
     with pytest.raises(ValueError) as error:
         workdir.check(tmp_path, other)
     assert "config.seed: 0 there, 3 now" in str(error.value)
-    assert "config.proxy_synthesis.ratio: 1.0 there, 0.0 now" in str(error.value)
+    assert "config.proxy_synthesis.ratio: 3.0 there, 0.0 now" in str(error.value)
 
 
 def test_the_same_configuration_is_accepted_again(tmp_path):
