@@ -12,7 +12,7 @@ Expected R@1 / RP / MAP@R in percent of the last epoch, means of five seeds (doc
 The recipe is our choice. Learning rates, decay, ratio and alpha of PS and N, M and warm-up of
 MemVir were chosen by MAP@R on held-out training classes, with as many trials for each method
 (docs/letters_search.csv). The scale is the papers', 23; one of 5 is better for these letters, and
-leaves the regularisers nothing to gain. Margins and centres of other losses are their defaults.
+leaves Proxy Synthesis nothing to gain. Margins and centres of other losses are their defaults.
 """
 
 from ml_collections import ConfigDict
