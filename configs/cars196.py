@@ -14,7 +14,7 @@ has the deviations too, and the R@1 of both papers: Norm-SoftMax 83.3, with PS 8
 norm_softmax  83.08 / 35.23 / 24.92  84.25 / 36.76 / 26.51  86.11 / 38.29 / 28.46
 proxy_nca     83.28 / 35.70 / 25.35  84.21 / 36.66 / 26.42  86.19 / 37.97 / 28.17
 
-Proxy-Anchor has its authors' recipe (dml_jax/proxy_anchor.py), with PS and MemVir added to it, and
+Proxy-Anchor has its authors' recipe, with PS and MemVir added to it, and
 with MemVir's epochs. `memvir_baseline` is the bare loss on MemVir's schedule and with its proxy
 initialiser: the baseline that MemVir is compared with.
 Our choice, since we know of no source: the other losses' settings, which are the scales, margins
@@ -26,8 +26,9 @@ Not run here: it needs the images, the weights and a GPU.
 
 from ml_collections import ConfigDict
 
-from dml_jax import config as configs
-from dml_jax import proxy_anchor, published
+from dml_jax import published
+from dml_jax.training import config as configs
+from dml_jax.training import proxy_anchor_recipe
 
 PUBLISHED = published.PUBLISHED["cars196"]
 
@@ -38,7 +39,7 @@ def get_config(variant: str = "norm_softmax") -> ConfigDict:
     config.data.update(name="cars196", root="data/cars196")
     method, loss = configs.parse_variant(variant)
     if loss == "proxy_anchor":
-        proxy_anchor.set_recipe(
+        proxy_anchor_recipe.set_recipe(
             config, learning_rate=1e-4, freeze_bn=True, decay_rate=0.5, decay_every=20
         )
     if "memvir" in method:

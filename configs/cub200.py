@@ -7,7 +7,7 @@ The official READMEs give no settings for this data set. Ours are those of CARS1
 as many classes and a third more images: recipe, epochs, ratio and alpha of PS, N, M and warm-up of
 MemVir; MemVir has Norm-SoftMax's N and M with every loss, so that losses differ in nothing else.
 Scales, margins and centres are the losses' defaults, which their papers or CARS196's READMEs have.
-Proxy-Anchor has its authors' recipe (dml_jax/proxy_anchor.py), with MemVir's epochs where MemVir is
+Proxy-Anchor has its authors' recipe, with MemVir's epochs where MemVir is
 added.
 Published R@1 in percent (dml_jax/published.py has all losses): Norm-SoftMax 64.9, with PS 66.0,
 with MemVir 67.3. None were measured here: it needs the images, the weights and a GPU.
@@ -15,8 +15,9 @@ with MemVir 67.3. None were measured here: it needs the images, the weights and 
 
 from ml_collections import ConfigDict
 
-from dml_jax import config as configs
-from dml_jax import proxy_anchor, published
+from dml_jax import published
+from dml_jax.training import config as configs
+from dml_jax.training import proxy_anchor_recipe
 
 PUBLISHED = published.PUBLISHED["cub200"]
 
@@ -27,7 +28,7 @@ def get_config(variant: str = "norm_softmax") -> ConfigDict:
     config.data.update(name="cub200", root="data/cub200")
     method, loss = configs.parse_variant(variant)
     if loss == "proxy_anchor":
-        proxy_anchor.set_recipe(
+        proxy_anchor_recipe.set_recipe(
             config, learning_rate=1e-4, freeze_bn=True, decay_rate=0.5, decay_every=10
         )
     if "memvir" in method:

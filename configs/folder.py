@@ -31,7 +31,7 @@ Expected scores: what the images allow.
 
 from ml_collections import ConfigDict
 
-from dml_jax import config as configs
+from dml_jax.training import config as configs
 
 
 def get_config(variant: str = "baseline") -> ConfigDict:

@@ -17,7 +17,7 @@ leaves Proxy Synthesis nothing to gain. Margins and centres of other losses are 
 
 from ml_collections import ConfigDict
 
-from dml_jax import config as configs
+from dml_jax.training import config as configs
 
 
 def get_config(variant: str = "baseline") -> ConfigDict:

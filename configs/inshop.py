@@ -5,7 +5,7 @@ python scripts/train.py --config=configs/inshop.py:ps_norm_softmax --workdir=run
 
 The official READMEs give no settings for this data set. Recipe, ratio and alpha of PS are those of
 CARS196; scales, margins and centres are the losses' defaults, which their papers or CARS196's
-READMEs have. Proxy-Anchor has its authors' recipe (dml_jax/proxy_anchor.py), with MemVir's epochs
+READMEs have. Proxy-Anchor has its authors' recipe, with MemVir's epochs
 where MemVir is added.
 N = 5 and M = 20 keep the memory at 0.9 GB: 105 steps of 3,997 proxies of 512 numbers. SoftTriple
 remembers ten centres a class, and takes 8.7 GB: choose a smaller `memvir.num_steps` or
@@ -17,8 +17,9 @@ none with MemVir. None were measured here: it needs the images, the weights and 
 
 from ml_collections import ConfigDict
 
-from dml_jax import config as configs
-from dml_jax import proxy_anchor, published
+from dml_jax import published
+from dml_jax.training import config as configs
+from dml_jax.training import proxy_anchor_recipe
 
 PUBLISHED = published.PUBLISHED["inshop"]
 
@@ -30,7 +31,7 @@ def get_config(variant: str = "norm_softmax") -> ConfigDict:
     config.evaluation.recall_at = (1, 10, 20, 40)
     method, loss = configs.parse_variant(variant)
     if loss == "proxy_anchor":
-        proxy_anchor.set_recipe(
+        proxy_anchor_recipe.set_recipe(
             config, learning_rate=6e-4, freeze_bn=False, decay_rate=0.25, decay_every=20
         )
     if "memvir" in method:

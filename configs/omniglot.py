@@ -17,7 +17,7 @@ their papers or CARS196's READMEs have.
 
 from ml_collections import ConfigDict
 
-from dml_jax import config as configs
+from dml_jax.training import config as configs
 
 
 def get_config(variant: str = "baseline") -> ConfigDict:

@@ -11,16 +11,18 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dml_jax import losses, memvir, proxy_synthesis, retrieval
-    from dml_jax.retriever import load
+    from dml_jax.inference.retriever import load
+    from dml_jax.training.run import train
 else:
+    _FUNCTIONS = {"load": "dml_jax.inference.retriever", "train": "dml_jax.training.run"}
 
     def __getattr__(name: str) -> Any:
         """Imports a part when it is first asked for: JAX alone takes seconds."""
-        if name == "load":
-            return importlib.import_module("dml_jax.retriever").load
+        if name in _FUNCTIONS:
+            return getattr(importlib.import_module(_FUNCTIONS[name]), name)
         if name in __all__:
             return importlib.import_module(f"dml_jax.{name}")
         raise AttributeError(f"module 'dml_jax' has no attribute {name!r}")
 
 
-__all__ = ["load", "losses", "memvir", "proxy_synthesis", "retrieval"]
+__all__ = ["load", "losses", "memvir", "proxy_synthesis", "retrieval", "train"]

@@ -27,7 +27,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from dml_jax import losses, numerics, sharding
+from dml_jax import losses
+from dml_jax._utils import numerics, sharding
 
 
 class Entry(NamedTuple):
@@ -336,7 +337,7 @@ def _loss(
     # Arrays split in different ways are not appended without much ado; these are a few numbers.
     pairs = (sums, past_sums), (own, past.own), (counts, past_counts)
     return loss.mean(
-        *(jnp.append(sharding.gathered(new), sharding.gathered(old)) for new, old in pairs)
+        *(jnp.append(sharding.replicate(new), sharding.replicate(old)) for new, old in pairs)
     )
 
 
@@ -351,7 +352,8 @@ def shardings(memory: Memory, mesh: jax.sharding.Mesh) -> PyTree:
         A sharding for each of the memory's arrays.
     """
     return jax.tree.map(
-        lambda x: sharding.by_row(mesh) if x.ndim else sharding.replicated(mesh), memory
+        lambda x: sharding.batch_sharding(mesh) if x.ndim else sharding.replicated_sharding(mesh),
+        memory,
     )
 
 
@@ -386,7 +388,7 @@ def _across(
     """Log-sum-exps of a step's units over each slot's others, and of each slot's over theirs."""
     batch, slots, dim = past.entries.embeddings.shape
     # On many devices each has its share of the memory, and the step's few vectors come to it.
-    rows, columns = sharding.gathered(part.rows), sharding.gathered(part.columns)
+    rows, columns = sharding.replicate(part.rows), sharding.replicate(part.columns)
     # All slots at once: mapped over them, a matrix product would copy the proxies transposed.
     old_columns = loss.logits(rows, past.entries.proxies.reshape(-1, dim))
     old_columns = old_columns.reshape(len(rows), -1, slots)

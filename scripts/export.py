@@ -1,30 +1,5 @@
-"""Exports a run's embedding function: files that JAX reads by itself, and a model card.
+"""The same as `dml-jax export`."""
 
-python scripts/export.py runs/memvir --out=exports/memvir --checkpoint=best_map
-"""
+from dml_jax.cli import launch
 
-from pathlib import Path
-
-from absl import flags
-
-from dml_jax import command_line, export
-from dml_jax.training import checkpoint
-
-_CHECKPOINT = flags.DEFINE_enum(
-    "checkpoint", "last", ["last", *checkpoint.BEST], "Which of the run's checkpoints."
-)
-_OUT = flags.DEFINE_string("out", None, "The folder to write.", required=True)
-
-
-def main(run: str) -> None:
-    """Runs the program."""
-    out = Path(_OUT.value)
-    with command_line.mendable():
-        export.write(Path(run), out, _CHECKPOINT.value)
-    for path in sorted(out.iterdir()):
-        print(f"{path.stat().st_size / 1e6:8.2f} MB  {path}")
-    print(f"How to load it is in {out / export.CARD}")
-
-
-if __name__ == "__main__":
-    command_line.run(main, "run")
+launch(__name__, "export")

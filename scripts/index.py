@@ -1,42 +1,5 @@
-"""Indexes embeddings, so that images like a given one can be found among them.
+"""The same as `dml-jax index`."""
 
-python scripts/embed.py --workdir=runs/memvir --images=DIR --out=mine.npz
-python scripts/index.py --embeddings=mine.npz --images=DIR --out=mine.index
-"""
+from dml_jax.cli import launch
 
-from pathlib import Path
-
-from absl import flags
-from rich.console import Console
-from rich.table import Table
-
-from dml_jax import command_line
-from dml_jax.retrieval import embed, index
-
-_EMBEDDINGS = flags.DEFINE_string("embeddings", None, "What embed.py wrote.", required=True)
-_IMAGES = flags.DEFINE_string(
-    "images", None, "The folder that was embedded, to show what is found; else it is only named."
-)
-_OUT = flags.DEFINE_string("out", None, "The folder to write the index to.", required=True)
-_KIND = flags.DEFINE_enum("kind", None, index.KINDS, "By default the one for so many images.")
-
-
-def main() -> None:
-    """Runs the program."""
-    with command_line.mendable():
-        out = Path(_OUT.value)
-        index.check_new(out)
-        images = embed.load_embeddings(_EMBEDDINGS.value)
-        folder = str(Path(_IMAGES.value).absolute()) if _IMAGES.value else None
-        gallery, measured = index.build(images, folder=folder, kind=_KIND.value)
-        index.save(gallery, out)
-    table = Table("effort", f"recall@{index.RECALL_AT} of exact search, %", "ms a query")
-    for effort, recall, milliseconds in measured:
-        table.add_row(str(effort or "all"), f"{100 * recall:.1f}", f"{milliseconds:.2f}")
-    Console().print(table)
-    size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
-    print(f"{len(gallery.names)} images, {gallery.kind} index, {size:.1f} MB: {out}")
-
-
-if __name__ == "__main__":
-    command_line.run(main)
+launch(__name__, "index")

@@ -1,43 +1,5 @@
-"""Prepares a public data set, or any images, for training: see README.md for where to get them.
+"""The same as `dml-jax prepare`."""
 
-python scripts/prepare_data.py cars196 --source=stanford_cars --out=data/cars196
-python scripts/prepare_data.py cub200 --download --source=downloads --out=data/cub200
-python scripts/prepare_data.py folder --source=photos --out=data/photos
-"""
+from dml_jax.cli import launch
 
-from pathlib import Path
-
-from absl import flags
-
-from dml_jax import command_line
-from dml_jax.data.prepare import prepare
-
-_SOURCE = flags.DEFINE_string(
-    "source", None, "Directory or archive with the published files.", required=True
-)
-_OUT = flags.DEFINE_string("out", None, "Directory to make.", required=True)
-_DOWNLOAD = flags.DEFINE_bool("download", False, "Whether to download the archives to --source.")
-_ALLOW = flags.DEFINE_bool(
-    "allow_different_counts",
-    False,
-    "Whether to go on without missing or unreadable images, or with other counts than published.",
-)
-
-
-def main(data_set: str) -> None:
-    """Runs the program."""
-    with command_line.mendable():
-        index = prepare(
-            data_set,
-            source=Path(_SOURCE.value),
-            out=Path(_OUT.value),
-            download=_DOWNLOAD.value,
-            allow_different_counts=_ALLOW.value,
-        )
-    for name, split in index.splits.items():
-        print(f"{name}: {len(split.labels)} images of {len(set(split.labels))} classes")
-    print(f"prepared: {_OUT.value}")
-
-
-if __name__ == "__main__":
-    command_line.run(main, "data_set")
+launch(__name__, "prepare")

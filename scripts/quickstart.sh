@@ -10,4 +10,4 @@ if [[ "$(nvidia-smi -L 2> /dev/null || true)" == *GPU* ]]; then
   accelerator=cuda
 fi
 prepare_environment .venv "$accelerator,demo"
-exec "$PWD/.venv/bin/python" -m scripts.quickstart "$@"
+exec "$PWD/.venv/bin/python" -m dml_jax quickstart "$@"

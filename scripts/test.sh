@@ -12,7 +12,7 @@ python="$PWD/.venv-test/bin/python"
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$python" -m mypy dml_jax scripts configs
+"$python" -m mypy dml_jax benchmarks configs scripts
 if [[ "${1:-}" == --all ]]; then
   shift
 else

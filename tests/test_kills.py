@@ -13,9 +13,9 @@ from pathlib import Path
 import chex
 import pytest
 
-from dml_jax import sharding
-from dml_jax.training import checkpoint, experiment, workdir
-from tests import tiny
+from dml_jax._utils import sharding
+from dml_jax.training import builder, checkpoint, run_directory
+from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[1]
 SHARED_MEMORY = Path("/dev/shm")
@@ -61,10 +61,10 @@ def has_come(moment, folder, does, begun):
         return True
     if moment == "loop":
         # The file is opened anew when the loop begins.
-        return changed_since(folder / workdir.METRICS, begun)
+        return changed_since(folder / run_directory.METRICS, begun)
     if moment == "save":
         # Not one that an earlier kill has left.
-        unfinished = (folder / workdir.CHECKPOINTS).glob("*orbax-checkpoint-tmp*")
+        unfinished = (folder / run_directory.CHECKPOINTS).glob("*orbax-checkpoint-tmp*")
         return any(changed_since(path, begun) for path in unfinished)
     return changed_since(does, begun) and does.read_text() == moment
 
@@ -102,9 +102,9 @@ def unmapped(names):
 
 
 def final_state(folder):
-    built = experiment.build(workdir.read_config(folder), sharding.make_mesh())
+    built = builder.build(run_directory.read_config(folder), sharding.make_mesh())
     with checkpoint.Checkpoints(folder) as checkpoints:
-        return checkpoints.restore(checkpoints.find("last"), experiment.abstract_state(built))
+        return checkpoints.restore(checkpoints.find("last"), builder.abstract_state(built))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
@@ -122,7 +122,7 @@ def test_a_run_that_is_killed_at_twenty_moments_ends_bit_for_bit_like_one_that_w
     moments = rng.sample(MOMENTS, len(MOMENTS))
     for moment, spread in moments:
         begun = time.time_ns()
-        program = training(images, folder, ("-m", "tests.marked"))
+        program = training(images, folder, ("-m", "tests.helpers.marked"))
         process = subprocess.Popen(program, env=environment, **quiet)
         assert strike(
             process,
@@ -130,13 +130,13 @@ def test_a_run_that_is_killed_at_twenty_moments_ends_bit_for_bit_like_one_that_w
             functools.partial(rng.uniform, 0, spread),
         ), f"it was over before it could be killed at the moment {moment}"
         # Started again at once, while the workers of the last one are ending.
-    assert not (folder / workdir.RESULT).exists()
+    assert not (folder / run_directory.RESULT).exists()
 
     subprocess.run(training(images, folder), env=environment, check=True, **quiet)
     chex.assert_trees_all_equal(final_state(folder), final_state(undisturbed))
-    for name in (workdir.METRICS, workdir.RESULT):
+    for name in (run_directory.METRICS, run_directory.RESULT):
         assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
-    assert not (folder / workdir.DAMAGED).exists()
+    assert not (folder / run_directory.DAMAGED).exists()
 
     deadline = time.monotonic() + PATIENCE
     while marked(mark) and time.monotonic() < deadline:

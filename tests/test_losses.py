@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dml_jax import losses, memvir, proxy_synthesis
-from tests.oracles import LOSSES, prepared
+from tests.helpers.oracles import LOSSES, prepared
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "peer_losses.npz")
 BATCH, CLASSES, DIM = 6, 5, 8

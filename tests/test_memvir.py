@@ -9,7 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from dml_jax import losses, memvir, proxy_synthesis
-from tests.oracles import DenseMemVir, normalized
+from tests.helpers.oracles import DenseMemVir, normalized
 
 GOLDEN = Path(__file__).parent / "golden"
 HYPERPARAMETERS = {"soft_triple": {"centers_per_class": 3}}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dml_jax import losses, proxy_synthesis
-from tests.oracles import LOSSES, normalized, prepared
+from tests.helpers.oracles import LOSSES, normalized, prepared
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "proxy_synthesis.npz")
 

@@ -5,8 +5,8 @@ import statistics
 
 import pytest
 
-from configs import cars196, cub200, inshop, sop
 from dml_jax import losses, retrieval
+from dml_jax.configs import cars196, cub200, inshop, sop
 from dml_jax.published import PUBLISHED, describe
 
 MODULES = {"cars196": cars196, "cub200": cub200, "sop": sop, "inshop": inshop}

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from scripts import benchmark_soak as soak
+from benchmarks import soak
 
 # As a run has them: more while it begins, some noise, some peaks.
 FLAT = (

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dml_jax.training import stopping, workdir
-from tests import tiny
+from dml_jax._utils import files
+from dml_jax.training import preemption, run_directory
+from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,8 +31,8 @@ def start(images, folder, *flags, **settings):
 
 
 def wait_for_lines(folder, process, number=1):
-    path = folder / workdir.METRICS
-    while len(workdir.read_lines(path)) < number and process.poll() is None:
+    path = folder / run_directory.METRICS
+    while len(files.read_json_lines(path)) < number and process.poll() is None:
         time.sleep(0.01)
 
 
@@ -50,13 +51,16 @@ def test_a_signal_to_the_whole_group_stops_a_run_and_only_one_process_trains(tmp
     settings = {"epochs": 1000, "evaluation__every_epochs": 500, "data__num_workers": 1}
     process = start(images, folder, **settings)
     wait_for_lines(folder, process)
-    with pytest.raises(ValueError, match="another process is training"), workdir.locked(folder):
+    with (
+        pytest.raises(ValueError, match="another process is training"),
+        run_directory.locked(folder),
+    ):
         pass
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=600)
-    assert process.returncode == stopping.EXIT_CODE, errors
+    assert process.returncode == preemption.EXIT_CODE, errors
     step = int(re.search(r"stopped after step (\d+), which is saved", errors)[1])
-    assert (folder / workdir.CHECKPOINTS / str(step)).is_dir()
+    assert (folder / run_directory.CHECKPOINTS / str(step)).is_dir()
     assert "Traceback" not in errors
 
     # An image that goes bad when it has been looked at, and a worker that dies.
@@ -67,7 +71,7 @@ def test_a_signal_to_the_whole_group_stops_a_run_and_only_one_process_trains(tmp
     assert "class3/2.png" in errors and "Traceback" not in errors
     picture.write_bytes(sound)
     process = start(images, folder, **settings)
-    wait_for_lines(folder, process, len(workdir.read_lines(folder / workdir.METRICS)) + 1)
+    wait_for_lines(folder, process, len(files.read_json_lines(folder / run_directory.METRICS)) + 1)
     os.kill(worker_of(process), signal.SIGKILL)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 2 and "Traceback" not in errors
@@ -78,16 +82,16 @@ def test_a_signal_to_the_whole_group_stops_a_run_and_only_one_process_trains(tmp
 def test_a_signal_before_anything_is_trained_ends_a_run_at_once(tmp_path):
     images = tiny.write_images(tmp_path / "images")
     folder = tmp_path / "run"
-    for begun in (handles_signals, lambda process: (folder / workdir.CONFIG).exists()):
+    for begun in (handles_signals, lambda process: (folder / run_directory.CONFIG).exists()):
         assert not folder.exists()
         process = start(images, folder)
         while not begun(process) and process.poll() is None:
             time.sleep(0.001)
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=600)
-        assert process.returncode == stopping.EXIT_CODE, errors
+        assert process.returncode == preemption.EXIT_CODE, errors
         assert "Traceback" not in errors
-    assert not (folder / workdir.CHECKPOINTS / "4").exists()
+    assert not (folder / run_directory.CHECKPOINTS / "4").exists()
 
 
 def handles_signals(process):

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dml_jax import proxy_synthesis
-from tests import whole_run
+from tests.helpers import whole_run
 
 # Errors are relative. Float32 alone brings the official code up to these distances from its own
 # float64: losses and proxies 3e-5, embeddings 1.3e-4, gradients of the backbone 1e-3.

@@ -1,7 +1,7 @@
 """From image files to batches: sources of encoded images, sampling, decoding, the pipeline."""
 
 from dml_jax.data.images import Augmentation, centre_view, decode
-from dml_jax.data.inspection import POLICIES, Findings, accept, inspect, report
+from dml_jax.data.inspection import POLICIES, InspectionReport, accept, inspect, report
 from dml_jax.data.pipeline import (
     Batches,
     IndexBatch,
@@ -34,7 +34,7 @@ __all__ = [
     "TestBatch",
     "TrainBatch",
     "POLICIES",
-    "Findings",
+    "InspectionReport",
     "accept",
     "centre_view",
     "check_upload",

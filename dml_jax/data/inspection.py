@@ -41,7 +41,7 @@ class Copies(NamedTuple):
     example: tuple[str, ...]
 
 
-class Findings(NamedTuple):
+class InspectionReport(NamedTuple):
     """What was found in all images of a data set; plain values, to be written as JSON.
 
     Attributes:
@@ -54,7 +54,7 @@ class Findings(NamedTuple):
     copies: Mapping[str, Copies]
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Mapping]) -> "Findings":
+    def from_json(cls, value: Mapping[str, Mapping]) -> "InspectionReport":
         """What `_asdict` gave, after it was written as JSON and read."""
         copies = {k: Copies(count, tuple(pair)) for k, (count, pair) in value["copies"].items()}
         return cls(value["unreadable"], copies)
@@ -67,7 +67,7 @@ class Findings(NamedTuple):
         }
 
 
-def inspect(sources: Mapping[str, Source]) -> Findings:
+def inspect(sources: Mapping[str, Source]) -> InspectionReport:
     """Reads and decodes every image, in as many threads as there are cores, and shows progress.
 
     Args:
@@ -99,7 +99,7 @@ def inspect(sources: Mapping[str, Source]) -> Findings:
                     places[digest].append((split, index))
                 progress.advance(task)
     shared = [group for group in places.values() if len(group) > 1]
-    return Findings(unreadable, {kind: _copies(sources, shared, kind) for kind in _KINDS})
+    return InspectionReport(unreadable, {kind: _copies(sources, shared, kind) for kind in _KINDS})
 
 
 def _looks(pool: ThreadPoolExecutor, source: Source) -> Iterator[tuple[bytes, str]]:
@@ -136,7 +136,7 @@ def _kind(sources: Mapping[str, Source], group: list[tuple[str, int]]) -> str:
     return "between_classes" if len(classes) > 1 else "within_class"
 
 
-def accept(sources: Mapping[str, Source], findings: Findings, policy: str) -> Sources:
+def accept(sources: Mapping[str, Source], findings: InspectionReport, policy: str) -> Sources:
     """The images to run with.
 
     Args:
@@ -162,7 +162,7 @@ def accept(sources: Mapping[str, Source], findings: Findings, policy: str) -> So
     return leave_out(sources, findings.unreadable)
 
 
-def report(findings: Findings) -> None:
+def report(findings: InspectionReport) -> None:
     """Tells on the terminal which images are left out, and which are there twice."""
     console = Console(stderr=True)
     reasons = [reason for names in findings.unreadable.values() for reason in names.values()]

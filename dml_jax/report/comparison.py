@@ -7,7 +7,7 @@ from typing import Any
 import scipy.stats
 from ml_collections import ConfigDict
 
-from dml_jax import config as configs
+from dml_jax.training import config as configs
 
 
 def table(

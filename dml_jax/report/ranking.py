@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
 from dml_jax.report.runs import Run
-from dml_jax.retrieval import metrics, search
+from dml_jax.retrieval import exact, metrics
 
 SHOWN = 8
 """Neighbours that are shown of a query."""
@@ -40,13 +40,13 @@ class Ranking(NamedTuple):
 
 def rank(run: Run) -> Ranking:
     """Searches the neighbours of a run's test images, each left out of its own."""
-    queries, labels = search.unit_rows(run.queries.embeddings), run.queries.labels
+    queries, labels = exact.unit_rows(run.queries.embeddings), run.queries.labels
     alone = run.gallery is None
-    gallery = queries if run.gallery is None else search.unit_rows(run.gallery.embeddings)
+    gallery = queries if run.gallery is None else exact.unit_rows(run.gallery.embeddings)
     gallery_labels = labels if run.gallery is None else run.gallery.labels
     relevant = np.bincount(gallery_labels, minlength=labels.max() + 1)[labels] - alone
     count = min(max(SHOWN, int(relevant.max())), len(gallery) - alone)
-    searcher = search.make(gallery, search.choose("auto"))
+    searcher = exact.make(gallery, exact.choose("auto"))
     parts = []
     for start in range(0, len(queries), _BLOCK):
         rows = np.arange(start, min(start + _BLOCK, len(queries)))
@@ -131,8 +131,8 @@ def similarity_histogram(
     Returns:
         Counts of same-class and of other-class pairs, in equal bins over -1..1.
     """
-    queries, labels = search.unit_rows(run.queries.embeddings), run.queries.labels
-    gallery = queries if run.gallery is None else search.unit_rows(run.gallery.embeddings)
+    queries, labels = exact.unit_rows(run.queries.embeddings), run.queries.labels
+    gallery = queries if run.gallery is None else exact.unit_rows(run.gallery.embeddings)
     gallery_labels = labels if run.gallery is None else run.gallery.labels
     chosen = np.random.default_rng(0).permutation(len(queries))[:_HISTOGRAM_QUERIES]
     same, other = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)

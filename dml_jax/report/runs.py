@@ -9,10 +9,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dml_jax import config as configs
-from dml_jax.retrieval import embed
-from dml_jax.retrieval.embed import Embeddings
-from dml_jax.training import workdir
+from dml_jax._utils import files
+from dml_jax.evaluation import embedding_files
+from dml_jax.evaluation.embedding_files import Embeddings
+from dml_jax.training import config as configs
+from dml_jax.training import run_directory
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,23 +64,23 @@ def read(folder: Path) -> Run:
         FileNotFoundError: there is no run, or it has not ended.
         ValueError: a file of it is damaged.
     """
-    config = workdir.read_config(folder)
+    config = run_directory.read_config(folder)
     configs.validate(config)
-    result = workdir.read_result(folder)
+    result = run_directory.read_result(folder)
     if result is None:
         raise FileNotFoundError(
-            f"{folder} holds a run that has not ended: there is no {workdir.RESULT}; start its "
-            "train.py command again, and make the report then"
+            f"{folder} holds an unfinished run: there is no {run_directory.RESULT}; start its "
+            "training command again, and make the report then"
         )
-    gallery = folder / workdir.GALLERY
+    gallery = folder / run_directory.GALLERY
     return Run(
         folder=folder,
         config=config,
-        metrics=workdir.read_lines(folder / workdir.METRICS),
-        timings=workdir.read_lines(folder / workdir.TIMINGS),
+        metrics=files.read_json_lines(folder / run_directory.METRICS),
+        timings=files.read_json_lines(folder / run_directory.TIMINGS),
         scores=result["last"],
-        queries=embed.load_embeddings(folder / workdir.EMBEDDINGS),
-        gallery=embed.load_embeddings(gallery) if gallery.exists() else None,
+        queries=embedding_files.load_embeddings(folder / run_directory.EMBEDDINGS),
+        gallery=embedding_files.load_embeddings(gallery) if gallery.exists() else None,
     )
 
 

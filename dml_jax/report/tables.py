@@ -7,11 +7,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dml_jax import config as configs
 from dml_jax import published, retrieval
 from dml_jax.report import comparison
 from dml_jax.report.runs import Group, Run
-from dml_jax.training import workdir
+from dml_jax.training import config as configs
+from dml_jax.training import fork
 
 
 def variant(config: ConfigDict, recipe: Mapping[str, Any]) -> tuple[str, str]:
@@ -196,7 +196,7 @@ def _command(run: Run, recipe: Mapping[str, Any]) -> str:
         f"--config.{path}={shlex.quote(_flag(value))}"
         for path, value in _changes(run.config, recipe, method, loss).items()
     ]
-    origin = workdir.forked_from(run.folder, None)
+    origin = fork.forked_from(run.folder, None)
     words = [
         "python scripts/train.py",
         f"--config=configs/{file}.py:{name}",

@@ -12,13 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Float64, Int64
 
-from dml_jax import data, memvir, proxy_synthesis, sharding
-from dml_jax.report import layout
+from dml_jax import data, memvir, proxy_synthesis
+from dml_jax._utils import sharding
+from dml_jax.evaluation.embedding import embed_images
+from dml_jax.report import projection
 from dml_jax.report.runs import Run
 from dml_jax.report.thumbnails import Picture
-from dml_jax.retrieval import search
-from dml_jax.training import checkpoint, experiment, networks, workdir
-from dml_jax.training.experiment import Experiment
+from dml_jax.retrieval import exact
+from dml_jax.training import builder, checkpoint, run_directory
+from dml_jax.training.builder import Experiment
+from dml_jax.training.state import network_variables
 
 KINDS = (
     "image",
@@ -81,7 +84,7 @@ def draw(run: Run) -> TrainingMap | None:
     if not (config.proxy_synthesis.ratio or config.memvir.num_steps):
         return None
     device = sharding.make_mesh(jax.local_devices()[:1])
-    built = experiment.build(config, device, workdir.read_findings(run.folder))
+    built = builder.build(config, device, run_directory.read_findings(run.folder))
     state = _restore(built, run.folder)
     if state is None:
         return None
@@ -91,7 +94,7 @@ def draw(run: Run) -> TrainingMap | None:
     chosen = _choose(train.labels, remembered)
     images = np.concatenate([np.flatnonzero(train.labels == c)[:_IMAGES] for c in chosen])
     source = _some(train, images)
-    embeddings = jnp.asarray(networks.embed_images(built.network, variables, source))
+    embeddings = jnp.asarray(embed_images(built.network, variables, source))
     per_class = built.recipe.loss.proxies_per_class
     own = jnp.asarray(proxies.reshape(len(train.class_names), -1)[chosen])
     own = own.reshape(len(chosen) * per_class, -1)
@@ -101,9 +104,9 @@ def draw(run: Run) -> TrainingMap | None:
         points += _synthetic(built, embeddings, own, labels)
     if remembered is not None:
         points += _remembered(remembered, chosen, per_class)
-    vectors = search.unit_rows(np.concatenate([part.vectors for part in points]))
+    vectors = exact.unit_rows(np.concatenate([part.vectors for part in points]))
     return TrainingMap(
-        places=layout.layout(vectors),
+        places=projection.project(vectors),
         kind=np.concatenate([np.full(len(x.label), KINDS.index(x.kind)) for x in points]),
         label=np.concatenate([part.label for part in points]),
         second=np.concatenate([part.second for part in points]),
@@ -117,14 +120,14 @@ def _restore(
     built: Experiment, folder: Path
 ) -> tuple[Any, np.ndarray, memvir.Memory | None] | None:
     """The network's variables, the proxies and the memory of the last checkpoint."""
-    everything = experiment.abstract_state(built)
+    everything = builder.abstract_state(built)
     wanted = {name: getattr(everything, name) for name in ("params", "batch_stats", "memory")}
     try:
         found = everything._replace(**checkpoint.read(folder, "last", wanted)[1])
     except FileNotFoundError:
         return None
     proxies, memory = jax.device_get((found.params["proxies"], found.memory))
-    return networks.variables(found), proxies, memory
+    return network_variables(found), proxies, memory
 
 
 class _Entries(NamedTuple):

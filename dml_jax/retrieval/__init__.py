@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from numpy.typing import ArrayLike
 
-from dml_jax.retrieval import metrics, search
+from dml_jax.retrieval import exact, metrics
 
 # One block of queries: as many as faiss multiplies at a time, and few enough that a block's
 # neighbours (8 bytes each, and a few such arrays) stay near 64 MB whatever k.
@@ -77,7 +77,7 @@ def evaluate(
             f"recall_at={tuple(recall_at)} must lie in 1..{available}, "
             f"the images that a query can find"
         )
-    backend = search.choose(backend)
+    backend = exact.choose(backend)
 
     classes, codes = np.unique(np.concatenate([query_labels, target_labels]), return_inverse=True)
     query_codes, target_codes = np.split(codes.astype(np.int32), [len(queries)])
@@ -86,7 +86,7 @@ def evaluate(
     if answerable == 0:
         raise ValueError("no query has an image of its class to find: every class is a single one")
 
-    searcher = search.make(targets, backend)
+    searcher = exact.make(targets, backend)
     totals = np.zeros(len(recall_at) + 2)
     for rows, k in _blocks(relevant, max(recall_at, default=1)):
         ids = searcher.nearest(queries[rows], k, own=rows if itself else None)
@@ -98,7 +98,7 @@ def evaluate(
     names = [*(f"recall@{k}" for k in recall_at), "r_precision", "map@r"]
     result = dict(zip(names, (totals / answerable).tolist(), strict=True))
     if nmi:
-        clusters = search.kmeans(queries, len(np.unique(query_codes)), gpu=backend == "gpu")
+        clusters = exact.kmeans(queries, len(np.unique(query_codes)), gpu=backend == "gpu")
         result["nmi"] = metrics.normalized_mutual_information(query_codes, clusters)
     result["queries_without_match"] = float(len(queries) - answerable)
     return result
@@ -148,4 +148,4 @@ def _checked(
         raise ValueError(f"{len(vectors)} {what}embeddings but {len(classes)} labels")
     if not np.issubdtype(classes.dtype, np.integer):
         raise TypeError(f"{what}labels must be integers, got {classes.dtype}")
-    return search.unit_rows(vectors, f"{what}embeddings"), classes.astype(np.int64)
+    return exact.unit_rows(vectors, f"{what}embeddings"), classes.astype(np.int64)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int, Int64
 
-from dml_jax import sharding
+from dml_jax._utils import sharding
 
 _PIECE_ROWS = 8192  # Of the gallery, at the most, that a device compares with at a time.
 # Of a block of queries with a piece, and with the best so far; there are a few such arrays.
@@ -44,7 +44,7 @@ class MeshSearcher:
         shape = (pieces * self._mesh.size, self._rows, dim)
         missing = shape[0] * self._rows - self._count
         padded = np.pad(gallery, ((0, missing), (0, 0))).reshape(shape)
-        self._gallery = _put(padded, sharding.by_row(self._mesh))
+        self._gallery = _put(padded, sharding.batch_sharding(self._mesh))
 
     def nearest(
         self,
@@ -98,7 +98,7 @@ class MeshSearcher:
         missing = rows - len(some)
         block = np.pad(some, ((0, missing), (0, 0)))
         block_own = np.pad(own[start : start + rows], (0, missing)).astype(np.int32)
-        everywhere = sharding.replicated(self._mesh)
+        everywhere = sharding.replicated_sharding(self._mesh)
         placed = _put(block, everywhere), _put(block_own, everywhere)
         return _nearest(self._gallery, *placed, k=depth, count=self._count, mesh=self._mesh)
 
@@ -178,4 +178,4 @@ def _nearest(
     found = jax.shard_map(in_share, mesh=mesh, in_specs=(split, whole, whole), out_specs=split)(
         gallery, queries, own
     )
-    return jax.lax.with_sharding_constraint(found, sharding.replicated(mesh))
+    return jax.lax.with_sharding_constraint(found, sharding.replicated_sharding(mesh))

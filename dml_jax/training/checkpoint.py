@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 from absl import logging
+from jaxtyping import PyTree
 
-from dml_jax import sharding
-from dml_jax.training import integrity
-from dml_jax.training import workdir as workdirs
+from dml_jax._utils import processes
+from dml_jax.models.networks import Network
+from dml_jax.training import integrity, run_directory
 
 BEST = {"best_map": "map@r", "best_r1": "recall@1", "best_rp": "r_precision"}
 """Names of the best checkpoints, and the metric by which each is the best."""
@@ -59,11 +60,11 @@ class Checkpoints:
         Raises:
             ValueError: there are some, but none that is sound; they are left as they are.
         """
-        self._directory = (workdir / workdirs.CHECKPOINTS).absolute()
+        self._directory = (workdir / run_directory.CHECKPOINTS).absolute()
         self._writes, self._saving = keep_last is not None, 0
         self._save: ocp.AsyncResponse[bool] | None = None
         if self._writes:
-            sharding.in_first_process(lambda: _set_damaged_aside(workdir, self._directory))
+            processes.in_first_process(lambda: _set_damaged_aside(workdir, self._directory))
         policies = ocp.training.preservation_policies
         best = [
             policies.BestN(
@@ -155,7 +156,7 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Completes the checkpoint that orbax has written, before it gets its name."""
-        if sharding.is_first_process():
+        if processes.is_first_process():
             (written,) = self._directory.glob(f"{self._saving}.*")
             integrity.seal(written)
 
@@ -219,13 +220,13 @@ def read(workdir: Path, name: str, like: dict[str, Any]) -> tuple[int, Any]:
         ValueError: it is damaged.
     """
     for _ in range(_LOOKS):
-        before = _steps(workdir / workdirs.CHECKPOINTS)
+        before = _steps(workdir / run_directory.CHECKPOINTS)
         try:
             return _read(workdir, name, like)
         except (ValueError, OSError):
             # A checkpoint that is being deleted looks damaged.
             time.sleep(_PAUSE)
-            if _steps(workdir / workdirs.CHECKPOINTS) == before:
+            if _steps(workdir / run_directory.CHECKPOINTS) == before:
                 raise
     return _read(workdir, name, like)
 
@@ -254,10 +255,31 @@ def _set_damaged_aside(workdir: Path, directory: Path) -> None:
             + "\n".join(f"  step {step}: {damage}" for step, damage in damaged.items())
         )
     for step, damage in damaged.items():
-        aside = workdir / workdirs.DAMAGED / str(step)
+        aside = workdir / run_directory.DAMAGED / str(step)
         shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(exist_ok=True)
         (directory / str(step)).rename(aside)
         logging.warning("the checkpoint of step %d is damaged: %s; see %s", step, damage, aside)
     if damaged:
         logging.warning("the newest sound checkpoint is that of step %d", sound[-1])
+
+
+def read_network(network: Network, folder: Path, name: str) -> tuple[int, dict[str, PyTree]]:
+    """Reads the network's variables in a run's checkpoint, without the rest of it.
+
+    Args:
+        network: the run's.
+        folder: the run's.
+        name: of the checkpoint: `last`, or a key of `BEST`.
+
+    Returns:
+        The step of the checkpoint, and the variables.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it is damaged.
+    """
+    shapes = network.variables_shape
+    wanted = {"params": {"embedder": shapes["params"]}, "batch_stats": shapes["batch_stats"]}
+    step, found = read(folder, name, wanted)
+    return step, {"params": found["params"]["embedder"], "batch_stats": found["batch_stats"]}

@@ -8,13 +8,22 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from dml_jax import config as configs
-from dml_jax import sharding
-from dml_jax.models import pretrained
-from dml_jax.training import experiment, loop, memory, networks, stopping, workdir, writer
+from dml_jax._utils import processes, sharding
+from dml_jax.models import networks, pretrained
+from dml_jax.training import (
+    builder,
+    loop,
+    memory_check,
+    preemption,
+    resume,
+    run_directory,
+    trackers,
+)
+from dml_jax.training import config as configs
+from dml_jax.training.fork import forked_from, read_fork
 
 
-def run(
+def train(
     config: ConfigDict, folder: Path, *, overview: bool = False, fork_from: Path | None = None
 ) -> dict[str, Any]:
     """Trains what a configuration says, goes on with it, or finds that it is done.
@@ -38,39 +47,39 @@ def run(
         FloatingPointError: the loss is no longer finite.
     """
     configs.validate(config)
-    fork = workdir.forked_from(folder, fork_from)
+    fork = forked_from(folder, fork_from)
     config = _resolved(config, forked=fork is not None)
-    result = workdir.finished(folder, config)
+    result = resume.finished(folder, config)
     if result is not None:
         return result
-    writer.check(config.wandb)
+    trackers.check(config.wandb)
     if config.deterministic:
         # Read when JAX first looks for its devices.
         wanted, given = "--xla_gpu_deterministic_ops=true", os.environ.get("XLA_FLAGS", "")
         if wanted not in given:
             os.environ["XLA_FLAGS"] = f"{given} {wanted}"
-    with stopping.listening() as asked, contextlib.ExitStack() as held:
+    with preemption.listening() as asked, contextlib.ExitStack() as held:
         asked.unsaved = jax.process_count() > 1  # The others would wait for one that ended alone.
-        findings = workdir.read_findings(folder)
-        built = experiment.build(config, sharding.make_mesh(), findings)
-        if overview and sharding.is_first_process():
-            print(experiment.parameter_overview(built))
-        images = workdir.fingerprints(built.sources)
-        workdir.check_images(folder, images)
-        if not (folder / workdir.CONFIG).exists():
+        findings = run_directory.read_findings(folder)
+        built = builder.build(config, sharding.make_mesh(), findings)
+        if overview and processes.is_first_process():
+            print(builder.parameter_overview(built))
+        images = run_directory.fingerprints(built.sources)
+        resume.check_images(folder, images)
+        if not (folder / run_directory.CONFIG).exists():
             # So that bad ones are told before anything is written.
             networks.load_pretrained(config)
             if fork is not None:
-                experiment.load_fork(built, fork)
-        memory.check(built, folder)
+                read_fork(built.network, fork)
+        memory_check.check(built, folder)
 
-        sharding.wait_for_all("checked")
+        processes.wait_for_all("checked")
 
         def claim() -> None:
-            held.enter_context(workdir.locked(folder))
-            workdir.claim(folder, config, images, built.findings, fork)
+            held.enter_context(run_directory.locked(folder))
+            resume.claim(folder, config, images, built.findings, fork)
 
-        sharding.in_first_process(claim)
+        processes.in_first_process(claim)
         return loop.train(built, folder, asked)
 
 

@@ -111,3 +111,8 @@ def create(
         metrics=EpochMetrics.empty(),
         skipped=Skipped(total=jnp.zeros((), jnp.int32), in_a_row=jnp.zeros((), jnp.int32)),
     )
+
+
+def network_variables(train_state: TrainState) -> dict[str, PyTree]:
+    """The network's variables in a state, as `Network.embed` takes them."""
+    return {"params": train_state.params["embedder"], "batch_stats": train_state.batch_stats}

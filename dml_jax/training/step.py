@@ -8,20 +8,21 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Num, PRNGKeyArray, PyTree
 
-from dml_jax import losses, memvir, proxy_synthesis, sharding
+from dml_jax import losses, memvir, proxy_synthesis
+from dml_jax._utils import sharding
 from dml_jax.models import Embedder
 from dml_jax.training.state import EpochMetrics, Skipped, TrainState
 
 _VIEWS = 2**32 - 1  # Sets the random numbers of views apart from all others of a step.
 
 
-def sent(batch: Mapping[str, Array], key: PRNGKeyArray) -> Array:
+def images_of_batch(batch: Mapping[str, Array], key: PRNGKeyArray) -> Array:
     """The images that a batch brings with it; nothing is random about them any more."""
     del key
     return batch["image"]
 
 
-class Recipe(NamedTuple):
+class StepConfig(NamedTuple):
     """What a step does, as opposed to what it does it to."""
 
     embedder: Embedder
@@ -39,12 +40,12 @@ class Recipe(NamedTuple):
     """Steps at the beginning in which the backbone stays as it is, its batch statistics too."""
     micro_batches: int
     """Equal parts in which a batch is embedded, one after another; see `embed`."""
-    images: Callable[[Mapping[str, Array], PRNGKeyArray], Array] = sent
+    images: Callable[[Mapping[str, Array], PRNGKeyArray], Array] = images_of_batch
     """From a batch and a key to the images to train on, `[batch, height, width, 3]`."""
 
 
 def embed(
-    recipe: Recipe, params: PyTree, batch_stats: PyTree, images: Num[Array, "batch h w 3"]
+    recipe: StepConfig, params: PyTree, batch_stats: PyTree, images: Num[Array, "batch h w 3"]
 ) -> tuple[Float[Array, "batch dim"], PyTree]:
     """Embeds a batch as training does, with the memory that activations of one part need.
 
@@ -86,7 +87,7 @@ def embed(
 
 
 def objective(
-    recipe: Recipe,
+    recipe: StepConfig,
     params: PyTree,
     state: TrainState,
     batch: Mapping[str, Array],
@@ -122,7 +123,7 @@ def objective(
     return loss, (batch_stats, memory)
 
 
-class Observed(NamedTuple):
+class StepMetrics(NamedTuple):
     """What a step shows of itself."""
 
     loss: Float[Array, ""]
@@ -136,8 +137,8 @@ class Observed(NamedTuple):
 
 
 def train_step(
-    recipe: Recipe, state: TrainState, batch: Mapping[str, Array]
-) -> tuple[TrainState, Observed]:
+    recipe: StepConfig, state: TrainState, batch: Mapping[str, Array]
+) -> tuple[TrainState, StepMetrics]:
     """Takes one step, or skips it if it would bring in a number that is not finite.
 
     A step that is skipped counts as done, for learning rates and thaw too, and changes nothing
@@ -187,7 +188,7 @@ def train_step(
         metrics=_where(taken, so_far.merge(now), so_far),
         skipped=skipped,
     )
-    return new_state, Observed(loss, gradient_norm, skipped, gradient_norms, parameter_norms)
+    return new_state, StepMetrics(loss, gradient_norm, skipped, gradient_norms, parameter_norms)
 
 
 def _norms(tree: PyTree) -> Float[Array, " arrays"]:
@@ -215,9 +216,11 @@ class Step:
         """Wraps a jitted step, which looks for the mesh when it is traced."""
         self._compiled, self._mesh = compiled, mesh
 
-    def __call__(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Observed]:
+    def __call__(
+        self, state: TrainState, batch: Mapping[str, Any]
+    ) -> tuple[TrainState, StepMetrics]:
         """Takes the step; see `train_step`."""
-        # For `sharding.gathered`.
+        # For `sharding.replicate`.
         with jax.set_mesh(self._mesh):
             return self._compiled(state, batch)
 
@@ -232,7 +235,7 @@ class Step:
             return self._compiled.lower(state, batch).compile()
 
 
-def compile_step(recipe: Recipe, state_sharding: Any, batch_sharding: Any) -> Step:
+def compile_step(recipe: StepConfig, state_sharding: Any, batch_sharding: Any) -> Step:
     """`train_step` of a recipe, to be compiled.
 
     Args:
@@ -241,13 +244,13 @@ def compile_step(recipe: Recipe, state_sharding: Any, batch_sharding: Any) -> St
         batch_sharding: how a batch is split.
     """
 
-    def step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, Observed]:
+    def step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, StepMetrics]:
         return train_step(recipe, state, batch)
 
     compiled = jax.jit(
         step,
         donate_argnums=0,
         in_shardings=(state_sharding, batch_sharding),
-        out_shardings=(state_sharding, sharding.replicated(batch_sharding.mesh)),
+        out_shardings=(state_sharding, sharding.replicated_sharding(batch_sharding.mesh)),
     )
     return Step(compiled, batch_sharding.mesh)

@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from dml_jax.data import prepare
 from dml_jax.data.prepare import archives
-from tests import public_data
+from tests.helpers import public_data
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from dml_jax import data
 from dml_jax.data import images, records
 from dml_jax.data.prepare import DATA_SETS, layouts, prepare
-from tests import public_data
 from tests.data.test_inspection import BAD, GOOD
-from tests.fuzz import CHANGES, changed, damaged
+from tests.helpers import public_data
+from tests.helpers.fuzz import CHANGES, changed, damaged
 
 EXAMPLES = int(os.environ.get("DML_JAX_FUZZ_EXAMPLES", "100"))
 fuzzed = settings(

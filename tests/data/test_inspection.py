@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dml_jax import data, sharding
+from dml_jax import data
+from dml_jax._utils import sharding
 from dml_jax.data import images, inspection
-from dml_jax.training import experiment, loop, run, workdir
-from tests import tiny
+from dml_jax.training import builder, loop, run, run_directory
+from tests.helpers import tiny
 
 
 def noise(seed, height=16, width=16, channels=3):
@@ -171,20 +172,20 @@ def test_a_bomb_is_refused_in_one_message_before_it_is_decoded(monkeypatch):
 def test_bad_images_stop_a_run_before_anything_is_written(root, tmp_path):
     spoil(root)
     with pytest.raises(ValueError, match=f"images cannot be read:\n  .*{root}/train/class1/"):
-        run.run(tiny.config(root), tmp_path / "run")
+        run.train(tiny.config(root), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_skipped_images_are_counted_and_the_rest_trains_as_ever(root, tmp_path, capfd):
     config = tiny.config(root, data__unreadable="skip", epochs=1)
-    undisturbed = run.run(config, tmp_path / "undisturbed")
+    undisturbed = run.train(config, tmp_path / "undisturbed")
     train, test = spoil(root)
-    result = run.run(config, tmp_path / "run")
+    result = run.train(config, tmp_path / "run")
     assert "images cannot be read" in capfd.readouterr().err
     assert result["unreadable"] == {"train": train, "test": test}
     assert undisturbed["unreadable"] == {"train": 0, "test": 0}
     assert result["images"] == {"train": 36, "test": 24}
-    for name in (workdir.METRICS,):
+    for name in (run_directory.METRICS,):
         assert (tmp_path / "run" / name).read_bytes() == (
             tmp_path / "undisturbed" / name
         ).read_bytes()
@@ -198,13 +199,13 @@ def test_a_run_that_goes_on_keeps_to_what_was_found_when_it_began(root, tmp_path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_finish", killed)
+        patch.setattr(loop.result, "write", killed)
         with pytest.raises(KeyboardInterrupt):
-            run.run(config, tmp_path / "run")
+            run.train(config, tmp_path / "run")
     # Mended since, but the batches must stay the same ones.
     (root / "train/class1/text.jpg").write_bytes(GOOD["cmyk.jpg"])
     monkeypatch.setattr(data, "inspect", lambda sources: pytest.fail("looked again"))
-    result = run.run(config, tmp_path / "run")
+    result = run.train(config, tmp_path / "run")
     assert result["images"]["train"] == 36
     assert (
         "train/class1/text.jpg"
@@ -275,17 +276,17 @@ def test_findings_are_the_same_after_they_were_written(root):
     spoil(root)
     (root / "test/class0/copy.png").write_bytes((root / "train/class0/0.png").read_bytes())
     findings = data.inspect(data.create("folder", root=root))
-    assert data.Findings.from_json(json.loads(json.dumps(findings._asdict()))) == findings
+    assert data.InspectionReport.from_json(json.loads(json.dumps(findings._asdict()))) == findings
 
 
 def test_one_class_alone_is_refused_and_a_class_of_one_image_trains(root, tmp_path):
     for path in list((root / "train/class0").iterdir())[1:]:
         path.unlink()
     mesh = sharding.make_mesh()
-    built = experiment.build(tiny.config(root), mesh)
+    built = builder.build(tiny.config(root), mesh)
     assert np.bincount(built.sources["train"].labels).tolist() == [1, 6, 6, 6, 6, 6]
     tiniest = {"model__backbone": "colours", "model__width": None, "model__stem": None}
-    result = run.run(tiny.config(root, epochs=1, **tiniest), tmp_path / "run")
+    result = run.train(tiny.config(root, epochs=1, **tiniest), tmp_path / "run")
     assert np.isfinite(result["last"]["loss"]) and result["classes"]["train"] == 6
     for split in ("train", "test"):
         alone = tmp_path / split
@@ -294,4 +295,4 @@ def test_one_class_alone_is_refused_and_a_class_of_one_image_trains(root, tmp_pa
             directory.rename(tmp_path / f"{split}-{directory.name}")
         config = tiny.config(alone, batch_size=4, evaluation__recall_at=(1,))
         with pytest.raises(ValueError, match=f"of '{split}' are all of one class, class0"):
-            experiment.build(config, sharding.make_mesh(jax.devices()[:1]))
+            builder.build(config, sharding.make_mesh(jax.devices()[:1]))

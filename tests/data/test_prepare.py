@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from dml_jax import data
 from dml_jax.data import prepare as preparation
-from tests import public_data
+from tests.helpers import public_data
 
 LAYOUTS = {
     "cars196_annos": ("cars196", public_data.cars196_annos, public_data.CARS_COUNTS),

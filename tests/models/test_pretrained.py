@@ -14,11 +14,12 @@ from huggingface_hub import constants
 from hypothesis import given, settings
 from safetensors.numpy import save_file
 
-from dml_jax import sharding
+from dml_jax._utils import sharding
 from dml_jax.models import pretrained
-from dml_jax.training import experiment, networks
-from tests import tiny, weights
-from tests.fuzz import damaged
+from dml_jax.training import builder
+from dml_jax.training.state import network_variables
+from tests.helpers import tiny, weights
+from tests.helpers.fuzz import damaged
 
 NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "bninception")
 BACKBONE_DEFAULTS = {"model__width": None, "model__stem": None}
@@ -76,8 +77,8 @@ def gives_golden_features(name, file, images):
         data__resize=32,
         **BACKBONE_DEFAULTS,
     )
-    built = experiment.build(config, sharding.make_mesh(jax.devices()[:1]))
-    variables = networks.variables(built.init())
+    built = builder.build(config, sharding.make_mesh(jax.devices()[:1]))
+    variables = network_variables(built.init())
     # With this head the embedding is the feature.
     head = {"kernel": jnp.eye(config.model.dim), "bias": jnp.zeros(config.model.dim)}
     variables["params"]["head"] = head

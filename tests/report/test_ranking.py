@@ -5,10 +5,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from dml_jax import retrieval
+from dml_jax.evaluation.embedding_files import Embeddings
 from dml_jax.report import ranking
 from dml_jax.report.runs import Run
-from dml_jax.retrieval import search
-from dml_jax.retrieval.embed import Embeddings
+from dml_jax.retrieval import exact
 
 CLASSES = 9
 
@@ -86,9 +86,9 @@ def test_every_wrong_first_neighbour_is_in_one_pair(run):
 
 def test_histograms_count_every_pair_once(run):
     same, other = ranking.similarity_histogram(run)
-    queries = search.unit_rows(run.queries.embeddings)
+    queries = exact.unit_rows(run.queries.embeddings)
     gallery = run.gallery or run.queries
-    cosines = queries @ search.unit_rows(gallery.embeddings).T
+    cosines = queries @ exact.unit_rows(gallery.embeddings).T
     pairs = np.ones(cosines.shape, bool)
     if run.gallery is None:
         np.fill_diagonal(pairs, False)

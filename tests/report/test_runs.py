@@ -3,10 +3,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import cars196, folder
+from dml_jax._utils import files
+from dml_jax.configs import cars196, folder
+from dml_jax.evaluation.embedding_files import Embeddings
 from dml_jax.report import comparison, runs, tables
-from dml_jax.retrieval.embed import Embeddings
-from dml_jax.training import workdir
+from dml_jax.training import run_directory
 
 
 def make(path, config, score=0.5, names=("a", "b")):
@@ -127,8 +128,8 @@ def test_the_command_gives_the_configuration_again(variant):
 
 
 def test_the_command_of_a_fork_names_its_origin(tmp_path):
-    workdir.write_text(tmp_path / workdir.CONFIG, "{}")
-    workdir.write_json(tmp_path / workdir.FORK, {"from": "/runs/a b"})
+    files.write_text(tmp_path / run_directory.CONFIG, "{}")
+    files.write_json(tmp_path / run_directory.FORK, {"from": "/runs/a b"})
     (row,) = tables.commands(runs.group([make(tmp_path, folder.get_config())]), vars(folder))
     assert "--fork_from='/runs/a b'" in row["command"]
 
@@ -137,7 +138,7 @@ def test_a_configuration_that_names_another_program_is_refused(tmp_path):
     config = folder.get_config()
     config = config.copy_and_resolve_references()
     config.data.name = "../../elsewhere/evil"
-    workdir.write_text(tmp_path / workdir.CONFIG, config.to_json())
+    files.write_text(tmp_path / run_directory.CONFIG, config.to_json())
     with pytest.raises(ValueError, match=r"config\.data\.name is '\.\./\.\./elsewhere/evil'"):
         runs.read(tmp_path)
 
@@ -155,6 +156,6 @@ def test_a_run_that_has_not_ended_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         runs.read(tmp_path)
     config = seeded(folder, "baseline", 0, **{"data.root": "images"})
-    workdir.write_text(tmp_path / workdir.CONFIG, config.to_json())
+    files.write_text(tmp_path / run_directory.CONFIG, config.to_json())
     with pytest.raises(FileNotFoundError, match="has not ended"):
         runs.read(tmp_path)

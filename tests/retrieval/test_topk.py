@@ -2,12 +2,12 @@ import jax
 import numpy as np
 import pytest
 
-from dml_jax import sharding
-from dml_jax.retrieval import search, topk
+from dml_jax._utils import sharding
+from dml_jax.retrieval import exact, topk
 
 
 def unit(seed, n, d=16):
-    return search.unit_rows(np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32))
+    return exact.unit_rows(np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32))
 
 
 def searcher(gallery, devices):
@@ -40,7 +40,7 @@ def test_neighbours_are_faiss_s_and_a_full_sort_s(monkeypatch, devices, k, alone
         similarities[np.arange(37), own] = -np.inf
         assert (found != own[:, None]).all()
     agree(found, np.argsort(-similarities, axis=1)[:, :k], similarities)
-    agree(found, search.Searcher(gallery).nearest(queries, k, own=own), similarities)
+    agree(found, exact.Searcher(gallery).nearest(queries, k, own=own), similarities)
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -66,7 +66,7 @@ def test_memory_does_not_grow_with_the_gallery():
     mesh = sharding.make_mesh(jax.devices()[:2])
 
     def temporary(pieces):
-        split, whole = sharding.by_row(mesh), sharding.replicated(mesh)
+        split, whole = sharding.batch_sharding(mesh), sharding.replicated_sharding(mesh)
         gallery = jax.ShapeDtypeStruct((2 * pieces, 64, 32), np.float32, sharding=split)
         queries = jax.ShapeDtypeStruct((16, 32), np.float32, sharding=whole)
         own = jax.ShapeDtypeStruct((16,), np.int32, sharding=whole)

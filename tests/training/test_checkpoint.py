@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from dml_jax.training import checkpoint, integrity, workdir
-from tests import tiny
+from dml_jax.training import checkpoint, integrity, run_directory
+from tests.helpers import tiny
 
 SCORES = {"recall@1": 0.5, "r_precision": 0.5, "map@r": 0.5}
 STATE = {"x": jax.numpy.asarray(np.random.default_rng(0).normal(size=(40, 50)), "float32")}
@@ -28,7 +28,7 @@ def saved(tmp_path_factory):
 
 
 def steps(folder):
-    return sorted(int(path.name) for path in (folder / workdir.CHECKPOINTS).iterdir())
+    return sorted(int(path.name) for path in (folder / run_directory.CHECKPOINTS).iterdir())
 
 
 def flip(path):
@@ -57,7 +57,7 @@ def test_any_damaged_file_is_found_and_the_newest_sound_checkpoint_taken(
 ):
     names = [
         path.relative_to(saved)
-        for path in (saved / workdir.CHECKPOINTS / "3").glob("*/**/*")
+        for path in (saved / run_directory.CHECKPOINTS / "3").glob("*/**/*")
         if path.is_file()
     ]
     assert len(names) > 8
@@ -79,7 +79,7 @@ def test_any_damaged_file_is_found_and_the_newest_sound_checkpoint_taken(
             name.name in caplog.text and "newest sound checkpoint is that of step 2" in caplog.text
         )
         assert steps(folder) == [2]
-        assert (folder / workdir.DAMAGED / "3").is_dir()
+        assert (folder / run_directory.DAMAGED / "3").is_dir()
 
 
 @pytest.mark.parametrize("when", ["before it is checked", "when it is sound"])
@@ -88,7 +88,7 @@ def test_a_reader_looks_again_when_the_run_deletes_what_it_was_about_to_read(
 ):
     folder, check = tmp_path / "run", integrity.damage
     shutil.copytree(saved, folder)
-    checkpoints, looked = folder / workdir.CHECKPOINTS, []
+    checkpoints, looked = folder / run_directory.CHECKPOINTS, []
 
     def damage(path):
         sound = check(path)
@@ -112,7 +112,7 @@ def test_a_reader_looks_again_when_the_run_deletes_what_it_was_about_to_read(
 def test_no_sound_checkpoint_makes_room_for_a_damaged_one(saved, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
-    flip(next((folder / workdir.CHECKPOINTS / "3").glob("state/d/*")))
+    flip(next((folder / run_directory.CHECKPOINTS / "3").glob("state/d/*")))
     # Of the latest two, 3 would be one, and 2 would be deleted.
     with checkpoint.Checkpoints(folder, keep_last=2) as checkpoints:
         checkpoints.save(4, STATE, SCORES)
@@ -123,7 +123,7 @@ def test_where_no_checkpoint_is_sound_nothing_is_changed(saved, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
     for step in (2, 3):
-        (folder / workdir.CHECKPOINTS / str(step) / "digests.json").unlink()
+        (folder / run_directory.CHECKPOINTS / str(step) / "digests.json").unlink()
     with pytest.raises(ValueError, match="no checkpoint in .* is sound.*\n.*step 2: digests.json"):
         checkpoint.Checkpoints(folder, keep_last=2)
     assert steps(folder) == [2, 3]
@@ -164,7 +164,7 @@ def test_a_folder_that_must_not_be_written_is_told(saved):
         folder = Path(open_to_all, "run")
         shutil.copytree(saved, folder)
         folder.parent.chmod(0o755)
-        (folder / workdir.CHECKPOINTS).chmod(0o555)
+        (folder / run_directory.CHECKPOINTS).chmod(0o555)
         with pytest.raises(OSError, match="ermission denied"):
             os.seteuid(user or 65534)
             try:
@@ -172,5 +172,5 @@ def test_a_folder_that_must_not_be_written_is_told(saved):
                     checkpoints.save(4, STATE, SCORES)
             finally:
                 os.seteuid(user)
-        (folder / workdir.CHECKPOINTS).chmod(0o755)
+        (folder / run_directory.CHECKPOINTS).chmod(0o755)
         assert steps(folder) == [2, 3]

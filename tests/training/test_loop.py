@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from dml_jax import sharding
+from dml_jax._utils import files, sharding
 from dml_jax.data.prepare import DATA_SETS, prepare
-from dml_jax.retrieval import embed, evaluate
-from dml_jax.training import checkpoint, experiment, loop, networks, step, workdir
-from tests import public_data, tiny
+from dml_jax.evaluation import embedding_files
+from dml_jax.retrieval import evaluate
+from dml_jax.training import builder, checkpoint, loop, resume, run_directory, step
+from tests.helpers import public_data, tiny
 
 
 @pytest.fixture
@@ -20,9 +21,9 @@ def images(tmp_path):
 
 
 def start(config, folder):
-    built = experiment.build(config, sharding.make_mesh(jax.devices()[:2]))
-    workdir.check(folder, config)
-    workdir.claim(folder, config)
+    built = builder.build(config, sharding.make_mesh(jax.devices()[:2]))
+    resume.check(folder, config)
+    resume.claim(folder, config)
     return built
 
 
@@ -35,24 +36,24 @@ def test_a_run_leaves_everything_that_a_user_looks_for(settings, images, tmp_pat
     built = start(config, folder)
     result = loop.train(built, folder)
 
-    assert result == workdir.read_result(folder)
-    lines = workdir.read_lines(folder / workdir.METRICS)
+    assert result == run_directory.read_result(folder)
+    lines = files.read_json_lines(folder / run_directory.METRICS)
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 4), (2, 8), (3, 12)]
     assert result["last"] == lines[-1]
     assert result["best"]["map@r"] == max(line["map@r"] for line in lines)
     assert result["images"] == {"train": 36, "test": 24}
-    assert json.loads((folder / workdir.CONFIG).read_text()) == json.loads(config.to_json())
+    assert json.loads((folder / run_directory.CONFIG).read_text()) == json.loads(config.to_json())
     assert list(folder.glob("events.out.tfevents.*"))
 
-    exported = embed.load_embeddings(folder / workdir.EMBEDDINGS)
+    exported = embedding_files.load_embeddings(folder / run_directory.EMBEDDINGS)
     scores = evaluate(exported.embeddings, exported.labels)
     assert scores.items() <= result["last"].items()
     assert exported.names[0] == "test/class0/0.png"
 
     for name, metric in checkpoint.BEST.items():
-        variables = networks.load(built.network, folder, name)
-        embeddings = experiment.embed_split(built, variables, "test")
-        assert experiment.score(built, embeddings)[metric] == max(line[metric] for line in lines)
+        variables = checkpoint.read_network(built.network, folder, name)
+        embeddings = built.evaluator.embed(variables, "test")
+        assert built.evaluator.score(embeddings)[metric] == max(line[metric] for line in lines)
 
 
 def test_the_loop_forbids_implicit_transfers(images, tmp_path, monkeypatch):
@@ -65,7 +66,7 @@ def test_the_loop_forbids_implicit_transfers(images, tmp_path, monkeypatch):
 @pytest.fixture
 def poison(monkeypatch):
     """Spoils the batches of some steps, so that their losses are NaN; returns what they hold."""
-    batches, seen = loop.batches, {}
+    batches, seen = loop.device_batches, {}
 
     def poison_steps(*bad, killed_at=None):
         def poisoned(experiment, start, total_steps):
@@ -78,7 +79,7 @@ def poison(monkeypatch):
                     batch["label"] = jax.device_put(nowhere, batch["label"].sharding)
                 yield done, batch
 
-        monkeypatch.setattr(loop, "batches", poisoned)
+        monkeypatch.setattr(loop, "device_batches", poisoned)
         return seen
 
     return poison_steps
@@ -94,12 +95,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         loop.train(built, folder)
     with checkpoint.Checkpoints(folder) as checkpoints:
         assert checkpoints.latest == 4
-    assert [line["step"] for line in workdir.read_lines(folder / workdir.METRICS)] == [4]
+    assert [line["step"] for line in files.read_json_lines(folder / run_directory.METRICS)] == [4]
 
     def strict(constant):
         raise AssertionError(f"{constant} is no JSON")
 
-    told = json.loads((folder / workdir.NOT_FINITE).read_text(), parse_constant=strict)
+    told = json.loads((folder / run_directory.NOT_FINITE).read_text(), parse_constant=strict)
     numbers = ("step", "epoch", "in_a_row", "loss")
     assert [told[name] for name in numbers] == [7, 2, 1, "nan"]
     assert (told["learning_rate"], told["proxy_learning_rate"]) == built.learning_rate(6)
@@ -118,7 +119,7 @@ def test_a_full_disk_does_not_hide_that_a_loss_is_not_finite(images, tmp_path, p
 
     built = start(tiny.config(images), tmp_path / "run")
     poison(1)
-    monkeypatch.setattr(workdir, "write_json", full)
+    monkeypatch.setattr(files, "write_json", full)
     with pytest.raises(FloatingPointError, match="step 1 .*not_finite.json could not be written: "):
         loop.train(built, tmp_path / "run")
 
@@ -132,18 +133,20 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_however_a_run_is_inte
     bad = (3, 4, 7)
     poison(*bad)
     result = loop.train(start(config, whole), whole)
-    lines = workdir.read_lines(whole / workdir.METRICS)
+    lines = files.read_json_lines(whole / run_directory.METRICS)
     assert [line["skipped_steps"] for line in lines] == [2, 3, 3]
     assert np.isfinite([line["loss"] for line in lines]).all()
     assert result["skipped_steps"] == 3
-    assert json.loads((whole / workdir.NOT_FINITE).read_text())["step"] == 7
+    assert json.loads((whole / run_directory.NOT_FINITE).read_text())["step"] == 7
 
     poison(*bad, killed_at=6)
     with pytest.raises(InterruptedError):
         loop.train(start(config, parts), parts)
     poison(*bad)
     assert loop.train(start(config, parts), parts) == result
-    assert (whole / workdir.METRICS).read_bytes() == (parts / workdir.METRICS).read_bytes()
+    assert (whole / run_directory.METRICS).read_bytes() == (
+        parts / run_directory.METRICS
+    ).read_bytes()
 
     # Steps 3 and 4 are in the checkpoint, so that step 5 is the third in a row.
     given_up = tmp_path / "given_up"
@@ -153,7 +156,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_however_a_run_is_inte
     poison(3, 4, 5)
     with pytest.raises(FloatingPointError, match="step 5 .*checkpoint is that of step 4"):
         loop.train(start(config, given_up), given_up)
-    assert json.loads((given_up / workdir.NOT_FINITE).read_text())["in_a_row"] == 3
+    assert json.loads((given_up / run_directory.NOT_FINITE).read_text())["in_a_row"] == 3
 
 
 def test_validation_classes_choose_the_epoch_and_test_classes_only_score_it(images, tmp_path):
@@ -163,14 +166,14 @@ def test_validation_classes_choose_the_epoch_and_test_classes_only_score_it(imag
     assert len(built.sources["train"].class_names) == 4
     assert len(built.sources["validation"].class_names) == 2
     result = loop.train(built, folder)
-    lines = workdir.read_lines(folder / workdir.METRICS)
+    lines = files.read_json_lines(folder / run_directory.METRICS)
     chosen = max(lines, key=lambda line: (line["map@r"], line["step"]))
     assert result["best_chosen_on"] == "validation"
     assert result["best"]["epoch"] == chosen["epoch"]
-    variables = networks.load(built.network, folder, "best_map")
-    on_test = experiment.score(built, experiment.embed_split(built, variables, "test"))
+    variables = checkpoint.read_network(built.network, folder, "best_map")
+    on_test = built.evaluator.score(built.evaluator.embed(variables, "test"))
     assert on_test.items() <= result["best"].items()
-    exported = embed.load_embeddings(folder / workdir.EMBEDDINGS)
+    exported = embedding_files.load_embeddings(folder / run_directory.EMBEDDINGS)
     assert evaluate(exported.embeddings, exported.labels).items() <= result["last"].items()
     assert exported.names[0] == "test/class0/0.png"
 
@@ -182,7 +185,7 @@ def test_patience_ends_a_run_and_a_restart_does_not_go_on(images, tmp_path):
     config = tiny.config(images, epochs=9, evaluation__patience=2, **frozen)
     result = loop.train(start(config, folder), folder)
     assert result["last"]["epoch"] == 3
-    (folder / workdir.RESULT).unlink()
+    (folder / run_directory.RESULT).unlink()
     assert loop.train(start(config, folder), folder) == result
 
 
@@ -195,7 +198,8 @@ def test_queries_are_looked_for_in_the_gallery(tmp_path):
     folder = tmp_path / "run"
     result = loop.train(start(config, folder), folder)
     queries, gallery = (
-        embed.load_embeddings(folder / file) for file in (workdir.EMBEDDINGS, workdir.GALLERY)
+        embedding_files.load_embeddings(folder / file)
+        for file in (run_directory.EMBEDDINGS, run_directory.GALLERY)
     )
     assert (len(queries.labels), len(gallery.labels)) == (2, 4)
     scores = evaluate(
@@ -216,7 +220,7 @@ def test_the_latest_and_the_best_checkpoints_are_kept(tmp_path):
             # The second round is worse.
             checkpoints.save(at, state, {k: v - 0.01 * (at > 2) for k, v in metrics.items()})
         checkpoints.save(6, state, None)
-    kept = sorted(int(path.name) for path in (tmp_path / workdir.CHECKPOINTS).iterdir())
+    kept = sorted(int(path.name) for path in (tmp_path / run_directory.CHECKPOINTS).iterdir())
     assert kept == [0, 1, 2, 5, 6]
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.find("last") == 6

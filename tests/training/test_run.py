@@ -8,9 +8,10 @@ import chex
 import jax
 import pytest
 
-from dml_jax import sharding
-from dml_jax.training import checkpoint, experiment, networks, run, workdir
-from tests import tiny
+from dml_jax._utils import sharding
+from dml_jax.training import builder, checkpoint, resume, run, run_directory
+from dml_jax.training.state import network_variables
+from tests.helpers import tiny
 
 NETWORK = {"model__backbone": "colours", "model__width": None, "model__stem": None}
 
@@ -29,86 +30,88 @@ def images(tmp_path_factory):
 def test_a_finished_run_that_gets_more_epochs_is_the_longer_run(images, tmp_path):
     short, long = (tiny.config(images, epochs=epochs, **NETWORK) for epochs in (1, 3))
     folder, expected = tmp_path / "grown", tmp_path / "long"
-    run.run(short, folder)
-    assert run.run(long, folder) == run.run(long, expected)
-    for name in (workdir.METRICS, workdir.RESULT, workdir.CONFIG):
+    run.train(short, folder)
+    assert run.train(long, folder) == run.train(long, expected)
+    for name in (run_directory.METRICS, run_directory.RESULT, run_directory.CONFIG):
         assert (folder / name).read_bytes() == (expected / name).read_bytes()
-    assert run.run(short, folder)["last"]["epoch"] == 3  # It has done more than that.
+    assert run.train(short, folder)["last"]["epoch"] == 3  # It has done more than that.
 
-    result = (folder / workdir.RESULT).read_bytes()
-    (folder / workdir.RESULT).unlink()
+    result = (folder / run_directory.RESULT).read_bytes()
+    (folder / run_directory.RESULT).unlink()
     with pytest.raises(ValueError, match="config.epochs is 1, but the run has done 3 and does not"):
-        run.run(short, folder)
+        run.train(short, folder)
 
     # Lines are lost, the last one or another.
-    metrics = (folder / workdir.METRICS).read_bytes()
+    metrics = (folder / run_directory.METRICS).read_bytes()
     first, second, _ = metrics.splitlines(keepends=True)
-    (folder / workdir.METRICS).write_bytes(first + second)
+    (folder / run_directory.METRICS).write_bytes(first + second)
     with pytest.raises(ValueError, match=r"lacks the lines of epochs \[3\].* above 8"):
-        run.run(long, folder)
-    (folder / workdir.METRICS).write_bytes(second)
+        run.train(long, folder)
+    (folder / run_directory.METRICS).write_bytes(second)
     with pytest.raises(ValueError, match=r"lines of epochs \[1, 3\], but .* of step 12.* above 0"):
-        run.run(long, folder)
+        run.train(long, folder)
     # As the message says.
-    (folder / workdir.METRICS).write_bytes(first + second)
-    for step in (folder / workdir.CHECKPOINTS).iterdir():
+    (folder / run_directory.METRICS).write_bytes(first + second)
+    for step in (folder / run_directory.CHECKPOINTS).iterdir():
         if int(step.name) > 8:
             shutil.rmtree(step)
-    run.run(long, folder)
-    assert (folder / workdir.METRICS).read_bytes() == metrics
-    assert (folder / workdir.RESULT).read_bytes() == result
+    run.train(long, folder)
+    assert (folder / run_directory.METRICS).read_bytes() == metrics
+    assert (folder / run_directory.RESULT).read_bytes() == result
 
 
 def test_a_last_epoch_without_an_evaluation_is_told(images, tmp_path):
     config = tiny.config(images, epochs=2, evaluation__every_epochs=2, **NETWORK)
-    run.run(config, tmp_path)
-    (tmp_path / workdir.RESULT).unlink()
-    shutil.rmtree(tmp_path / workdir.CHECKPOINTS / "8")
+    run.train(config, tmp_path)
+    (tmp_path / run_directory.RESULT).unlink()
+    shutil.rmtree(tmp_path / run_directory.CHECKPOINTS / "8")
     config.epochs = 1
     with pytest.raises(ValueError, match="has not evaluated the last one"):
-        run.run(config, tmp_path)
+        run.train(config, tmp_path)
 
 
 def test_a_fork_starts_with_the_network_of_another_run_and_needs_it_no_more(images, tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
-    run.run(tiny.config(images, "ps_memvir", epochs=2, **NETWORK), old)
+    run.train(tiny.config(images, "ps_memvir", epochs=2, **NETWORK), old)
     # Another loss, without MemVir, with another seed: of the old run it takes the network alone.
     config = tiny.config(images, "proxy_nca", epochs=1, seed=3, checkpoint__keep_last=9, **NETWORK)
-    result = run.run(config, new, fork_from=old)
-    built = experiment.build(config, sharding.make_mesh())
-    like = experiment.abstract_state(built)
+    result = run.train(config, new, fork_from=old)
+    built = builder.build(config, sharding.make_mesh())
+    like = builder.abstract_state(built)
     with checkpoint.Checkpoints(new) as checkpoints:
-        started = networks.variables(checkpoints.restore(0, like))
-    chex.assert_trees_all_equal(started, networks.load(built.network, old, "last"))
+        started = network_variables(checkpoints.restore(0, like))
+    chex.assert_trees_all_equal(started, checkpoint.read_network(built.network, old, "last"))
 
     shutil.rmtree(old)
-    (new / workdir.RESULT).unlink()
-    shutil.rmtree(new / workdir.CHECKPOINTS / "4")
-    assert run.run(config, new) == result
-    assert workdir.read_config(new).model.pretrained == "none"
+    (new / run_directory.RESULT).unlink()
+    shutil.rmtree(new / run_directory.CHECKPOINTS / "4")
+    assert run.train(config, new) == result
+    assert run_directory.read_config(new).model.pretrained == "none"
 
 
 def test_a_fork_of_another_network_is_refused_before_anything_is_written(images, tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
-    workdir.claim(old, tiny.config(images, **NETWORK))
+    resume.claim(old, tiny.config(images, **NETWORK))
     with pytest.raises(ValueError, match="config.model.dim is 8, but .* has 16"):
-        run.run(tiny.config(images, model__dim=8, **NETWORK), new, fork_from=old)
+        run.train(tiny.config(images, model__dim=8, **NETWORK), new, fork_from=old)
     with pytest.raises(ValueError, match="config.model.channels is 'bgr', but .* has None"):
-        run.run(tiny.config(images, model__channels="bgr", **NETWORK), new, fork_from=old)
+        run.train(tiny.config(images, model__channels="bgr", **NETWORK), new, fork_from=old)
     with pytest.raises(FileNotFoundError, match="holds no run"):
-        run.run(tiny.config(images, **NETWORK), new, fork_from=tmp_path / "nowhere")
+        run.train(tiny.config(images, **NETWORK), new, fork_from=tmp_path / "nowhere")
     assert not new.exists()
 
 
 def test_a_damaged_checkpoint_costs_an_epoch_and_changes_nothing(images, tmp_path, caplog):
     config = tiny.config(images, "ps_memvir", epochs=3, **NETWORK)
-    expected = run.run(config, tmp_path)
-    metrics = (tmp_path / workdir.METRICS).read_bytes()
-    (tmp_path / workdir.RESULT).unlink()
-    (file,) = (tmp_path / workdir.CHECKPOINTS / "12" / "state" / "ocdbt.process_0" / "d").iterdir()
+    expected = run.train(config, tmp_path)
+    metrics = (tmp_path / run_directory.METRICS).read_bytes()
+    (tmp_path / run_directory.RESULT).unlink()
+    (file,) = (
+        tmp_path / run_directory.CHECKPOINTS / "12" / "state" / "ocdbt.process_0" / "d"
+    ).iterdir()
     file.write_bytes(file.read_bytes()[:-1])
-    assert run.run(config, tmp_path) == expected
-    assert (tmp_path / workdir.METRICS).read_bytes() == metrics
+    assert run.train(config, tmp_path) == expected
+    assert (tmp_path / run_directory.METRICS).read_bytes() == metrics
     assert (
         "step 12 is damaged" in caplog.text and "sound checkpoint is that of step 8" in caplog.text
     )
@@ -118,11 +121,11 @@ def test_a_run_has_a_loss_in_every_epoch_and_steps_of_32_bits(tmp_path):
     mesh = sharding.make_mesh()
     made = tiny.config(tiny.write_images(tmp_path), skip_nonfinite=4)
     with pytest.raises(ValueError, match="skip_nonfinite is 4, but an epoch has only 4 steps"):
-        experiment.build(made, mesh)
+        builder.build(made, mesh)
     made.skip_nonfinite = 0
     made.optimizer.decay_epochs = (5, 2**30)
     with pytest.raises(ValueError, match="1073741824 epochs of 4 steps are too many"):
-        experiment.build(made, mesh)
+        builder.build(made, mesh)
 
 
 class Reached(Exception):
@@ -148,7 +151,7 @@ def test_deterministic_asks_xla_before_it_looks_for_devices(
         monkeypatch.setenv("XLA_FLAGS", given)
         config = tiny.config(images, deterministic=deterministic, **NETWORK)
         with pytest.raises(Reached, match=f"^{flags}$"):
-            run.run(config, tmp_path / "run")
+            run.train(config, tmp_path / "run")
 
 
 def test_nothing_has_looked_for_devices_when_a_run_begins():
@@ -158,7 +161,7 @@ def test_nothing_has_looked_for_devices_when_a_run_begins():
         "from jax.extend import backend\n"
         "from dml_jax import command_line\n"
         "from dml_jax.training import run\n"
-        "import scripts.train\n"
+        "import dml_jax.cli.train\n"
         "jax.config.update('jax_num_cpu_devices', 3)\n"  # Refused once devices are known.
         "print(jax.device_count())\n"
     )

@@ -1,0 +1,204 @@
+"""Times MemVir against its dense form.
+
+python -m benchmarks.memvir --out=memvir.png
+python -m benchmarks.memvir --classes=11318 --steps=1,5,15 --torch
+
+The dense form is what the tests hold ours against, compiled: loss and gradients. Ours has the
+memory's update in it, and a memory that is full. `--torch` adds the dense form in PyTorch. The
+forms take turns in one process, and the fastest call of each counts.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from dml_jax import losses, memvir
+from dml_jax.cli import command_line
+from tests.oracles import NOTHING, DenseMemVir, normalized
+
+_STEPS = flags.DEFINE_list("steps", ["1", "5", "15", "45"], "Values of N.")
+_GAP = flags.DEFINE_integer("gap", 10, "M.")
+_BATCH = flags.DEFINE_integer("batch", 128, "B.")
+_CLASSES = flags.DEFINE_integer("classes", 98, "C.")
+_DIM = flags.DEFINE_integer("dim", 512, "D.")
+_DENSE_STEPS = flags.DEFINE_integer("dense_steps", 45, "The largest N of the dense forms.")
+_TORCH = flags.DEFINE_bool("torch", False, "Whether to time the dense form in PyTorch as well.")
+_OUT = flags.DEFINE_string("out", None, "An image to draw the times to.")
+
+LOSS = "norm_softmax"
+_TURNS, _SECONDS = 5, 0.5  # How often each takes its turn, and for how long at least.
+
+
+class Form(NamedTuple):
+    """One way to do the same work."""
+
+    call: Callable[[], Any]
+    temporary: int
+    """Bytes that it needs beside arguments and results."""
+
+
+def main() -> None:
+    """Runs the program."""
+    table = Table(
+        *("N", "ours, ms", "dense, ms", "PyTorch, ms"),
+        *("memory, MB", "ours beside it, MB", "dense, MB"),
+    )
+    rows = []
+    for steps in map(int, _STEPS.value):
+        forms = {"ours": _ours(steps)}
+        if steps <= _DENSE_STEPS.value:
+            forms["dense"] = _dense(steps)
+            if _TORCH.value:
+                forms["torch"] = _torch(steps)
+        seconds = _fastest({name: form.call for name, form in forms.items()})
+        rows.append((steps, seconds))
+        table.add_row(
+            str(steps),
+            f"{1e3 * seconds['ours']:.1f}",
+            _against(seconds.get("dense"), seconds["ours"]),
+            _against(seconds.get("torch"), seconds["ours"]),
+            f"{_memory_bytes(steps) / 1e6:.0f}",
+            f"{forms['ours'].temporary / 1e6:.0f}",
+            f"{forms['dense'].temporary / 1e6:.0f}" if "dense" in forms else "",
+        )
+    Console().print(table)
+    if len(rows) > 2:
+        n, ours = np.transpose([(steps, seconds["ours"]) for steps, seconds in rows])
+        slope, offset = np.polyfit(n, ours, 1)
+        fit = np.corrcoef(n, ours)[0, 1] ** 2
+        print(f"ours: {1e3 * offset:.1f} ms + {1e3 * slope:.3f} ms * N, R2 = {fit:.4f}")
+    if _OUT.value:
+        _draw(rows, _OUT.value)
+
+
+def _against(seconds: float | None, ours: float) -> str:
+    return "" if seconds is None else f"{1e3 * seconds:.1f} ({seconds / ours:.1f}x)"
+
+
+def _fastest(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """The seconds of the fastest call of each, between turns so that all see the same machine."""
+    seconds = dict.fromkeys(calls, math.inf)
+    for call in calls.values():
+        call()
+    for name, call in [*calls.items()] * _TURNS:
+        turn = time.perf_counter()
+        while time.perf_counter() < turn + _SECONDS:
+            began = time.perf_counter()
+            call()
+            seconds[name] = min(seconds[name], time.perf_counter() - began)
+    return seconds
+
+
+def _temporary(compiled: jax.stages.Compiled) -> int:
+    analysis = compiled.memory_analysis()
+    return 0 if analysis is None else analysis.temp_size_in_bytes
+
+
+def _problem() -> tuple[jax.Array, jax.Array, jax.Array]:
+    keys = jax.random.split(jax.random.key(0))
+    return (
+        jax.random.normal(keys[0], (_BATCH.value, _DIM.value)),
+        jax.random.normal(keys[1], (_CLASSES.value, _DIM.value)),
+        jnp.arange(_BATCH.value) % _CLASSES.value,
+    )
+
+
+def _memory(loss: losses.ProxyLoss, steps: int) -> memvir.Memory:
+    return memvir.init(
+        num_steps=steps,
+        step_gap=_GAP.value,
+        batch_size=_BATCH.value,
+        num_classes=_CLASSES.value,
+        dim=_DIM.value,
+        loss=loss,
+    )
+
+
+def _memory_bytes(steps: int) -> int:
+    memory = jax.eval_shape(lambda: _memory(losses.create(LOSS), steps))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(memory))
+
+
+def _ours(steps: int) -> Form:
+    loss = losses.create(LOSS)
+    problem = _problem()
+
+    def step(memory: memvir.Memory, embeddings: Any, proxies: Any, labels: Any) -> Any:
+        return jax.value_and_grad(
+            lambda e, p: memvir.loss_and_update(loss, memory, e, p, labels),
+            argnums=(0, 1),
+            has_aux=True,
+        )(embeddings, proxies)
+
+    memory = _memory(loss, steps)
+    compiled = jax.jit(step, donate_argnums=0).lower(memory, *problem).compile()
+    kept = [memory]
+
+    def call() -> None:
+        (_, kept[0]), _ = jax.block_until_ready(compiled(kept[0], *problem))
+
+    for _ in range(steps * (_GAP.value + 1)):
+        call()
+    return Form(call, _temporary(compiled))
+
+
+def _dense(steps: int) -> Form:
+    dense = DenseMemVir(
+        LOSS, num_steps=steps, step_gap=0, batch=_BATCH.value, classes=_CLASSES.value
+    )
+    embeddings, proxies, labels = _problem()
+    virtual = [(normalized(embeddings), normalized(proxies), labels)] * steps
+    problem = (embeddings, proxies, labels, virtual, jnp.ones(steps, bool), *NOTHING)
+    compiled = dense.value_and_grad.lower(*problem).compile()
+    return Form(lambda: jax.block_until_ready(compiled(*problem)), _temporary(compiled))
+
+
+def _torch(steps: int) -> Form:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    embeddings, proxies = (
+        torch.tensor(np.asarray(x), device=device, requires_grad=True) for x in _problem()[:2]
+    )
+    labels = torch.tensor(np.asarray(_problem()[2]), device=device, dtype=torch.int64)
+    normalize = torch.nn.functional.normalize
+    old_rows = normalize(embeddings).detach().repeat(steps, 1)
+    old_proxies = normalize(proxies).detach().repeat(steps, 1)
+    all_labels = torch.cat([labels + k * _CLASSES.value for k in range(steps + 1)])
+    scale = losses.NormSoftmax().scale
+
+    def call() -> None:
+        rows = torch.cat([normalize(embeddings), old_rows])
+        columns = torch.cat([normalize(proxies), old_proxies])
+        loss = torch.nn.functional.cross_entropy(scale * rows @ columns.T, all_labels)
+        torch.autograd.grad(loss, (embeddings, proxies))
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return Form(call, 0)
+
+
+def _draw(rows: list[tuple[int, dict[str, float]]], path: str) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    names = {"ours": "this project", "dense": "dense, JAX", "torch": "dense, PyTorch"}
+    for form, name in names.items():
+        if points := [(steps, 1e3 * seconds[form]) for steps, seconds in rows if form in seconds]:
+            axes.plot(*np.transpose(points), marker="o", label=name)
+    axes.set(xlabel="N, remembered steps in a loss", ylabel="milliseconds", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,1 @@
+"""Support code without any knowledge of metric learning."""

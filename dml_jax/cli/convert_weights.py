@@ -1,0 +1,65 @@
+"""Turns weights that PyTorch saved into a .safetensors file for `config.model.pretrained`.
+
+python scripts/convert_weights.py --backbone=resnet50 --source=FILE.pth --out=FILE.safetensors
+
+A file that is named as PyTorch's hub names them, NAME-DIGITS.pth with the first digits of its
+SHA-256, is held against these digits before anything in it is read.
+"""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from absl import flags
+
+from dml_jax.cli import command_line
+from dml_jax.models import BACKBONES, pretrained
+
+_BACKBONE = flags.DEFINE_enum("backbone", None, list(BACKBONES), "Whose weights.", required=True)
+_SOURCE = flags.DEFINE_string("source", None, "The file torch.save wrote.", required=True)
+_OUT = flags.DEFINE_string("out", None, "The .safetensors file to write.", required=True)
+
+
+def main() -> None:
+    """Runs the program."""
+    with command_line.user_errors():
+        out = Path(_OUT.value)
+        if out.suffix != ".safetensors" or not out.absolute().parent.is_dir():
+            raise ValueError(f"--out={out} must end in .safetensors and lie in an existing folder")
+        if out.exists():
+            raise FileExistsError(f"{out} exists; remove it, or choose another --out")
+        pretrained.check_hash(Path(_SOURCE.value))
+        tensors = pretrained.from_port(_read(_SOURCE.value))
+        try:
+            pretrained.convert(_BACKBONE.value, tensors)
+        except ValueError as error:
+            raise ValueError(f"{_SOURCE.value}: {error}") from None
+        partial = out.with_name(out.name + ".part")
+        safetensors.numpy.save_file(tensors, partial)
+        os.replace(partial, out)
+    print(f"{len(tensors)} tensors of {_BACKBONE.value}: {out}")
+
+
+def _read(source: str) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("--source needs PyTorch: pip install '.[convert]'") from None
+    try:
+        loaded = torch.load(source, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{source} holds no weights that are safe to read") from error
+    tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not tensors or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
+        raise ValueError(f"{source} holds neither a state dict nor one under the key 'state_dict'")
+    return {
+        key: (x.detach().float() if x.is_floating_point() else x).numpy()
+        for key, x in tensors.items()
+    }
+
+
+def start() -> None:
+    """Parses the command line and runs the program."""
+    command_line.run(main)

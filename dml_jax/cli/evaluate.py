@@ -1,0 +1,74 @@
+"""Scores a run's checkpoint, or exported embeddings, by retrieval.
+
+python scripts/evaluate.py --workdir=runs/memvir --checkpoint=best_map
+python scripts/evaluate.py --embeddings=runs/memvir/embeddings.npz --nmi --recall_at=1,10,100
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from dml_jax import retrieval
+from dml_jax._utils import sharding
+from dml_jax.cli import command_line
+from dml_jax.evaluation import embedding_files
+from dml_jax.training import builder, checkpoint, run_directory
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
+_CHECKPOINT = flags.DEFINE_enum(
+    "checkpoint", None, ["last", *checkpoint.BEST], "Which of the run's checkpoints; the last."
+)
+_EMBEDDINGS = flags.DEFINE_string("embeddings", None, "Exported embeddings, in place of a run.")
+_GALLERY = flags.DEFINE_string(
+    "gallery", None, "Exported embeddings to look for --embeddings in, if not among themselves."
+)
+_RECALL_AT = flags.DEFINE_list("recall_at", None, "Each k of Recall@k; the run's, or 1,2,4,8.")
+_NMI = flags.DEFINE_bool("nmi", None, "Whether to cluster and measure NMI too; as the run does.")
+
+
+def main() -> None:
+    """Runs the program."""
+    with command_line.user_errors():
+        recall_at = [int(k) for k in _RECALL_AT.value] if _RECALL_AT.value else None
+        if _EMBEDDINGS.value and not (_WORKDIR.value or _CHECKPOINT.value):
+            scores = _score_exported(_EMBEDDINGS.value, recall_at or [1, 2, 4, 8])
+        elif _WORKDIR.value and not (_EMBEDDINGS.value or _GALLERY.value):
+            scores = _score_run(Path(_WORKDIR.value), recall_at)
+        else:
+            raise ValueError(
+                "give either --workdir, perhaps with --checkpoint, "
+                "or --embeddings, perhaps with --gallery"
+            )
+    print(json.dumps(scores, indent=2))
+
+
+def _score_exported(file: str, recall_at: list[int]) -> dict[str, float]:
+    queries = embedding_files.load_embeddings(file)
+    gallery = None
+    if _GALLERY.value:
+        found_in = embedding_files.load_embeddings(_GALLERY.value)
+        if found_in.class_names != queries.class_names:
+            raise ValueError(f"{_GALLERY.value} numbers other classes than {file}")
+        gallery = found_in.embeddings, found_in.labels
+    return retrieval.evaluate(
+        queries.embeddings,
+        queries.labels,
+        recall_at=recall_at,
+        gallery=gallery,
+        nmi=bool(_NMI.value),
+    )
+
+
+def _score_run(folder: Path, recall_at: list[int] | None) -> dict[str, float]:
+    config = run_directory.read_config(folder)
+    config.evaluation.recall_at = tuple(recall_at or config.evaluation.recall_at)
+    config.evaluation.nmi = config.evaluation.nmi if _NMI.value is None else _NMI.value
+    built = builder.build(config, sharding.make_mesh(), run_directory.read_findings(folder))
+    _, variables = checkpoint.read_network(built.network, folder, _CHECKPOINT.value or "last")
+    return built.evaluator.score(built.evaluator.embed(variables, "test"))
+
+
+def start() -> None:
+    """Parses the command line and runs the program."""
+    command_line.run(main, embeds=True)

@@ -1,0 +1,46 @@
+"""Indexes embeddings, so that images like a given one can be found among them.
+
+python scripts/embed.py --workdir=runs/memvir --images=DIR --out=mine.npz
+python scripts/index.py --embeddings=mine.npz --images=DIR --out=mine.index
+"""
+
+from pathlib import Path
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from dml_jax.cli import command_line
+from dml_jax.evaluation import embedding_files
+from dml_jax.search import index
+
+_EMBEDDINGS = flags.DEFINE_string(
+    "embeddings", None, "What embedding_files.py wrote.", required=True
+)
+_IMAGES = flags.DEFINE_string(
+    "images", None, "The folder that was embedded, to show what is found; else it is only named."
+)
+_OUT = flags.DEFINE_string("out", None, "The folder to write the index to.", required=True)
+_KIND = flags.DEFINE_enum("kind", None, index.KINDS, "By default the one for so many images.")
+
+
+def main() -> None:
+    """Runs the program."""
+    with command_line.user_errors():
+        out = Path(_OUT.value)
+        index.check_new(out)
+        images = embedding_files.load_embeddings(_EMBEDDINGS.value)
+        folder = str(Path(_IMAGES.value).absolute()) if _IMAGES.value else None
+        gallery, measured = index.build(images, folder=folder, kind=_KIND.value)
+        index.save(gallery, out)
+    table = Table("effort", f"recall@{index.RECALL_AT} of exact search, %", "ms a query")
+    for effort, recall, milliseconds in measured:
+        table.add_row(str(effort or "all"), f"{100 * recall:.1f}", f"{milliseconds:.2f}")
+    Console().print(table)
+    size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
+    print(f"{len(gallery.names)} images, {gallery.kind} index, {size:.1f} MB: {out}")
+
+
+def start() -> None:
+    """Parses the command line and runs the program."""
+    command_line.run(main)

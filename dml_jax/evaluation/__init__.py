@@ -1,0 +1,1 @@
+"""Embedding the images of a run and scoring them."""

@@ -1,0 +1,67 @@
+"""Embeds the images of a split and scores them by retrieval."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, PyTree
+
+from dml_jax import data, retrieval
+from dml_jax._utils import processes
+from dml_jax.data import device_cache
+from dml_jax.data.splits import gallery_of
+from dml_jax.evaluation.embedding import embed_images
+from dml_jax.models.networks import Network
+
+
+class Evaluator(NamedTuple):
+    """Scores a network on the splits of a run."""
+
+    network: Network
+    sources: Mapping[str, data.Source]
+    """The images by split."""
+    cache: Callable[[str], device_cache.Cache | None]
+    """Returns the images of a split on the devices; None if they are read instead."""
+    recall_at: tuple[int, ...]
+    """Each k of Recall@k."""
+    nmi: bool
+    """Whether to measure NMI too."""
+
+    def embed(
+        self, variables: dict[str, PyTree], split: str
+    ) -> dict[str, Float32[np.ndarray, "images dim"]]:
+        """Returns the raw embeddings of a split, and of its gallery if it has one, by split.
+
+        Args:
+            variables: the network's.
+            split: `test` or `validation`.
+        """
+        names = [split] if gallery_of(self.sources, split) is None else [split, "gallery"]
+        return {
+            name: embed_images(self.network, variables, self.sources[name], self.cache(name))
+            for name in names
+        }
+
+    def score(
+        self, embeddings: Mapping[str, Float32[np.ndarray, "images dim"]]
+    ) -> dict[str, float]:
+        """Returns the retrieval metrics by name; see `dml_jax.retrieval.evaluate`.
+
+        All processes return what the first has computed.
+
+        Args:
+            embeddings: as `embed` returns them.
+        """
+        (split,) = embeddings.keys() - {"gallery"}
+        gallery = None
+        if "gallery" in embeddings:
+            gallery = embeddings["gallery"], self.sources["gallery"].labels
+        return processes.from_first_process(
+            retrieval.evaluate(
+                embeddings[split],
+                self.sources[split].labels,
+                recall_at=self.recall_at,
+                gallery=gallery,
+                nmi=self.nmi,
+            )
+        )

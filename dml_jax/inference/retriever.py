@@ -1,0 +1,203 @@
+"""A trained embedding as an object: embed any images, and search among embeddings."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int64, UInt8
+from PIL import Image
+from safetensors.numpy import load_file
+
+from dml_jax._utils import sharding
+from dml_jax.data import images as pictures
+from dml_jax.evaluation import embedding_files
+from dml_jax.inference import trained
+from dml_jax.retrieval import exact
+from dml_jax.training import run_directory
+
+FUNCTION = "embed.jax_export"
+WEIGHTS = "weights.safetensors"
+
+_BATCH = 64  # Images that are embedded at a time; fewer are filled up to a power of two.
+
+Picture = str | os.PathLike[str] | Image.Image | np.ndarray
+"""The path of an image, an image of Pillow, or upright RGB pixels, uint8 [h, w, 3]."""
+
+
+class Neighbours(NamedTuple):
+    """The nearest embeddings of a gallery, nearest first."""
+
+    indices: Int64[np.ndarray, "q k"]
+    """Rows of the gallery."""
+    similarities: Float32[np.ndarray, "q k"]
+    """Cosines of the angles to the query."""
+    names: tuple[tuple[str, ...], ...]
+    """Names of the images, where the gallery has them; else the rows as text."""
+
+
+class Retriever:
+    """A trained network, ready to embed images and to search with them; see `load`."""
+
+    def __init__(
+        self,
+        function: Callable[[UInt8[np.ndarray, "b s s 3"]], Float[Array, "b d"]],
+        *,
+        image_size: int,
+        resize: int,
+    ) -> None:
+        """Takes the network.
+
+        Args:
+            function: the network, compiled for every new number of images.
+            image_size: side of its images, pixels.
+            resize: length of an image's shorter side before its centre is cropped, pixels.
+        """
+        self._function, self._image_size, self._resize = function, image_size, resize
+
+    def embed(
+        self, images: Sequence[Picture] | UInt8[np.ndarray, "n h w 3"]
+    ) -> Float32[np.ndarray, "n d"]:
+        """Embeds images, resized and cropped as for testing.
+
+        Args:
+            images: n of them, at least one; see `Picture`.
+
+        Returns:
+            [n, d] raw embeddings, as the run exports them; their directions are what counts.
+
+        Raises:
+            TypeError: not a sequence of images.
+            ValueError: an image that cannot be read, or no image at all.
+            FileNotFoundError: a path without a file.
+        """
+        single = isinstance(images, str | os.PathLike | Image.Image)
+        if single or (isinstance(images, np.ndarray) and images.ndim == 3):
+            raise TypeError("images must be a list; for a single one, give [image]")
+        for number, image in enumerate(images):
+            _check(image, number)
+        if not len(images):
+            raise ValueError("there are no images to embed")
+        images = list(images)
+        blocks = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
+        return np.concatenate([self._embed_block(block) for block in blocks])
+
+    def _embed_block(self, images: Sequence[Picture]) -> Float32[np.ndarray, "n d"]:
+        # Few shapes, because each is compiled.
+        rows = 1 << (len(images) - 1).bit_length()
+        batch = np.zeros((rows, self._image_size, self._image_size, 3), np.uint8)
+        for view, image in zip(batch, images, strict=False):
+            view[:] = pictures.centre_view(
+                _pixels(image), size=self._image_size, resize_to=self._resize
+            )
+        return np.asarray(self._function(batch))[: len(images)]
+
+    def search(
+        self,
+        images: Sequence[Picture] | UInt8[np.ndarray, "n h w 3"],
+        gallery: str | os.PathLike[str] | Float32[np.ndarray, "m d"],
+        *,
+        k: int = 10,
+    ) -> Neighbours:
+        """Finds the nearest embeddings of a gallery, exactly, by their cosines.
+
+        Args:
+            images: q queries; see `Picture`.
+            gallery: [m, d] embeddings, or a file of them, as runs export them
+                (`embeddings.npz`) and `scripts/embed.py` writes them.
+            k: neighbours of each query, at most m.
+
+        Returns:
+            [q, k] rows of the gallery with their similarities and names.
+
+        Raises:
+            ValueError: the gallery is too small or of another network, or an image cannot be read.
+            FileNotFoundError: there is no such file.
+        """
+        vectors, names = _gallery(gallery)
+        queries = exact.unit_rows(self.embed(images))
+        if queries.shape[1] != vectors.shape[1]:
+            raise ValueError(
+                f"the gallery's embeddings have {vectors.shape[1]} dimensions, those of this "
+                f"network {queries.shape[1]}; embed its images with this network"
+            )
+        indices = exact.Searcher(vectors).nearest(queries, k)
+        similarities = np.einsum("qd,qkd->qk", queries, vectors[indices])
+        found = [[names[i] if names else str(i) for i in row] for row in indices.tolist()]
+        return Neighbours(indices, similarities, tuple(map(tuple, found)))
+
+
+def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> Retriever:
+    """Loads a run, or what `scripts/export.py` made of one; the run's images are not needed.
+
+    Args:
+        path: folder of the run or of the export.
+        checkpoint: of a run: `last`, which is meant by default, `best_map`, `best_r1` or `best_rp`.
+
+    Returns:
+        An object that embeds and searches.
+
+    Raises:
+        FileNotFoundError: there is no run, no such checkpoint, or a file of an export is missing.
+        ValueError: a checkpoint of an export is asked for, or a file is damaged.
+    """
+    folder = Path(path)
+    config = run_directory.read_config(folder)
+    is_export = (folder / FUNCTION).exists()
+    if is_export and checkpoint is not None:
+        raise ValueError(f"{folder} is an export, which holds one checkpoint; leave checkpoint out")
+    function = _exported(folder) if is_export else _of_run(folder, checkpoint or "last")
+    return Retriever(function, image_size=config.data.image_size, resize=config.data.resize)
+
+
+def _exported(folder: Path) -> Callable[[np.ndarray], Array]:
+    try:
+        exported = jax.export.deserialize(bytearray((folder / FUNCTION).read_bytes()))
+    except Exception as error:  # What reads it raises nearly anything.
+        raise ValueError(f"{folder / FUNCTION} cannot be read by this JAX: {error}") from error
+    weights = jax.device_put(load_file(folder / WEIGHTS))
+    function = jax.jit(exported.call)
+    return lambda images: function(weights, images)
+
+
+def _of_run(folder: Path, checkpoint: str) -> Callable[[np.ndarray], Array]:
+    device = sharding.make_mesh(jax.local_devices()[:1])
+    network, variables, _ = trained.load(folder, checkpoint, device)
+    return lambda images: network.embed(variables, images)
+
+
+def _check(image: Any, number: int) -> None:
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ValueError(
+                f"image {number} is {image.dtype} of shape {image.shape}; pixels must be uint8 "
+                "[height, width, 3]"
+            )
+    elif isinstance(image, str | os.PathLike):
+        if not Path(image).is_file():
+            raise FileNotFoundError(f"image {number}: there is no file {image}")
+    elif not isinstance(image, Image.Image):
+        raise TypeError(
+            f"image {number} is of type {type(image).__name__}; it must be a path, an image of "
+            "Pillow or uint8 pixels"
+        )
+
+
+def _pixels(image: Picture) -> UInt8[np.ndarray, "h w 3"]:
+    if isinstance(image, np.ndarray):
+        return image
+    if isinstance(image, Image.Image):
+        return pictures.from_pillow(image)
+    return pictures.decode(Path(image).read_bytes(), str(image))
+
+
+def _gallery(
+    gallery: str | os.PathLike[str] | np.ndarray,
+) -> tuple[Float32[np.ndarray, "m d"], tuple[str, ...]]:
+    if isinstance(gallery, np.ndarray):
+        return exact.unit_rows(gallery.astype(np.float32, copy=False)), ()
+    saved = embedding_files.load_embeddings(gallery)
+    return exact.unit_rows(saved.embeddings), saved.names

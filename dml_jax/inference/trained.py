@@ -1,0 +1,35 @@
+"""Loads the network of a trained run."""
+
+from pathlib import Path
+
+import jax
+from jaxtyping import PyTree
+
+from dml_jax.models.networks import Network, make
+from dml_jax.training import config as configs
+from dml_jax.training import run_directory
+from dml_jax.training.checkpoint import read_network
+
+
+def load(
+    folder: Path, name: str, mesh: jax.sharding.Mesh
+) -> tuple[Network, dict[str, PyTree], int]:
+    """Loads the network of a run, from its configuration and a checkpoint alone.
+
+    Args:
+        folder: the run's.
+        name: of the checkpoint: `last`, or a key of `checkpoint.BEST`.
+        mesh: the devices to run on.
+
+    Returns:
+        The network, its variables, and the step of the checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no run, or no such checkpoint.
+        ValueError: its configuration is damaged.
+    """
+    config = run_directory.read_config(folder)
+    configs.validate(config)
+    network = make(config, mesh)
+    step, variables = read_network(network, folder, name)
+    return network, variables, step

@@ -1,0 +1,52 @@
+"""Losses by name."""
+
+import dataclasses
+from typing import Any
+
+from dml_jax.losses.base import ProxyLoss
+from dml_jax.losses.margins import ArcFace, CosFace, SphereFace
+from dml_jax.losses.proxy_anchor import ProxyAnchor
+from dml_jax.losses.soft_triple import SoftTriple
+from dml_jax.losses.softmax import NormSoftmax, ProxyNCA, Softmax
+
+_LOSSES: dict[str, type[ProxyLoss]] = {
+    "softmax": Softmax,
+    "norm_softmax": NormSoftmax,
+    "proxy_nca": ProxyNCA,
+    "cosface": CosFace,
+    "arcface": ArcFace,
+    "sphereface": SphereFace,
+    "soft_triple": SoftTriple,
+    "proxy_anchor": ProxyAnchor,
+}
+
+NAMES = tuple(_LOSSES)
+
+
+def create(name: str, **hyperparameters: Any) -> ProxyLoss:
+    """Makes a loss by name.
+
+    >>> create("norm_softmax", scale=16.0)
+    NormSoftmax(scale=16.0)
+
+    Args:
+        name: one of `NAMES`.
+        **hyperparameters: the fields of the loss's class, which have defaults; a tuple may come as
+            a list, as it does out of a JSON file.
+
+    Returns:
+        A callable `loss(embeddings, proxies, labels) -> scalar`.
+
+    Raises:
+        ValueError: unknown name or hyper-parameter.
+    """
+    if name not in _LOSSES:
+        raise ValueError(f"unknown loss {name!r}; choose one of {', '.join(sorted(_LOSSES))}")
+    known = {field.name for field in dataclasses.fields(_LOSSES[name])}
+    if unknown := sorted(hyperparameters.keys() - known):
+        raise ValueError(
+            f"loss {name!r} has no hyper-parameter {', '.join(unknown)}; "
+            f"it has {', '.join(sorted(known)) or 'none'}"
+        )
+    fields = {k: tuple(x) if isinstance(x, list) else x for k, x in hyperparameters.items()}
+    return _LOSSES[name](**fields)

@@ -1,0 +1,278 @@
+"""The page: everything put together, in one file that needs no network."""
+
+import base64
+import json
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import plotly.offline
+from jaxtyping import Int64
+from markupsafe import Markup
+
+import dml_jax
+from dml_jax import data, retrieval
+from dml_jax._utils import files
+from dml_jax.data import splits
+from dml_jax.report import projection, ranking, tables, thumbnails, training_map
+from dml_jax.report.runs import Group, Run
+from dml_jax.retrieval import exact
+from dml_jax.training import run_directory
+
+MOST_IMAGES = 12_000
+"""Images that a page shows; of a larger test set some queries and what they find."""
+
+_CONFUSED_PAIRS = 30
+_SCRIPTS = ("data.js", "charts.js", "map.js", "training.js", "gallery.js", "classes.js", "main.js")
+
+
+def write(
+    groups: Sequence[Group],
+    recipe: Mapping[str, Any],
+    path: Path,
+    *,
+    tell: Callable[[str], None] = print,
+) -> None:
+    """Writes the report of runs that were tested on the same images.
+
+    Args:
+        groups: of runs, as `runs.group` gives them.
+        recipe: what the config file of their data set defines.
+        path: the file.
+        tell: is told what is being done.
+
+    Raises:
+        FileNotFoundError: the images are not where the runs found them.
+        ValueError: they are others than the runs were tested on.
+    """
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no folder to write {path} into")
+    first = groups[0].first
+    sources = _sources(first)
+    tell("searching neighbours")
+    rankings = [ranking.rank(group.first) for group in groups]
+    queries, shown = _choose(first, rankings)
+    tell(f"laying out {len(shown)} images for each of {len(groups)} maps")
+    maps = _maps(groups, shown)
+    tell("drawing the training classes")
+    trained = [(group.name, training_map.draw(group.first)) for group in groups]
+    drawn = [(name, one) for name, one in trained if one is not None]
+    tell("drawing thumbnails")
+    pictures = _pictures(sources, shown) + [x for _, one in drawn for x in one.pictures]
+    sheets = thumbnails.draw(pictures, first.config)
+    content = {
+        "images": _images(first, shown) | {"side": sheets.side, "columns": thumbnails.COLUMNS},
+        "queries": _pack(queries),
+        "runs": [
+            _run(group, one, queries, shown, places)
+            for group, one, places in zip(groups, rankings, maps, strict=True)
+        ],
+        "curves": [_curve(i, run) for i, group in enumerate(groups) for run in group.runs],
+        "scores": list(retrieval.SCORES.items()),
+        "training": _training(drawn, len(shown)),
+        "kinds": training_map.KINDS,
+    }
+    text = _template().render(
+        groups=groups,
+        first=first,
+        test_images=len(first.queries.labels),
+        test_classes=len(np.unique(first.queries.labels)),
+        shown=len(shown),
+        all_shown=len(shown) == _count(first),
+        without=[name for name, one in trained if one is None],
+        score_names=list(retrieval.SCORES),
+        comparison=tables.scores(groups, recipe),
+        published="PUBLISHED" in recipe,
+        costs=tables.costs(groups),
+        settings=tables.settings(groups),
+        commands=tables.commands(groups, recipe),
+        command=_command(groups, path),
+        has_training=bool(drawn),
+        version=dml_jax.__version__,
+        date=time.strftime("%Y-%m-%d"),
+        content=_json(content),
+        sheets=sheets.files,
+        style=_file("style.css"),
+        plotly=Markup(plotly.offline.get_plotlyjs()),
+        scripts=[_file(name) for name in _SCRIPTS],
+    )
+    files.write_text(path, text)
+
+
+def _command(groups: Sequence[Group], path: Path) -> str:
+    folders = [str(run.folder) for group in groups for run in group.runs]
+    words = ["python scripts/report.py", *map(shlex.quote, folders), shlex.quote(f"--out={path}")]
+    return " \\\n    ".join(words)
+
+
+def _sources(run: Run) -> dict[str, data.Source]:
+    """The images that a run was tested on, made sure to be those."""
+    config = run.config
+    sources, _ = splits.load_splits(config, run_directory.read_findings(run.folder))
+    for split, embedded in (("test", run.queries), ("gallery", run.gallery)):
+        if embedded is not None and sources[split].names != embedded.names:
+            raise ValueError(
+                f"{config.data.root or config.data.name} holds other {split} images than "
+                f"{run.folder} was tested on; put them back, or train again"
+            )
+    return sources
+
+
+def _count(run: Run) -> int:
+    return len(run.queries.labels) + (0 if run.gallery is None else len(run.gallery.labels))
+
+
+def _choose(
+    run: Run, rankings: Sequence[ranking.Ranking]
+) -> tuple[Int64[np.ndarray, " q"], Int64[np.ndarray, " n"]]:
+    """Which queries, and which images, are shown; the gallery's are numbered behind the queries.
+
+    Every neighbour of a query that is shown is shown too.
+    """
+    offset = 0 if run.gallery is None else len(run.queries.labels)
+    if _count(run) <= MOST_IMAGES:
+        return np.arange(len(run.queries.labels)), np.arange(_count(run))
+    order = np.random.default_rng(0).permutation(len(run.queries.labels))
+    near = np.concatenate([one.neighbours[order] for one in rankings], axis=1) + offset
+    needed = np.concatenate([order[:, None], near], axis=1)
+    _, first_place = np.unique(needed, return_index=True)
+    new = np.bincount(first_place // needed.shape[1], minlength=len(order))
+    fit = int(np.searchsorted(np.cumsum(new), MOST_IMAGES, side="right"))
+    return np.sort(order[:fit]), np.unique(needed[:fit])
+
+
+def _vectors(run: Run, shown: Int64[np.ndarray, " n"]) -> np.ndarray:
+    parts = [part.embeddings for part in (run.queries, run.gallery) if part is not None]
+    return exact.unit_rows(np.concatenate(parts)[shown])
+
+
+def _maps(groups: Sequence[Group], shown: Int64[np.ndarray, " n"]) -> list[np.ndarray]:
+    places: list[np.ndarray] = []
+    for group in groups:
+        start = places[0] if places else None
+        places.append(projection.project(_vectors(group.first, shown), start=start))
+    return places
+
+
+def _pictures(
+    sources: dict[str, data.Source], shown: Int64[np.ndarray, " n"]
+) -> list[thumbnails.Picture]:
+    tests = len(sources["test"])
+    return [
+        thumbnails.Picture(sources["test"], int(i))
+        if i < tests
+        else thumbnails.Picture(sources["gallery"], int(i) - tests)
+        for i in shown
+    ]
+
+
+def _images(run: Run, shown: Int64[np.ndarray, " n"]) -> dict[str, Any]:
+    parts = [part for part in (run.queries, run.gallery) if part is not None]
+    names = [name for part in parts for name in part.names]
+    labels = np.concatenate([part.labels for part in parts])
+    return {
+        "names": [names[i] for i in shown],
+        "labels": _pack(labels[shown]),
+        "classes": run.queries.class_names,
+    }
+
+
+def _run(
+    group: Group,
+    ranked: ranking.Ranking,
+    queries: Int64[np.ndarray, " q"],
+    shown: Int64[np.ndarray, " n"],
+    places: np.ndarray,
+) -> dict[str, Any]:
+    """What the page's programs need of a run; images are numbered as they are shown."""
+    run = group.first
+    offset = 0 if run.gallery is None else len(run.queries.labels)
+    near = np.searchsorted(shown, ranked.neighbours[queries] + offset)
+    classes = ranking.by_class(run, ranked)
+    same, other = ranking.similarity_histogram(run)
+    return {
+        "name": group.name,
+        "neighbours": _pack(near.ravel()),
+        "perQuery": near.shape[1],
+        "similarities": _pack(np.round((ranked.similarities[queries].ravel() + 1) * 10_000)),
+        "precision": _pack(np.round(ranked.average_precision[queries] * 10_000)),
+        "answerable": _pack(ranked.relevant[queries] > 0),
+        "places": _pack(np.round(places.ravel() * 65_535)),
+        "classes": {
+            "queries": classes.queries.tolist(),
+            "recall": np.round(classes.recall, 5).tolist(),
+            "precision": np.round(classes.precision, 5).tolist(),
+        },
+        "confused": ranking.confused_pairs(run, ranked, _CONFUSED_PAIRS),
+        "histogram": {"same": same.tolist(), "other": other.tolist()},
+    }
+
+
+def _curve(group: int, run: Run) -> dict[str, Any]:
+    """A run's lines over epochs and over seconds of training and evaluation."""
+    ends = np.cumsum([x["train_seconds"] + x["evaluation_seconds"] for x in run.timings])
+    steps = [line["step"] for line in run.timings]
+    seconds = dict(zip(steps, np.round(ends, 2).tolist(), strict=True))
+    return {
+        "group": group,
+        "seed": run.config.seed,
+        "lines": {
+            metric: [
+                [line["epoch"], seconds.get(line["step"]), round(line[metric], 5)]
+                for line in run.metrics
+                if metric in line
+            ]
+            for metric in ("loss", *retrieval.SCORES.values())
+        },
+    }
+
+
+def _training(
+    drawn: Sequence[tuple[str, training_map.TrainingMap]], first_picture: int
+) -> list[dict[str, Any]]:
+    result = []
+    for name, one in drawn:
+        result.append(
+            {
+                "name": name,
+                "places": _pack(np.round(one.places.ravel() * 65_535)),
+                "kind": one.kind.tolist(),
+                "label": one.label.tolist(),
+                "second": one.second.tolist(),
+                "age": one.age.tolist(),
+                "classes": one.classes,
+                "firstPicture": first_picture,
+                "names": [x.source.names[x.number] for x in one.pictures],
+            }
+        )
+        first_picture += len(one.pictures)
+    return result
+
+
+def _pack(numbers: np.ndarray) -> str:
+    """Whole numbers in 0..65535 in base64."""
+    return base64.b64encode(np.asarray(numbers).astype("<u2").tobytes()).decode()
+
+
+def _json(content: Any) -> Markup:
+    """JSON that no class name can break out of a script element with."""
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+    return Markup(text.replace("<", "\\u003c"))
+
+
+def _file(name: str) -> Markup:
+    return Markup((resources.files("dml_jax.report") / "assets" / name).read_text(encoding="utf-8"))
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("dml_jax.report", "assets"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("report.html")

@@ -1,0 +1,1 @@
+"""Searching an index of embeddings, from the terminal or on a local page."""

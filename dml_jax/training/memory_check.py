@@ -1,0 +1,222 @@
+"""Whether a run's steps fit into the memory that is free, and which settings would make them fit.
+
+A compiled program says how much memory it needs. That is compared with what is free before the
+first step, because what does not fit ends otherwise with a process that the kernel kills.
+
+Not counted, because it is not known before: images that `config.data.cache=host` keeps.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from dml_jax._utils import free_memory, processes, runtime, sharding
+from dml_jax.evaluation.embedding import in_flight, rows_at_once
+from dml_jax.training import builder, resume
+from dml_jax.training.builder import Experiment
+
+_PROGRAM = 500_000_000
+"""Bytes for what a run allocates on the host besides its steps and a copy of the state.
+
+Measured with a ResNet-18 (512 dimensions, batches of 64 images of 128 pixels): 0.1 GB resident, and
+0.6 GB of address space with a copy of the state of 0.14 GB.
+"""
+_WORKER = 250_000_000
+"""Bytes of a process that decodes images; 275 MB were resident, some of them shared."""
+_KEPT = 4
+"""How many times a program may keep the memory of a step; see `runtime.prepare`. 3 were seen."""
+_SLACK = 1.25  # By how much a guess of what a program would need may be too low.
+_PARTS = 8
+"""Parts beyond these are not proposed: the time to compile grows with them."""
+_SIZES = 32  # Image sizes that are proposed are multiples of it.
+
+
+class Need(NamedTuple):
+    """Bytes that a run needs on each device."""
+
+    fixed: int
+    """What a step is given: the state and a batch."""
+    temporary: int
+    """What a step needs besides, or an evaluation if that is more."""
+
+    @property
+    def total(self) -> int:
+        """What is needed while a step is taken."""
+        return self.fixed + self.temporary
+
+
+class Room(NamedTuple):
+    """Memory that a device's share of the run may take."""
+
+    size: int | float
+    """Bytes."""
+    where: str
+    """What sets this bound, in words."""
+
+
+def check(built: Experiment, folder: Path) -> None:
+    """Makes sure that a run fits into memory; compiles its step, which is not compiled again.
+
+    Args:
+        built: the run.
+        folder: the run's: one that goes on may change some settings only.
+
+    Raises:
+        ValueError: it does not fit; names the settings with which it would.
+    """
+    needed = need(built)
+    runtime.trim_memory()
+    room = free_room(built)
+    smallest = processes.least(room.size)
+    if needed.total <= smallest:
+        if sharding.on_cpu(built.mesh) and needed.fixed + _KEPT * needed.temporary > smallest:
+            runtime.give_memory_back()
+        return
+    tightest = math.isclose(room.size, smallest, rel_tol=1e-6)
+    where = room.where if tightest else "another process has less"
+    problem = (
+        f"a training step needs {_gb(needed.total)} of memory on each device, but only "
+        f"{_gb(max(smallest, 0.0))} can be had for it: {where}"
+    )
+    logging.warning("%s; compiling other settings to find some that fit", problem)
+    fitting = _fitting(built, folder, needed, smallest)
+    if fitting:
+        advice = "Any one of these lines would fit:\n" + "\n".join(fitting)
+    else:
+        advice = (
+            "No other image size, number of parts or way to store activations was found to fit: "
+            "choose a smaller config.model.backbone, config.batch_size or config.memvir.num_steps, "
+            "fewer config.data.num_workers, or a machine with more memory"
+        )
+    raise ValueError(f"{problem}. {advice}")
+
+
+def need(built: Experiment) -> Need:
+    """What a run needs on each device, as its compiled programs tell.
+
+    Args:
+        built: the run.
+    """
+    state, batch = builder.abstract_state(built), builder.abstract_batch(built)
+    step = built.take_step.compile(state, batch).memory_analysis()
+    rows, size = rows_at_once(built.network), built.config.data.image_size
+    images = jax.ShapeDtypeStruct(
+        (rows, size, size, 3), jnp.uint8, sharding=sharding.batch_sharding(built.mesh)
+    )
+    embed = built.network.embed.lower(built.network.variables_shape, images).compile()
+    evaluation = embed.memory_analysis()
+    if step is None or evaluation is None:  # Some backends do not tell.
+        return Need(0, 0)
+    new = step.output_size_in_bytes - step.alias_size_in_bytes
+    given = rows * size * size * 3 // built.mesh.size
+    embedding = given + evaluation.temp_size_in_bytes + evaluation.output_size_in_bytes
+    return Need(
+        fixed=step.argument_size_in_bytes,
+        temporary=max(step.temp_size_in_bytes + new, in_flight(built.mesh) * embedding),
+    )
+
+
+def free_room(built: Experiment) -> Room:
+    """The memory that each device's share of a run may take, before the state is made.
+
+    Args:
+        built: the run, whose images may be on the devices already.
+    """
+    state = builder.abstract_state(built)
+    shares = len(built.mesh.local_devices) if sharding.on_cpu(built.mesh) else 0
+    sharing = processes.processes_on_this_host()
+    program = _PROGRAM + sum(_on_device(x) for x in jax.tree.leaves(state))
+    workers = _WORKER * built.config.data.num_workers * (built.config.data.cache == "none")
+    rooms = [
+        *(
+            _room(place, free, shares * sharing, (program + workers) * sharing)
+            for place, free in free_memory.of_host().items()
+        ),
+        *(_room(place, free, shares, program) for place, free in free_memory.of_process().items()),
+        *(
+            _room(f"device {device.id}", stats["bytes_limit"] - stats["bytes_in_use"], 1, 0)
+            for device in built.mesh.local_devices
+            if "bytes_limit" in (stats := device.memory_stats() or {})
+        ),
+        Room(math.inf, "nothing is known of memory"),
+    ]
+    # The images are among what a step is given, and take nothing that is still free.
+    cache = built.cache("train")
+    there = 0 if cache is None else cache.images.nbytes // built.mesh.size
+    tightest = min(rooms)
+    return tightest._replace(size=tightest.size + there)
+
+
+def _room(place: str, free: int, shares: int, rest: int) -> Room:
+    """What each of `shares` devices may take of a place where `rest` is for other things."""
+    where = f"{place} has {_gb(free)} free"
+    if rest:
+        where += f", of which the rest of the program needs {_gb(rest)}"
+    if shares > 1:
+        where += f", and {shares} devices share it"
+    if shares:
+        return Room((free - rest) / shares, where)
+    return Room(math.inf if rest <= free else 0, where)
+
+
+def _on_device(x: jax.ShapeDtypeStruct) -> int:
+    shape = x.sharding.shard_shape(x.shape)
+    return math.prod(shape) * x.dtype.itemsize
+
+
+def _fitting(built: Experiment, folder: Path, needed: Need, room: int | float) -> list[str]:
+    """The settings, of at most five that are compiled, with which a run fits."""
+    alone = list(_candidates(built, needed, room))
+    fitting = [settings for settings in alone if _fits(built, folder, settings, room)]
+    together = {name: value for settings in alone for name, value in settings.items()}
+    if not fitting and len(alone) > 1 and _fits(built, folder, together, room):
+        fitting = [together]
+    return [
+        "  " + " ".join(f"--config.{name}={value}" for name, value in settings.items())
+        for settings in fitting
+    ]
+
+
+def _candidates(built: Experiment, needed: Need, room: int | float) -> Iterator[Mapping[str, Any]]:
+    """Changes that could make a run fit, those first that change its results least."""
+    config, memory = built.config, built.state_shape.memory
+    if memory is not None and config.memvir.dtype == "float32":
+        places = jax.tree.leaves(builder.abstract_state(built).memory)
+        if needed.total - sum(map(_on_device, places)) / 2 <= room:
+            yield {"memvir.dtype": "bfloat16"}
+    may_take = (room - needed.fixed) / _SLACK
+    if may_take <= 0:
+        return
+    if not config.model.remat:
+        yield {"model.remat": True}
+    times = needed.temporary / may_take
+    for count in range(config.micro_batches + 1, _PARTS * config.micro_batches + 1):
+        shared = config.batch_size % (count * built.mesh.size) == 0
+        if shared and count >= times * config.micro_batches:
+            yield {"micro_batches": count}
+            break
+    size = int(config.data.image_size / math.sqrt(times)) // _SIZES * _SIZES
+    if 0 < size < config.data.image_size:
+        resize = round(config.data.resize * size / config.data.image_size)
+        yield {"data.image_size": size, "data.resize": resize}
+
+
+def _fits(built: Experiment, folder: Path, settings: Mapping[str, Any], room: int | float) -> bool:
+    """Whether a run with some other settings is allowed, and needs no more than the room."""
+    config = built.config.copy_and_resolve_references()
+    config.update_from_flattened_dict(settings)
+    try:
+        resume.check(folder, config)
+        other = builder.build(config, built.mesh, built.findings)
+    except ValueError:  # The run in the folder, or the backbone, does not allow it.
+        return False
+    return -processes.least(-need(other._replace(cache=built.cache)).total) <= room
+
+
+def _gb(size: int | float) -> str:
+    return f"{size / 1e9:.2f} GB"

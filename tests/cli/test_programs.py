@@ -1,0 +1,375 @@
+"""The programs, started as a user starts them."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import dml_jax
+from dml_jax._utils import files, sharding
+from dml_jax.evaluation import embedding_files
+from dml_jax.models import pretrained
+from dml_jax.training import builder, checkpoint, preemption, run_directory
+from tests.helpers import tiny, weights
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(program, *arguments):
+    return [sys.executable, f"scripts/{program}", *map(str, arguments)]
+
+
+def run(program, *arguments):
+    return subprocess.run(command(program, *arguments), cwd=ROOT, capture_output=True, text=True)
+
+
+def succeed(program, *arguments):
+    done = run(program, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return tiny.write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    succeed(
+        "train.py",
+        f"--workdir={folder}",
+        *tiny.arguments(images, "ps_memvir", epochs=6, deterministic=True),
+    )
+    return folder
+
+
+def test_a_finished_run_is_not_trained_again(images, finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
+    out = succeed(
+        "train.py",
+        f"--workdir={finished}",
+        *tiny.arguments(images, "ps_memvir", epochs=6, deterministic=True),
+    )
+    assert "last: R@1" in out
+    assert before == {path: path.stat().st_mtime_ns for path in finished.iterdir()}
+
+
+def test_evaluate_scores_checkpoints_and_exported_embeddings(finished):
+    result = run_directory.read_result(finished)
+    best = json.loads(succeed("evaluate.py", f"--workdir={finished}", "--checkpoint=best_map"))
+    assert best["map@r"] == result["best"]["map@r"]
+    exported = json.loads(
+        succeed(
+            "evaluate.py",
+            f"--embeddings={finished / run_directory.EMBEDDINGS}",
+            "--nmi",
+            "--recall_at=1",
+        )
+    )
+    assert exported["recall@1"] == result["last"]["recall@1"]
+    assert 0 <= exported["nmi"] <= 1 and "recall@2" not in exported
+
+
+def test_embed_needs_nothing_of_the_run_but_config_and_checkpoint(images, finished, tmp_path):
+    out, moved = tmp_path / "mine.npz", tmp_path / "moved"
+    images.rename(moved)
+    try:
+        succeed("embed.py", f"--workdir={finished}", f"--images={moved / 'test'}", f"--out={out}")
+    finally:
+        moved.rename(images)
+    ours = embedding_files.load_embeddings(out)
+    expected = embedding_files.load_embeddings(finished / run_directory.EMBEDDINGS)
+    np.testing.assert_allclose(ours.embeddings, expected.embeddings, rtol=1e-5, atol=1e-5)
+    assert ours.class_names == expected.class_names
+    assert ours.names[0] == "class0/0.png"
+
+
+def test_export_embeds_as_the_run_did(images, finished, tmp_path):
+    out = tmp_path / "exported"
+    assert f"is in {out / 'README.md'}" in succeed("export.py", finished, f"--out={out}")
+    saved = embedding_files.load_embeddings(finished / run_directory.EMBEDDINGS)
+    ours = dml_jax.load(out).embed([images / name for name in saved.names])
+    lengths = np.linalg.norm(saved.embeddings, axis=1, keepdims=True)
+    np.testing.assert_allclose(ours / lengths, saved.embeddings / lengths, rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def indexed(images, finished, tmp_path_factory):
+    out = tmp_path_factory.mktemp("search") / "index"
+    embeddings = f"--embeddings={finished / run_directory.EMBEDDINGS}"
+    printed = succeed("index.py", embeddings, f"--images={images}", f"--out={out}")
+    assert "24 images, flat index" in printed and "100.0" in printed
+    return out
+
+
+def test_search_finds_an_image_of_the_gallery_first(images, finished, indexed, tmp_path):
+    query, sheet = images / "test" / "class2" / "3.png", tmp_path / "sheet.html"
+    where = [f"--index={indexed}", f"--workdir={finished}"]
+    printed = succeed("search.py", *where, f"--out={sheet}", "--neighbours=3", query)
+    first = next(line for line in printed.splitlines() if line.startswith("│ 1 "))
+    assert "1.000" in first and "test/class2/3.png" in first
+    assert sheet.read_text().count("data:image/jpeg;base64,") == 4
+
+
+PRETRAINED = {"model__backbone": "resnet18", "model__width": 64, "model__stem": "imagenet"}
+
+
+def test_a_run_starts_from_pretrained_weights_and_goes_on_without_their_file(images, tmp_path):
+    file, folder = tmp_path / "resnet18.safetensors", tmp_path / "run"
+    expected = weights.state_dict("resnet18")
+    save_file(expected, file)
+    # Nothing is learnt, so that the checkpoint holds what the run started from.
+    still = {"optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0}
+    settings = PRETRAINED | still | {"model__pretrained": file, "model__freeze_bn": True}
+    training = ["train.py", f"--workdir={folder}", *tiny.arguments(images, epochs=1, **settings)]
+    succeed(*training)
+    like = tiny.config(images, **PRETRAINED)
+    built = builder.build(like, sharding.make_mesh(jax.devices()[:1]))
+    variables = checkpoint.read_network(built.network, folder, "last")
+    backbone = {collection: tree["backbone"] for collection, tree in variables.items()}
+    chex.assert_trees_all_equal(
+        jax.device_get(backbone), jax.device_get(pretrained.convert("resnet18", expected))
+    )
+    file.unlink()
+    (folder / run_directory.RESULT).unlink()
+    assert "last: R@1" in succeed(*training)
+
+
+BAD = {
+    "unknown key": (["--config.optimizer.leraning_rate=1"], "leraning_rate"),
+    "wrong type": (["--config.epochs=many"], "epochs"),
+    "unknown variant": (["--config=configs/folder.py:psi"], "unknown variant 'psi'"),
+    "two bad values": (
+        ["--config.model.stem=large", "--config.optimizer.eps=0"],
+        "config.model.stem is 'large'; choose one of imagenet, small, or None\n"
+        "config.optimizer.eps is 0.0; it must be a finite number above 0",
+    ),
+    "missing folder": (["--config.data.root=nowhere"], "nowhere is not a directory"),
+    "missing weights": (
+        ["--config.model.pretrained=no.safetensors"]
+        + [f"--config.{name.replace('__', '.')}={value}" for name, value in PRETRAINED.items()],
+        f"there are no weights at {ROOT / 'no.safetensors'}",
+    ),
+    "large batch": (["--config.batch_size=64"], "64"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_setting_is_told_before_anything_is_written(images, tmp_path, name):
+    wrong, message = BAD[name]
+    folder = tmp_path / "run"
+    done = run("train.py", f"--workdir={folder}", *tiny.arguments(images), *wrong)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not folder.exists()
+
+
+def test_numbers_that_are_not_finite_end_a_run_with_an_exit_code_of_their_own(images, tmp_path):
+    folder = tmp_path / "run"
+    # Loss and gradient are finite, but the gradient times this rate is not.
+    wild = {"optimizer__name": "sgd", "optimizer__learning_rate": 1e38}
+    done = run("train.py", f"--workdir={folder}", *tiny.arguments(images, epochs=1, **wild))
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (
+        f"{folder / run_directory.NOT_FINITE} tells more; the last good checkpoint is none yet"
+        in (done.stderr)
+    )
+    told = json.loads((folder / run_directory.NOT_FINITE).read_text())
+    assert (told["step"], told["learning_rate"], len(told["images"])) == (1, 1e38, 8)
+    assert 0 < told["loss"] < 100 and 0 < told["gradient_norm"] < 1000
+    assert not (folder / run_directory.RESULT).exists()
+
+
+def test_bad_images_are_told_by_path(tmp_path):
+    images = tiny.write_images(tmp_path / "images")
+    (images / "train" / "class1" / "2.png").write_text("not an image")
+    (images / "train" / "class9").mkdir()
+    folder = tmp_path / "run"
+    training = ["train.py", f"--workdir={folder}", *tiny.arguments(images)]
+    done = run(*training)
+    assert done.returncode == 2 and str(images / "train" / "class9") in done.stderr
+    (images / "train" / "class9").rmdir()
+    done = run(*training)
+    assert done.returncode == 2 and "train/class1/2.png" in done.stderr
+    assert not folder.exists()
+
+
+def test_a_run_of_another_configuration_is_left_as_it_is(images, finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    done = run("train.py", f"--workdir={finished}", *tiny.arguments(images, "ps", epochs=6))
+    assert done.returncode == 2
+    assert "config.memvir.num_steps: 2 there, 0 now" in done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def markdown_rows(table):
+    lines = table.strip().splitlines()[2:]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_reproduce_goes_on_after_a_kill_and_compares(images, tmp_path):
+    settings = [x for x in tiny.arguments(images, epochs=2) if not x.startswith("--config=")]
+    reproduce = command(
+        "reproduce.py",
+        "--config=configs/folder.py",
+        "--variants=memvir_proxy_nca",
+        "--seeds=2",
+        f"--root={tmp_path}",
+        *settings,
+        "--config.memvir.num_steps=2",
+        "--config.memvir.step_gap=0",
+        "--config.memvir.warmup_epochs=1",
+    )
+    process = subprocess.Popen(reproduce, cwd=ROOT, stdout=subprocess.DEVNULL)
+    first, second = (tmp_path / name / "seed0" for name in ("proxy_nca", "memvir_proxy_nca"))
+    while not (second / run_directory.METRICS).exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    finished = (first / run_directory.RESULT).stat().st_mtime_ns
+
+    done = subprocess.run(reproduce, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (first / run_directory.RESULT).stat().st_mtime_ns == finished
+    tables = done.stdout[done.stdout.index("| R@1") :].split("\n\n")
+    assert [table.splitlines()[0].split(" | ")[0] for table in tables] == [
+        "| R@1, last epoch",
+        "| RP, last epoch",
+        "| MAP@R, last epoch",
+    ]
+    rows = markdown_rows(tables[2])
+    assert [row[0] for row in rows] == ["proxy_nca", "memvir_proxy_nca"]
+    for row in rows:
+        for seed in range(2):
+            result = run_directory.read_result(tmp_path / row[0] / f"seed{seed}")
+            assert row[1 + seed] == f"{100 * result['last']['map@r']:.1f}"
+    assert rows[0][4] == "" and rows[1][4].startswith("proxy_nca ")
+
+
+def quickstart(arguments):
+    # As quickstart.sh starts it, once the environment is made.
+    started = [sys.executable, "-m", "scripts.quickstart", *arguments]
+    return subprocess.run(started, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def table_rows(printed):
+    lines = [line.split("│")[1:-1] for line in printed.splitlines() if "│" in line]
+    return [[cell.strip() for cell in cells] for cells in lines]
+
+
+def test_quickstart_compares_and_reuses(tmp_path):
+    arguments = [f"--root={tmp_path}", "--epochs=1"]
+    printed, report = quickstart(arguments), tmp_path / "report.html"
+    assert printed.rstrip().endswith(str(report)) and report.stat().st_size > 1e6
+    first = table_rows(printed)
+    assert [row[0] for row in first] == [
+        "raw pixels",
+        "untrained network",
+        "baseline",
+        "ps",
+        "memvir",
+        "ps_memvir",
+    ]
+    baseline, *others = (float(row[3]) for row in first[2:])
+    for row, score in zip(first[3:], others, strict=True):
+        assert float(row[4]) == pytest.approx(score - baseline, abs=0.11)
+    assert 30 < float(first[0][3]) < 32 and float(first[1][3]) < 15
+    runs = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert table_rows(quickstart(arguments)) == first
+    assert runs == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_a_full_disk_ends_a_run_and_room_lets_it_go_on(images, tmp_path):
+    folder = tmp_path / "run"
+    arguments = tiny.arguments(images, epochs=2, model__width=64)
+    training = ("train.py", f"--workdir={folder}", *arguments)
+    # No file may grow beyond 200 KiB, and the state is larger.
+    limited = ["bash", "-c", 'ulimit -f 200 && exec "$@"', "bash", *command(*training)]
+    full = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
+    assert full.returncode == 2, full.stderr
+    assert "checkpoint of step 4 could not be written" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert not (folder / run_directory.RESULT).exists()
+    assert "last: R@1" in succeed(*training)
+
+
+def test_two_processes_that_are_asked_to_stop_train_like_one_that_is_not(tmp_path):
+    images = tiny.write_images(tmp_path / "images")
+    # One process looks at the images, and tells the other what to leave out.
+    (images / "train" / "class0" / "0.png").write_bytes(b"")
+    arguments = tiny.arguments(images, "ps_memvir", epochs=3, data__unreadable="skip")
+    slow = ["--config.optimizer.learning_rate=1e-4", "--config.evaluation.recall_at=(1,2)"]
+
+    def start(folder, devices, *flags, program=("scripts/train.py",), **environment):
+        flag = f"--xla_force_host_platform_device_count={devices}"
+        return subprocess.Popen(
+            [sys.executable, *program, f"--workdir={folder}", *arguments, *slow, *flags],
+            cwd=ROOT,
+            env=os.environ | {"XLA_FLAGS": flag} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def start_two(folder, **of_second):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        joined = [f"--coordinator={address}", "--num_processes=2"]
+        processes = [
+            start(folder, 2, *joined, f"--process_id={number}", **settings)
+            for number, settings in enumerate(({}, of_second))
+        ]
+        printed = [process.communicate(timeout=600) for process in processes]
+        return [process.returncode for process in processes], printed
+
+    # The second one is asked to stop in step 5; all come to know it four steps later.
+    together, does = tmp_path / "together", str(tmp_path / "does")
+    asks = {"DML_JAX_TEST_DOES": does, "DML_JAX_TEST_STOPS": "5"}
+    codes, printed = start_two(together, program=("-m", "tests.helpers.marked"), **asks)
+    assert codes == [preemption.EXIT_CODE] * 2, printed
+    assert all("stopped after step 9, which is saved" in errors for _, errors in printed)
+    assert (together / run_directory.CHECKPOINTS / "9").is_dir()
+    codes, printed = start_two(together)
+    assert codes == [0, 0], printed
+    assert "last: R@1" in printed[0][0] and "R@1" not in printed[1][0]
+    alone = tmp_path / "alone"
+    process = start(alone, 4)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    lines = [files.read_json_lines(folder / run_directory.METRICS) for folder in (together, alone)]
+    for ours, expected in zip(*lines, strict=True):
+        assert ours.keys() == expected.keys()
+        np.testing.assert_allclose(ours["loss"], expected["loss"], rtol=1e-5)
+    for folder in (together, alone):
+        result = json.loads((folder / run_directory.RESULT).read_text())
+        assert result["unreadable"] == {"train": 1, "test": 0}
+    ours, expected = (
+        embedding_files.load_embeddings(x / run_directory.EMBEDDINGS) for x in (together, alone)
+    )
+    np.testing.assert_allclose(ours.embeddings, expected.embeddings, rtol=1e-4, atol=1e-4)
+
+    # The last checkpoint is of epoch 3; without it a single process does that epoch again.
+    (together / run_directory.RESULT).unlink()
+    shutil.rmtree(together / run_directory.CHECKPOINTS / "12")
+    process = start(together, 1)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    resumed = files.read_json_lines(together / run_directory.METRICS)
+    assert resumed[:2] == lines[0][:2]
+    np.testing.assert_allclose(resumed[2]["loss"], lines[0][2]["loss"], rtol=1e-5)

@@ -1,0 +1,42 @@
+"""The weights that the reference features of the backbones were computed with."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SHAPES = json.loads((GOLDEN / "backbone_state_dicts.json").read_text())
+
+
+def state_dict(name):
+    """All tensors of a backbone under PyTorch's names."""
+    return {key: _tensor(key, shape) for key, shape in SHAPES[name].items()}
+
+
+def port(name):
+    """The same as old ports wrote it: of a parallel model, by PyTorch before 0.2."""
+    tensors = state_dict(name)
+    old = {k: x[None] if x.ndim == 1 and "bn" in k else x for k, x in tensors.items()}
+    size = {"bninception": 1024, "resnet18": 512}[name]
+    old |= {"last_linear.weight": np.ones((1000, size), np.float32)}
+    old |= {"last_linear.bias": np.ones(1000, np.float32)}
+    return {f"module.{key}": x for key, x in old.items()}
+
+
+def backbone(name):
+    """The tensors without the classifier's."""
+    return {k: x for k, x in state_dict(name).items() if not k.startswith("fc.")}
+
+
+def _tensor(key, shape):
+    seed = np.random.RandomState(zlib.crc32(key.encode()))
+    x = seed.standard_normal(shape).astype("float32")
+    if key.endswith("running_var"):
+        return 1 + 0.1 * abs(x)
+    if key.endswith(("running_mean", "bias")):
+        return 0.1 * x
+    if len(shape) == 1:
+        return 1 + 0.1 * x
+    return x * np.float32((2 / np.prod(shape[1:])) ** 0.5)

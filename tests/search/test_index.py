@@ -1,0 +1,183 @@
+import json
+
+import numpy as np
+import pytest
+
+from dml_jax.evaluation.embedding_files import Embeddings
+from dml_jax.search import index
+
+
+def embeddings(count, dim=16, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 5
+    vectors = rng.standard_normal((5, dim))[labels] + rng.standard_normal((count, dim))
+    names = tuple(f"{label}/{row}.png" for row, label in enumerate(labels))
+    return Embeddings(vectors.astype(np.float32), labels, names, tuple("abcde"))
+
+
+PER_IMAGE = ("embeddings", "labels", "names")
+
+
+def exact(images, query, k):
+    unit = images.embeddings / np.linalg.norm(images.embeddings, axis=1, keepdims=True)
+    similarities = unit @ (query[0] / np.linalg.norm(query[0]))
+    order = np.argsort(-similarities)[:k]
+    return order.tolist(), similarities[order]
+
+
+@pytest.mark.parametrize(
+    "count, kind", [(1, "flat"), (50_000, "flat"), (50_001, "hnsw"), (200_001, "ivf")]
+)
+def test_the_kind_goes_by_size(count, kind):
+    assert index.kind_for(count) == kind
+
+
+def test_a_flat_index_is_exact_and_survives_the_disk(tmp_path):
+    images = embeddings(300)
+    built, measured = index.build(images)
+    assert [(x.effort, x.recall) for x in measured] == [(0, 1.0)]
+    index.save(built, tmp_path / "new" / "index")
+    gallery = index.load(tmp_path / "new" / "index")
+    assert gallery[1:] == built[1:]
+    query = embeddings(1, seed=1).embeddings * 7
+    found = gallery.nearest(query, 9)
+    rows, similarities = exact(images, query, 9)
+    assert [neighbour.row for neighbour in found] == rows
+    np.testing.assert_allclose([neighbour.similarity for neighbour in found], similarities, 1e-5)
+    assert [x.name for x in found] == [images.names[row] for row in rows]
+    assert [x.class_name for x in found] == ["abcde"[row % 5] for row in rows]
+    assert gallery.facts == "300 images, flat index (exact)"
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf"])
+def test_effort_grows_until_the_measured_recall_is_as_wanted(kind, tmp_path):
+    everything = embeddings(4100, dim=24)
+    images = everything._replace(**{x: getattr(everything, x)[:4000] for x in PER_IMAGE})
+    built, measured = index.build(images, kind=kind)
+    recalls = [x.recall for x in measured]
+    assert recalls[-1] >= index.WANTED_RECALL > max([0, *recalls[:-1]])
+    assert built.recall == recalls[-1]
+    index.save(built, tmp_path / "index")
+    gallery = index.load(tmp_path / "index")
+    # The effort is kept, and what was measured holds for others.
+    queries = everything.embeddings[4000:, None]
+    hits = [
+        len({x.row for x in gallery.nearest(query, 10)} & set(exact(images, query, 10)[0]))
+        for query in queries
+    ]
+    assert abs(np.mean(hits) / 10 - built.recall) < 0.05
+
+
+def test_recall_is_of_others_than_the_query_and_any_copy_will_do():
+    images = embeddings(40)
+    copies = images._replace(embeddings=np.repeat(images.embeddings[:1], 40, axis=0))
+    assert index.build(copies, kind="hnsw")[0].recall == 1.0
+    unit = np.eye(4, dtype=np.float32)
+    own, true = np.array([0, 1]), np.array([[1.0, 0.0], [1.0, 0.0]], np.float32)
+    assert index._recall(unit, own, np.array([[0, 2], [1, -1]]), true) == 0.5
+
+
+def test_an_index_of_one_image(tmp_path):
+    gallery, _ = index.build(embeddings(1))
+    assert [x.row for x in gallery.nearest(embeddings(1).embeddings, 12)] == [0]
+
+
+def test_only_files_inside_the_folder_are_the_gallerys(tmp_path):
+    folder = tmp_path / "images"
+    (folder / "0").mkdir(parents=True)
+    names = ("0/0.png", "0/../../secret.png", str(tmp_path / "secret.png"), "0/gone.png")
+    for path in (folder / "0" / "0.png", tmp_path / "secret.png", folder / "0" / "gone.png"):
+        path.write_text("x")
+    images = embeddings(4)._replace(names=names)
+    gallery, _ = index.build(images, folder=str(folder))
+    (folder / "0" / "gone.png").unlink()
+    assert [gallery.file(row) for row in range(4)] == [folder / "0" / "0.png", None, None, None]
+    assert index.build(images)[0].file(0) is None
+    with pytest.raises(FileNotFoundError, match=r"1 of the 4 images .*such as 0/gone\.png"):
+        index.build(images, folder=str(folder))
+
+
+def test_another_network_is_told():
+    images = embeddings(30)
+    gallery, _ = index.build(images)
+    gallery.check_network(images.embeddings[:1] * 3)
+    for other in (images.embeddings[1:2], images.embeddings[:1, :8]):
+        with pytest.raises(ValueError, match=r"embeds 0/0\.png otherwise"):
+            gallery.check_network(other)
+    with pytest.raises(ValueError, match="have 8 dimensions, the index's 16"):
+        gallery.nearest(images.embeddings[:1, :8], 3)
+
+
+def test_what_cannot_be_indexed():
+    images = embeddings(3)
+    with pytest.raises(ValueError, match="no embeddings to index"):
+        index.build(images._replace(embeddings=np.zeros((0, 4), np.float32)))
+    images.embeddings[1, 2] = np.nan
+    with pytest.raises(
+        ValueError, match="1 embeddings are not finite in float32, the first in row 1"
+    ):
+        index.build(images)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    folder = tmp_path / "index"
+    index.save(index.build(embeddings(20))[0], folder)
+    return folder
+
+
+def test_an_index_is_not_overwritten(saved):
+    with pytest.raises(FileExistsError, match="remove it, or choose another --out"):
+        index.save(index.build(embeddings(3))[0], saved)
+    assert len(index.load(saved).names) == 20
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+@pytest.mark.parametrize("file", [index.VECTORS, index.IMAGES])
+def test_a_missing_index_is_told(saved, file):
+    (saved / file).unlink()
+    with pytest.raises(FileNotFoundError, match=f"no index: there is no .*{file}"):
+        index.load(saved)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+def test_damaged_vectors_are_told(saved, damage):
+    damage(saved / index.VECTORS)
+    with pytest.raises(ValueError, match="damaged .*not as it was written.*make it again"):
+        index.load(saved)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"names": ["too few"]},
+        {"labels": [7] * 20},
+        {"labels": ["x"] * 20},
+        {"names": None},
+        {"kind": ...},
+        {"more": 1},
+    ],
+)
+def test_a_damaged_list_of_images_is_told(saved, changes):
+    about = json.loads((saved / index.IMAGES).read_text()) | changes
+    (saved / index.IMAGES).write_text(
+        json.dumps({name: value for name, value in about.items() if value is not ...})
+    )
+    with pytest.raises(ValueError, match="is damaged"):
+        index.load(saved)
+
+
+def test_a_list_of_images_that_was_cut_short_is_told(saved):
+    cut(saved / index.IMAGES)
+    with pytest.raises(ValueError, match="is damaged"):
+        index.load(saved)

@@ -1,0 +1,632 @@
+import ast
+import dataclasses
+import functools
+import importlib.util
+import math
+import re
+import shlex
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from dml_jax import data, losses
+from dml_jax._utils import sharding
+from dml_jax.configs import glyphs
+from dml_jax.data import splits
+from dml_jax.data.prepare import DATA_SETS, prepare
+from dml_jax.models import networks
+from dml_jax.training import builder, config, resume, rules, run, run_directory, step
+from dml_jax.training.batches import device_batches
+from tests.helpers import public_data
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "configs").glob("*.py"))
+
+# What is prepared of each public data set, in small; the others come with their images.
+LAYOUTS = {
+    "cars196": (public_data.cars196_annos, public_data.CARS_COUNTS),
+    "cub200": (public_data.cub200, public_data.CUB_COUNTS),
+    "sop": (public_data.sop, public_data.SOP_COUNTS),
+    "inshop": (public_data.inshop, public_data.INSHOP_COUNTS),
+    "omniglot": (public_data.omniglot, public_data.OMNIGLOT_COUNTS),
+    "folder": (public_data.folder, public_data.FOLDER_COUNTS),
+}
+
+
+def load(file):
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    """Where the images of each data set are; they are read once for all of its variants."""
+    folders = {"glyphs": "", "orl_faces": ""}
+    for name, (write, counts) in LAYOUTS.items():
+        folder = tmp_path_factory.mktemp(name)
+        published = dataclasses.replace(DATA_SETS[name], counts=counts)
+        prepare(name, source=write(folder / "source"), out=folder / "out", published=published)
+        folders[name] = str(folder / "out")
+    read = data.create
+
+    @functools.cache
+    def few(name, *, root=None):
+        sources = read(name, root=root)
+        few = three_images(sources["train"])
+        # In small, some have only one class to test on, which would be refused.
+        return sources | {"train": few, "test": few}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "create", few)
+        patch.setattr(splits, "_inspected", lambda sources: data.InspectionReport({}, {}))
+        # Variants of equal shape compile once for all files, and not for long.
+        jax.config.update("jax_disable_most_optimizations", True)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        yield folders
+        jax.config.update("jax_disable_most_optimizations", False)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def three_images(source):
+    """Of the first two classes, so that all data sets have the same shapes."""
+    chosen = np.flatnonzero(source.labels < 2)[[0, 1, -1]].tolist()
+    return data.Source(
+        records=[source.records[i] for i in chosen],
+        labels=source.labels[chosen],
+        class_names=source.class_names[:2],
+        names=tuple(source.names[i] for i in chosen),
+    )
+
+
+# Of `memvir_baseline` another test shows that it is `memvir` without the memory.
+REGULARISED = [method for method in config.METHODS if method != "memvir_baseline"]
+
+SMALL = {
+    "batch_size": 2,
+    "data.image_size": 8,
+    "data.resize": 8,
+    "data.num_workers": 0,
+    "data.n_instance": 1,
+    "model.backbone": "colours",
+    "model.width": None,
+    "model.stem": None,
+    "model.pretrained": "none",
+    "model.dim": 4,
+    "model.freeze_bn": False,
+    "model.freeze_bn_affine": False,
+    "optimizer.learning_rate": 0.1,
+    "optimizer.proxy_learning_rate": 0.1,
+    "optimizer.eps": 0.01,
+    "optimizer.weight_decay": 1e-4,
+    "optimizer.decay_epochs": (),
+    "evaluation.recall_at": (1,),
+}
+SMALL_MEMORY = {
+    "memvir.num_steps": 2,
+    "memvir.step_gap": 0,
+    "memvir.warmup_epochs": 0,
+}
+
+
+@pytest.mark.parametrize("loss", losses.NAMES)
+@pytest.mark.parametrize("method", REGULARISED)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_variant_of_every_file_takes_two_steps(file, method, loss, roots):
+    made = load(file).get_config(f"{method}_{loss}")
+    made.data.root = roots[file.stem]
+    config.validate(made)
+    assert made.loss.name == loss
+    has_memory = "memvir" in method
+    assert bool(made.proxy_synthesis.ratio) == ("ps" in method)
+    assert bool(made.memvir.num_steps) == has_memory
+    with pytest.raises(AttributeError, match="epoch"):
+        made.epoch = 3
+
+    made.update_from_flattened_dict(SMALL | {"data.root": roots[file.stem]})
+    if has_memory:
+        made.update_from_flattened_dict(SMALL_MEMORY)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    built = builder.build(made, mesh)
+    compiled = step.compile_step(built.recipe, built.state_sharding, sharding.batch_sharding(mesh))
+    state = built.init()
+    before = jax.device_get(state.params)
+    for _, batch in device_batches(built, 0, 2):
+        # Other files' steps differ in numbers alone: taken operation by operation, since the
+        # compilation of 256 of them would be a quarter of all that the tests do.
+        with jax.disable_jit(file.stem != "cars196"):
+            state, observed = compiled(state, batch)
+        chex.assert_tree_all_finite(observed)
+    chex.assert_tree_all_finite(state.params)
+    assert (before["proxies"] != state.params["proxies"]).any()
+    assert (state.memory is not None) == has_memory
+    if has_memory:
+        assert int(state.memory.steps) == 2
+        assert state.memory.ring.proxies.dtype == made.memvir.dtype
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_variant_has_a_network_for_its_images(file):
+    get_config = load(file).get_config
+    made = [get_config(f"{x}_{loss}") for x in config.METHODS for loss in losses.NAMES]
+    different = {one.model.to_json(): one for one in made}
+    assert len(different) <= 2  # Proxy-Anchor's may differ.
+    for one in different.values():
+        network = networks.make(one, sharding.make_mesh(jax.devices()[:1]))
+        assert network.variables_shape["params"]["head"]["kernel"].shape[1] == one.model.dim
+    assert len({one.data.image_size for one in made}) == 1
+
+
+@pytest.mark.parametrize("loss", losses.NAMES)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_what_memvir_is_compared_with_differs_in_nothing_but_the_memory(file, loss):
+    bare, remembers, both = (
+        load(file).get_config(f"{method}_{loss}").to_dict()
+        for method in ("memvir_baseline", "memvir", "ps_memvir")
+    )
+    if file.stem == "folder":
+        bare["data"]["root"] = remembers["data"]["root"] = both["data"]["root"] = "photos"
+    config.validate(ConfigDict(bare))
+    assert bare["memvir"] == config.default().memvir.to_dict()
+    assert bare["proxy_synthesis"] == config.default().proxy_synthesis.to_dict()
+    assert bare == remembers | {"memvir": bare["memvir"]}
+    assert remembers == both | {"proxy_synthesis": bare["proxy_synthesis"]}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_variant_may_leave_out_its_loss_or_its_method(file):
+    get_config = load(file).get_config
+    assert get_config("ps").to_dict() == get_config("ps_norm_softmax").to_dict()
+    assert get_config("cosface").to_dict() == get_config("baseline_cosface").to_dict()
+    assert get_config().to_dict() == get_config("baseline_norm_softmax").to_dict()
+
+
+# What both READMEs set for CARS196, by their flags or by what these are by default.
+OFFICIAL = {
+    "epochs": 130,
+    "batch_size": 128,
+    "skip_nonfinite": 0,
+    "data.name": "cars196",
+    "data.unreadable": "fail",
+    "data.validation_classes": 0.0,
+    "data.n_instance": 1,
+    "data.image_size": 224,
+    "data.resize": 256,
+    "data.augmentation.crop_scale": (0.08, 1.0),
+    "data.augmentation.flip": True,
+    "data.augmentation.rotation": 0.0,
+    "data.augmentation.zoom": 0.0,
+    "data.augmentation.shift": 0.0,
+    "model.backbone": "bninception",
+    "model.width": None,
+    "model.stem": None,
+    "model.pretrained": "weights/bninception.safetensors",
+    "model.pooling": "gap",
+    "model.dim": 512,
+    "model.head_init": "uniform",
+    "model.channels": None,
+    "model.freeze_bn": True,
+    "model.freeze_bn_affine": False,
+    "model.dtype": "float32",
+    "loss.name": "norm_softmax",
+    "loss.scale": 23.0,
+    "proxy_init": "uniform_dim",
+    "proxy_synthesis.ratio": 0.0,
+    "proxy_synthesis.alpha": 0.4,
+    "memvir.num_steps": 0,
+    "memvir.step_gap": 0,
+    "memvir.warmup_epochs": 0,
+    "memvir.dtype": "float32",
+    "optimizer.name": "adam",
+    "optimizer.learning_rate": 1e-4,
+    "optimizer.proxy_learning_rate": 1e-2,
+    "optimizer.eps": 0.01,
+    "optimizer.weight_decay": 1e-4,
+    "optimizer.decay_rate": 0.1,
+    "optimizer.decay_epochs": (50,),
+    "optimizer.decay_every": 0,
+    "optimizer.clip_value": None,
+    "optimizer.frozen_epochs": 0,
+    "evaluation.every_epochs": 5,
+    "evaluation.recall_at": (1, 2, 4, 8),
+    "evaluation.nmi": False,
+    "evaluation.patience": 0,
+}
+# What they have nothing to do with.
+OURS = {
+    "seed",
+    "deterministic",
+    "data.root",
+    "data.num_workers",
+    "data.cache",
+    "data.cache_size",
+    "micro_batches",
+    "model.remat",
+    "checkpoint.every_epochs",
+    "checkpoint.keep_last",
+    "wandb",
+}
+NCA = {"loss.name": "proxy_nca", "loss.scale": 12.0}
+MIXED = {"proxy_synthesis.ratio": 1.0}
+LONG = {
+    "epochs": 2000,
+    "optimizer.decay_epochs": (2000,),
+    "evaluation.every_epochs": 10,
+}
+OFFICIAL_CHANGES = {
+    "norm_softmax": {},
+    "ps_norm_softmax": MIXED,
+    "memvir_baseline_norm_softmax": LONG | {"proxy_init": "uniform_classes"},
+    "memvir_norm_softmax": {
+        **LONG,
+        "memvir.warmup_epochs": 40,
+        "memvir.num_steps": 45,
+        "memvir.step_gap": 10,
+        "proxy_init": "uniform_classes",
+    },
+    "proxy_nca": NCA,
+    "ps_proxy_nca": NCA | MIXED,
+    "memvir_baseline_proxy_nca": NCA | LONG | {"proxy_init": "normal_dim"},
+    "memvir_proxy_nca": {
+        **NCA,
+        **LONG,
+        "memvir.warmup_epochs": 40,
+        "memvir.num_steps": 20,
+        "memvir.step_gap": 25,
+        "proxy_init": "normal_dim",
+    },
+}
+
+
+@pytest.mark.parametrize("variant", OFFICIAL_CHANGES)
+def test_cars196_is_set_as_its_authors_set_it(variant):
+    made = dict(config.leaves(load(ROOT / "configs" / "cars196.py").get_config(variant)))
+    assert made.keys() >= OURS
+    official = {path: value for path, value in made.items() if path not in OURS}
+    assert official == OFFICIAL | OFFICIAL_CHANGES[variant]
+
+
+@pytest.mark.parametrize("name", ["cars196", "cub200"])
+def test_2000_epochs_are_saved_as_often_as_they_are_scored(name):
+    made = load(ROOT / "configs" / f"{name}.py").get_config("memvir")
+    assert (made.epochs, made.checkpoint.every_epochs, made.evaluation.every_epochs) == (
+        2000,
+        10,
+        10,
+    )
+
+
+# The commands of tjddus9597/Proxy-Anchor-CVPR2020, and what its train.py has by default.
+PROXY_ANCHOR = {
+    "epochs": 60,
+    "batch_size": 180,
+    "proxy_init": "normal_classes",
+    "model.dim": 512,
+    "model.head_init": "kaiming_fan_out",
+    "model.backbone": "bninception",
+    "model.pooling": "gap+gmp",
+    "loss.alpha": 32.0,
+    "loss.margin": 0.1,
+    "optimizer.name": "adamw",
+    "optimizer.eps": 1e-8,
+    "optimizer.weight_decay": 1e-4,
+    "optimizer.decay_epochs": (),
+    "optimizer.clip_value": 10.0,
+    "optimizer.frozen_epochs": 1,
+}
+# --lr, --bn-freeze, --lr-decay-step and --lr-decay-gamma.
+PROXY_ANCHOR_FLAGS = {
+    "cub200": (1e-4, True, 10, 0.5),
+    "cars196": (1e-4, True, 20, 0.5),
+    "sop": (6e-4, False, 20, 0.25),
+    "inshop": (6e-4, False, 20, 0.25),
+}
+
+
+@pytest.mark.parametrize("name", PROXY_ANCHOR_FLAGS)
+def test_proxy_anchor_is_set_as_its_authors_set_it(name):
+    rate, freeze, every, factor = PROXY_ANCHOR_FLAGS[name]
+    get_config = load(ROOT / "configs" / f"{name}.py").get_config
+    made = dict(config.leaves(get_config("proxy_anchor")))
+    expected = PROXY_ANCHOR | {
+        "optimizer.learning_rate": rate,
+        "optimizer.proxy_learning_rate": 100 * rate,
+        "model.freeze_bn": freeze,
+        "model.freeze_bn_affine": freeze,
+        "optimizer.decay_every": every,
+        "optimizer.decay_rate": factor,
+    }
+    assert {path: made[path] for path in expected} == expected
+    # MemVir has its own epochs, without a decay before the last one.
+    long = get_config("memvir_proxy_anchor")
+    assert long.optimizer.decay_every == 0 and long.optimizer.decay_epochs == (long.epochs,)
+    assert long.batch_size == 180 and long.proxy_init == "normal_classes"
+
+
+def documented_commands(page):
+    """The arguments of each train.py command in a page's code blocks."""
+    for block in re.findall(r"^```\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+        if block.startswith("python scripts/train.py"):
+            yield shlex.split(block.replace("\\\n", " "))[1:]
+
+
+def test_the_pull_requests_proxy_anchor_has_the_recipe_of_the_other_losses():
+    (command,) = documented_commands(ROOT / "docs" / "official.md")
+    _, named, workdir_flag, *overrides = command
+    assert (named, workdir_flag) == ("--config=configs/cars196.py:proxy_anchor", "--workdir=DIR")
+    made = load(ROOT / "configs" / "cars196.py").get_config("proxy_anchor")
+    for override in overrides:
+        path, _, value = override.removeprefix("--config.").partition("=")
+        is_word = value.isalpha() and value not in ("True", "False")
+        value = value if is_word else ast.literal_eval(value)
+        made.update_from_flattened_dict({path: value})
+    ours = {path: value for path, value in config.leaves(made) if path not in OURS}
+    expected = OFFICIAL | {
+        "loss.name": "proxy_anchor",
+        "loss.alpha": 32.0,
+        "loss.margin": 0.1,
+        "proxy_init": "normal_classes",
+        "optimizer.clip_value": 1e9,
+    }
+    del expected["loss.scale"]
+    assert ours == expected
+
+
+@pytest.mark.parametrize("name", PROXY_ANCHOR_FLAGS)
+def test_soft_triple_has_the_regulariser_of_its_authors(name):
+    get_config = load(ROOT / "configs" / f"{name}.py").get_config
+    assert get_config("ps_soft_triple").loss.tau == 0.2
+
+
+@pytest.mark.parametrize(("name", "classes"), [("sop", 11318), ("inshop", 3997)])
+def test_the_memory_is_as_large_as_the_config_says(name, classes):
+    module, told = load(ROOT / "configs" / f"{name}.py"), {}
+    for loss in ("norm_softmax", "soft_triple"):
+        made = module.get_config(f"memvir_{loss}")
+        of_loss = losses.create(**made.loss)
+        shape = jax.eval_shape(lambda m=made, x=of_loss: builder._memory(m, x, classes, 1))
+        told[loss] = f"{sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shape)) / 1e9:.1f}"
+    words = " ".join(module.__doc__.split())
+    assert f"keep the memory at {told['norm_softmax']} GB" in words
+    assert f"takes {told['soft_triple']} GB" in words
+
+
+def test_an_unknown_variant_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="unknown variant 'memvir_ps'.*ps_memvir_proxy_nca"):
+        glyphs.get_config("memvir_ps")
+
+
+BAD = {
+    "seed": (2**32, "config.seed is 4294967296; it must be a whole number from 0 to 4294967295"),
+    "skip_nonfinite": (-1, "config.skip_nonfinite is -1; it must be a whole number from 0 to"),
+    "epochs": (0, "config.epochs is 0; it must be a whole number from 1 to"),
+    "batch_size": (127, "config.batch_size is 127; it must be a multiple of .*n_instance, 2"),
+    "micro_batches": (3, "config.micro_batches is 3; it must be a divisor of .*batch_size, 128"),
+    "data.name": ("cifar", "config.data.name is 'cifar'; choose one of folder, glyphs, .*inshop"),
+    "data.root": ("letters", "config.data.root is 'letters', but glyphs comes with its images"),
+    "data.resize": (16, "config.data.resize is 16; it must be at least config.data.image_size, 32"),
+    "data.augmentation.crop_scale": ((0.9, 0.5), r"crop_scale is \(0.9, 0.5\); .* least and most"),
+    "data.cache": ("gpu", "config.data.cache is 'gpu'; choose one of none, host, device"),
+    "data.cache_size": (0, "config.data.cache_size is 0; it must be a whole number from 1 to"),
+    "model.channels": ("RGB", "config.model.channels is 'RGB'; choose one of rgb, bgr, or None"),
+    "model.freeze_bn_affine": (True, "freeze_bn_affine is True, but config.model.freeze_bn is"),
+    "model.pooling": ("max", "config.model.pooling is 'max'; choose one of gap, gmp"),
+    "model.backbone": ("bninception", "config.model.width is 48, but bninception has no width"),
+    "model.pretrained": ("x.pth", "config.model.pretrained is 'x.pth'; choose none, a file that"),
+    "optimizer.learning_rate": (0.0, "config.optimizer.learning_rate is 0.0; .* number above 0"),
+    "optimizer.clip_value": (-1.0, "clip_value is -1.0; it must be a finite number above 0, or"),
+    "optimizer.decay_epochs": ((9, 9), r"decay_epochs is \(9, 9\); it must be ascending whole"),
+    "optimizer.decay_every": (-1, "decay_every is -1; it must be a whole number from 0 to"),
+    "proxy_synthesis.ratio": (1e-3, "ratio is 0.001, which makes no synthetic class of 128 images"),
+    "evaluation.recall_at": ((2, 4), "config.evaluation.recall_at is .* with 1"),
+    "memvir.warmup_epochs": (99, "warmup_epochs is 99, but the run ends after"),
+    "wandb": ("my/letters", "config.wandb is 'my/letters'; it must be a project's name at Weights"),
+    "loss.name": ("triplet", "config.loss.name is 'triplet'; choose one of softmax, norm_softmax"),
+}
+
+
+@pytest.mark.parametrize("path", BAD)
+def test_a_bad_value_is_refused_by_its_path(path):
+    value, message = BAD[path]
+    made = glyphs.get_config("memvir")
+    made.data.n_instance = 2
+    made.update_from_flattened_dict({path: value})
+    with pytest.raises(ValueError, match=message):
+        config.validate(made)
+
+
+def test_images_on_the_device_are_no_smaller_than_tests_need_them():
+    made = glyphs.get_config()
+    made.data.cache_size = 31
+    config.validate(made)
+    made.data.cache = "device"
+    with pytest.raises(ValueError, match=r"cache_size is 31; .* at least config.data.resize, 32"):
+        config.validate(made)
+
+
+def test_activations_that_cannot_be_computed_again_are_refused():
+    made = glyphs.get_config()
+    made.model.update(backbone="resnet18", remat=True)
+    config.validate(made)
+    made.model.backbone = "conv4"
+    with pytest.raises(ValueError, match=r"config.model.remat is True, but conv4 has no blocks"):
+        config.validate(made)
+
+
+def test_rates_decay_at_epochs_or_after_every_so_many():
+    made = load(ROOT / "configs" / "cars196.py").get_config()
+    made.optimizer.decay_every = 10
+    with pytest.raises(ValueError, match=r"decay_every is 10 and .*decay_epochs \(50,\); set"):
+        config.validate(made)
+    made.optimizer.decay_epochs = ()
+    config.validate(made)
+
+
+def test_everything_that_is_wrong_is_told_at_once(tmp_path):
+    made = glyphs.get_config("memvir")
+    made.update_from_flattened_dict({path: value for path, (value, _) in BAD.items()})
+    with pytest.raises(ValueError) as error:
+        run.train(made, tmp_path / "run")
+    # What two settings have to do with one another is looked at where each is right by itself.
+    told = [line.split()[0].removeprefix("config.") for line in str(error.value).splitlines()]
+    together = {"batch_size", "data.root", "model.backbone", "memvir.warmup_epochs"}
+    assert set(told) == BAD.keys() - together
+    assert len(told) == len(set(told))
+    assert not (tmp_path / "run").exists()
+
+
+NO_NUMBER = (True, "1", math.nan, -1, 1e300, (), None)
+BAD_OF_TYPE = {
+    bool: (0, "yes", None),
+    int: (*NO_NUMBER, 1.5, 2**70),
+    float: (*NO_NUMBER, math.inf, -math.inf, -0.5),
+    str: (3, None, "\0", ("gap",)),
+    tuple: (3, None, "12", (math.nan,), ("1",), (-1,), (True, 1.5)),
+}
+OPTIONAL = {
+    "model.width": int,
+    "model.stem": str,
+    "model.channels": str,
+    "optimizer.clip_value": float,
+}
+
+
+def every_setting():
+    for loss in losses.NAMES:
+        for path, value in config.leaves(glyphs.get_config(f"ps_memvir_{loss}")):
+            if path.startswith("loss.") or loss == losses.NAMES[0]:
+                yield loss, path, OPTIONAL.get(path, type(value))
+
+
+@pytest.mark.parametrize(("loss", "path", "kind"), list(every_setting()))
+def test_every_setting_is_checked(loss, path, kind):
+    """A new one without a rule, or a hyper-parameter without bounds, fails here."""
+    settings = glyphs.get_config(f"ps_memvir_{loss}").to_dict()
+    *sections, name = path.split(".")
+    section = functools.reduce(dict.get, sections, settings)
+    for bad in BAD_OF_TYPE[kind]:
+        if bad is not None or path not in OPTIONAL:
+            section[name] = bad
+            # As it comes from a file: a ConfigDict that has types lets fewer of these in.
+            with pytest.raises(ValueError, match=rf"config\.{path} is .*; (it must be|choose) "):
+                config.validate(ConfigDict(settings))
+
+
+@dataclasses.dataclass(frozen=True)
+class Banded(losses.NormSoftmax):
+    """A loss as somebody might add one, with fields of every type."""
+
+    shape: str = "box"
+    bands: tuple[float, ...] = (0.5, 1.0)
+    shift: int = 0
+    hard: bool = False
+
+    def logits(self, embeddings, proxies):
+        return super().logits(embeddings, proxies) * self.bands[0]
+
+
+@pytest.fixture
+def banded(monkeypatch):
+    monkeypatch.setitem(losses._LOSSES, "banded", Banded)
+    monkeypatch.setattr(losses, "NAMES", (*losses.NAMES, "banded"))
+    monkeypatch.setitem(config.RULES, "loss.name", rules.choice(losses.NAMES))
+
+
+def test_a_new_loss_has_its_fields_as_settings_whatever_their_type(banded, tmp_path):
+    made = glyphs.get_config("ps_memvir_banded")
+    made.loss.update(shape="disc", bands=(0.25, 2.0), shift=-1, hard=True)
+    config.validate(made)
+    resume.claim(tmp_path, made)
+    read = run_directory.read_config(tmp_path)
+    config.validate(read)
+    expected = Banded(scale=23.0, shape="disc", bands=(0.25, 2.0), shift=-1, hard=True)
+    assert losses.create(**read.loss) == losses.create(**made.loss) == expected
+    assert hash(losses.create(**read.loss)) == hash(expected)
+
+
+@pytest.mark.parametrize(
+    ("field", "bad"), [("shape", 1), ("bands", ("a",)), ("bands", 0.5), ("shift", 0.5), ("hard", 1)]
+)
+def test_a_new_loss_is_checked_by_the_types_of_its_fields(banded, field, bad):
+    settings = glyphs.get_config("banded").to_dict()
+    settings["loss"][field] = bad
+    with pytest.raises(ValueError, match=rf"config\.loss\.{field} is .*; it must be "):
+        config.validate(ConfigDict(settings))
+
+
+def test_a_new_loss_with_a_field_of_no_known_type_says_what_to_do(banded, monkeypatch):
+    made = glyphs.get_config("banded")
+    unknown = dataclasses.make_dataclass(
+        "Unknown", [("window", float | None, None)], bases=(Banded,), frozen=True
+    )
+    monkeypatch.setitem(losses._LOSSES, "banded", unknown)
+    with pytest.raises(TypeError, match="what banded.window .* is None by default: .* LOSS_RULES"):
+        config.validate(made)
+
+
+def test_settings_too_many_or_too_few_are_named():
+    made = glyphs.get_config("cosface")
+    with made.unlocked():
+        made.momentum = 0.9
+        made.loss.name = "proxy_nca"
+        del made.data.resize
+    with pytest.raises(ValueError) as error:
+        config.validate(made)
+    assert sorted(str(error.value).splitlines()) == [
+        "config.data.resize is missing",
+        "config.loss.margin is no setting of proxy_nca",
+        "config.momentum is no setting",
+    ]
+
+
+@pytest.mark.parametrize("channels", ["rgb", "bgr"])
+def test_the_order_of_channels_reaches_the_network(channels, tmp_path):
+    made = glyphs.get_config()
+    made.model.channels = channels
+    resume.claim(tmp_path, made)
+    read = run_directory.read_config(tmp_path)  # As searches and exports make the network again.
+    config.validate(read)
+    network = networks.make(read, sharding.make_mesh(jax.devices()[:1]))
+    assert network.embedder.backbone.input_normalisation.channels == channels
+
+
+@pytest.mark.parametrize(("backbone", "size"), [("conv4", 15), ("bninception", 40)])
+def test_images_that_a_backbone_cannot_halve_are_refused(backbone, size):
+    made = glyphs.get_config()
+    made.model.update(backbone=backbone, width=None, stem=None)
+    made.data.update(image_size=size, resize=size)
+    with pytest.raises(ValueError, match=f"image_size is {size}: {backbone} cannot halve images"):
+        config.validate(made)
+
+
+@pytest.mark.parametrize("root", ["", "photos"])
+def test_images_have_a_root_if_they_do_not_come_along(root):
+    made = load(ROOT / "configs" / "folder.py").get_config()
+    made.data.root = root
+    if root:
+        config.validate(made)
+    else:
+        with pytest.raises(ValueError, match="config.data.root is empty; .* where folder is"):
+            config.validate(made)
+
+
+def test_pretrained_weights_fit_the_pretrained_width_and_stem_alone():
+    made = glyphs.get_config()
+    made.model.update(
+        backbone="resnet18", width=16, stem="small", pretrained="hf:timm/resnet18.tv_in1k"
+    )
+    with pytest.raises(ValueError) as error:
+        config.validate(made)
+    assert [line.partition(";")[0] for line in str(error.value).splitlines()] == [
+        "config.model.width is 16, but resnet18 was pretrained with 64",
+        "config.model.stem is small, but resnet18 was pretrained with imagenet",
+    ]
+    made.model.update(width=64, stem="imagenet")
+    config.validate(made)
+    made.model.update(width=None, stem=None)
+    config.validate(made)

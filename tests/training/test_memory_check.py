@@ -1,0 +1,230 @@
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import pytest
+from PIL import Image
+
+from dml_jax._utils import free_memory, sharding
+from dml_jax.configs import folder
+from dml_jax.training import builder, memory_check, run, run_directory, step
+from dml_jax.training.batches import device_batches
+from tests.helpers import tiny
+
+ROOT = Path(__file__).parents[2]
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return tiny.write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda *_: make_mesh(jax.devices()[:1]))
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """Sets what the host has free; no other limit counts."""
+
+    def has(free):
+        monkeypatch.setattr(free_memory, "of_host", lambda: {"the host": free})
+        monkeypatch.setattr(free_memory, "of_process", dict)
+
+    return has
+
+
+def built_on(devices, images, variant="baseline", **settings):
+    config = tiny.config(images, variant, **settings)
+    return builder.build(config, sharding.make_mesh(jax.devices()[:devices]))
+
+
+def test_a_run_compiles_and_traces_its_step_once(images, tmp_path, monkeypatch, caplog, one_device):
+    chex.clear_trace_counter()
+    monkeypatch.setattr(step, "train_step", chex.assert_max_traces(n=1)(step.train_step))
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        run.train(tiny.config(images, "ps_memvir", epochs=2), tmp_path / "run")
+    compiled = [x for x in caplog.messages if x.startswith("Finished XLA compilation of")]
+    names = [message.split()[4] for message in compiled]
+    for name in ("jit(step)", "jit(embed_batch)"):
+        assert names.count(name) == 1, names
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_step_is_given_the_state_with_its_ring_and_a_batch(images, devices):
+    settings = {"memvir__num_steps": 4, "memvir__step_gap": 3, "model__dim": 64}
+    built = built_on(devices, images, "memvir", **settings)
+    state = built.init()
+    _, batch = next(iter(device_batches(built, 0, 1)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(builder.abstract_batch(built), batch)
+    needed = memory_check.need(built)
+    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves((state, batch)))
+    # The compiler leaves out arrays that no step looks at, and may pad small ones.
+    assert needed.fixed == pytest.approx(held, abs=1000)
+    assert needed.temporary > 8 / devices * 16 * 16 * 3 * 4  # Images as numbers.
+
+
+def test_a_batch_of_images_on_the_device_is_known(images):
+    built = built_on(2, images, data__cache="device")
+    _, batch = next(iter(device_batches(built, 0, 1)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(builder.abstract_batch(built), batch)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_cpu_devices_share_what_the_program_leaves_of_the_host(images, host, devices):
+    host(8 * GB)
+    built = built_on(devices, images, data__num_workers=2)
+    state = sum(x.nbytes for x in jax.tree.leaves(built.init()))
+    room = memory_check.free_room(built)
+    assert room.size == pytest.approx((8 * GB - 500_000_000 - 2 * 250_000_000 - state) / devices)
+    assert re.match("the host has 8.00 GB free, of which the rest of the program", room.where)
+    host(GB)
+    assert memory_check.free_room(built).size < 0
+
+
+def test_an_accelerator_has_memory_of_its_own(images, host, monkeypatch):
+    class Accelerator:
+        id, platform = 3, "gpu"
+
+        def memory_stats(self):
+            return {"bytes_limit": 7 * GB, "bytes_in_use": 2 * GB}
+
+    built = built_on(1, images)
+    monkeypatch.setitem(vars(built.mesh), "local_devices", [Accelerator()])
+    host(8 * GB)
+    assert memory_check.free_room(built) == (5 * GB, "device 3 has 5.00 GB free")
+    host(GB // 4)
+    assert memory_check.free_room(built).size == 0
+
+
+def test_what_does_not_fit_is_refused_with_settings_that_fit(images, host, tmp_path, one_device):
+    place = tmp_path / "run"
+    size = {"batch_size": 32, "data__image_size": 64, "data__resize": 80}
+    config = tiny.config(images, **size, epochs=1, memvir__warmup_epochs=0)
+    built = builder.build(config, sharding.make_mesh())
+    host(0)
+    needed, rest = memory_check.need(built), -memory_check.free_room(built).size
+    host(int(rest) + needed.total)
+    memory_check.check(built, place)
+    # A quarter of the pixels is enough, and so are a few parts.
+    tight = int(rest) + needed.fixed + needed.temporary // 3
+    host(tight)
+    with pytest.raises(ValueError, match=r"a training step needs .* the host has .* free") as error:
+        run.train(config, place)
+    assert not place.exists()
+    lines = [line.strip() for line in str(error.value).splitlines()[1:]]
+    assert "--config.data.image_size=32 --config.data.resize=40" in lines
+    # JAX 0.10's CPU compiler does not keep to the order of the parts.
+    parts = [line for line in lines if line.startswith("--config.micro_batches=")]
+    assert len(parts) == (jax.__version_info__ >= (0, 12))
+    for at, line in enumerate(lines):
+        other = changed(config, line)
+        assert memory_check.need(builder.build(other, built.mesh)).total <= tight - rest
+        assert run.train(other, tmp_path / str(at))["last"]["epoch"] == 1
+
+
+def changed(config, line):
+    """A config with the settings of a line of arguments."""
+    pairs = (word.removeprefix("--config.").split("=") for word in line.split())
+    other = config.copy_and_resolve_references()
+    other.update_from_flattened_dict(
+        {
+            name: value if value.isalnum() and value.islower() else json.loads(value.lower())
+            for name, value in pairs
+        }
+    )
+    return other
+
+
+def test_a_ring_that_is_too_large_fits_in_half_precision(images, host, one_device):
+    ring = {"memvir__num_steps": 30, "memvir__step_gap": 9, "model__dim": 512}
+    built = built_on(1, images, "memvir", epochs=9, **ring)
+    host(0)
+    needed, rest = memory_check.need(built), -memory_check.free_room(built).size
+    arrays = jax.tree.leaves(built.state_shape.memory)
+    kept = sum(x.size * x.dtype.itemsize for x in arrays if x.ndim == 3)
+    host(int(rest + needed.total - 0.45 * kept))
+    with pytest.raises(ValueError, match=r"\n  --config.memvir.dtype=bfloat16(\n|$)"):
+        memory_check.check(built, Path("nowhere"))
+
+
+def test_a_run_that_goes_on_is_told_of_what_it_may_change(images, host, tmp_path, one_device):
+    place = tmp_path / "run"
+    size = {"batch_size": 32, "data__image_size": 64, "data__resize": 80}
+    run.train(tiny.config(images, epochs=1, **size), place)
+    built = builder.build(tiny.config(images, epochs=2, **size), sharding.make_mesh())
+    host(0)
+    needed, rest = memory_check.need(built), -memory_check.free_room(built).size
+    host(int(rest) + needed.fixed + needed.temporary // 3)
+    with pytest.raises(ValueError, match="a training step needs") as error:
+        run.train(built.config, place)
+    told = re.findall(r"--config\.([a-z_.]+)=", str(error.value))
+    assert set(told) <= {"model.remat"}
+    assert run_directory.read_result(place)["last"]["epoch"] == 1
+
+
+def test_the_settings_for_any_folder_need_less_than_6_gb(host, tmp_path):
+    for number in range(64):
+        path = tmp_path / "images" / "train" / f"class{number % 8}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+    shutil.copytree(tmp_path / "images" / "train", tmp_path / "images" / "test")
+    config = folder.get_config("ps_memvir")
+    config.data.root = str(tmp_path / "images")
+    built = builder.build(config, sharding.make_mesh(jax.devices()[:1]))
+    begun = 1 * GB  # Of a process that has compiled: 0.9 GB were seen.
+    host(6 * GB - begun)
+    needed = memory_check.need(built)
+    # However often the memory of a step is kept.
+    assert needed.fixed + 4 * needed.temporary < memory_check.free_room(built).size
+
+
+LARGE = {
+    "batch_size": 32,
+    "epochs": 1,
+    "data.image_size": 128,
+    "data.resize": 128,
+    "model.width": 192,
+}
+
+
+def limited(images, place, *settings):
+    """What train.py says where it may use only so much memory."""
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "tests.helpers.limited",
+            f"--workdir={place}",
+            *tiny.arguments(images, **{k.replace(".", "__"): v for k, v in LARGE.items()}),
+            *settings,
+        ],
+        cwd=ROOT,
+        env=os.environ | {"DML_JAX_TEST_BYTES": str(2 * GB)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_process_that_may_use_only_so_much_memory_follows_the_advice(images, tmp_path):
+    place = tmp_path / "run"
+    refused = limited(images, place)
+    assert refused.returncode == 2, refused.stderr
+    assert "RLIMIT_DATA has" in refused.stderr and "Traceback" not in refused.stderr
+    assert not place.exists()
+    lines = [x.split() for x in refused.stderr.splitlines() if x.startswith("  --config.")]
+    assert any("image_size" in line[0] for line in lines)
+    for at, line in enumerate(lines):
+        done = limited(images, tmp_path / str(at), *line)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / str(at) / run_directory.RESULT).exists()

@@ -1,0 +1,182 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from dml_jax._utils import processes, sharding
+from dml_jax.evaluation import scoring
+from dml_jax.training import builder, checkpoint, loop, preemption, resume, run_directory
+from tests.helpers import tiny
+
+NETWORK = {"model__backbone": "colours", "model__width": None, "model__stem": None}
+
+
+def train(config, folder):
+    built = builder.build(config, sharding.make_mesh(jax.devices()[:1]))
+    resume.claim(folder, config)
+    with preemption.listening() as asked:
+        return loop.train(built, folder, asked)
+
+
+def final_state(config, folder):
+    built = builder.build(config, sharding.make_mesh(jax.devices()[:1]))
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        return checkpoints.restore(checkpoints.find("last"), builder.abstract_state(built))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    images = tiny.write_images(tmp_path_factory.mktemp("images"))
+    return tiny.config(images, "ps_memvir", epochs=3, **NETWORK)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(config, folder)
+    return folder
+
+
+@pytest.mark.parametrize("step", [6, 8])  # In the middle of an epoch, and at its end.
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_with_the_same_bytes(
+    config, undisturbed, tmp_path, monkeypatch, step
+):
+    put_batch, sent = sharding.put_batch, []
+
+    def asking(mesh, batch):
+        sent.extend(name for name in batch if name == "label")
+        if len(sent) == step + 1:  # One batch is sent ahead.
+            sent.append("asked")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)  # The watcher's turn.
+        return put_batch(mesh, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sharding, "put_batch", asking)
+        with pytest.raises(preemption.Stopped, match=f"stopped after step {step}, which is saved"):
+            train(config, tmp_path)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest == step
+    assert not (tmp_path / run_directory.RESULT).exists()
+    train(config, tmp_path)
+    chex.assert_trees_all_equal(final_state(config, tmp_path), final_state(config, undisturbed))
+    for name in (run_directory.METRICS, run_directory.RESULT):
+        assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def test_a_run_that_is_asked_during_its_last_evaluation_stops_before_the_result(
+    config, undisturbed, tmp_path, monkeypatch
+):
+    embed = scoring.Evaluator.embed
+
+    def asking(evaluator, variables, split):
+        if jax.device_get(variables["batch_stats"]) and len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+        asked.append(split)
+        return embed(evaluator, variables, split)
+
+    asked = []
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring.Evaluator, "embed", asking)
+        with pytest.raises(preemption.Stopped, match="stopped when all was trained and saved"):
+            train(config, tmp_path)
+    assert len(asked) == 3 and not (tmp_path / run_directory.RESULT).exists()
+    train(config, tmp_path)
+    for name in (run_directory.METRICS, run_directory.RESULT):
+        assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+LISTENER = """
+import hashlib, sys
+from dml_jax.training import preemption
+with preemption.listening() as asked:
+    asked.unsaved = sys.argv[1] == "unsaved"
+    if sys.argv[1] == "notebook":
+        sys.ps1 = "In: "
+    print("listening", flush=True)
+    asked.wait()
+    print("asked", flush=True)
+    # As busy as a compiler: no handler of Python's has its turn.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
+"""
+
+
+def listener(what):
+    process = subprocess.Popen([sys.executable, "-c", LISTENER, what], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_first_signal_ends_a_process_that_has_nothing_to_lose(first):
+    process = listener("nothing")
+    process.send_signal(first)
+    assert process.wait(timeout=60) == preemption.EXIT_CODE
+    process.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("what", "second"),
+    [("unsaved", signal.SIGTERM), ("unsaved", signal.SIGINT), ("notebook", signal.SIGINT)],
+)
+def test_a_second_signal_stops_at_once(what, second):
+    process = listener(what)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)  # As some schedulers do: one request.
+    assert process.stdout.readline() == b"asked\n"
+    time.sleep(preemption._ONE_REQUEST + 0.1)
+    assert process.poll() is None
+    process.send_signal(second)
+    assert process.wait(timeout=60) == 128 + second
+    process.stdout.close()
+
+
+def test_signals_mean_afterwards_what_they_meant_before():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with preemption.listening() as asked:
+        assert not asked.is_set()
+    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+def test_several_processes_learn_late_what_one_wants(monkeypatch):
+    mesh = sharding.make_mesh(jax.devices()[:2])
+    agreement = processes.Agreement(mesh, steps_late=3)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        sharding,
+        "put_batch",
+        lambda mesh, rows: {
+            # This process, which says nothing, and another.
+            name: jax.device_put(np.array([False, len(said) == 2]), sharding.batch_sharding(mesh))
+            for name in rows
+        },
+    )
+    said = []
+    stops = []
+    for step in range(1, 8):
+        stops.append(agreement.after(step, wanted=False))
+        said.append(step)
+    assert stops == [False] * 5 + [True, False]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_notice_of_preemption_from_jax_stops(monkeypatch, processes):
+    mesh = sharding.make_mesh(jax.devices()[:2])
+    agreement = processes.Agreement(mesh, steps_late=0)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(
+        processes.multihost_utils, "reached_preemption_sync_point", lambda step: step == 2
+    )
+    monkeypatch.setattr(
+        sharding,
+        "put_batch",
+        lambda mesh, rows: jax.device_put(dict(rows), sharding.batch_sharding(mesh)),
+    )
+    assert [agreement.after(step, wanted=False) for step in (1, 2, 3)] == [False, True, False]

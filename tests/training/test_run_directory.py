@@ -1,0 +1,211 @@
+import json
+import os
+
+import pytest
+
+from dml_jax import data
+from dml_jax._utils import files
+from dml_jax.configs import glyphs
+from dml_jax.training import resume, run_directory
+from dml_jax.training.trackers import Writer
+from tests.helpers import tiny
+
+
+def test_a_run_of_another_configuration_is_refused_with_every_difference(tmp_path):
+    resume.claim(tmp_path, glyphs.get_config("ps"))
+    other = glyphs.get_config("baseline")
+    other.seed = 3
+    with pytest.raises(ValueError) as error:
+        resume.check(tmp_path, other)
+    assert "config.seed: 0 there, 3 now" in str(error.value)
+    assert "config.proxy_synthesis.ratio: 3.0 there, 0.0 now" in str(error.value)
+
+
+def test_the_same_configuration_is_accepted_again(tmp_path):
+    resume.claim(tmp_path, glyphs.get_config("ps_memvir"))
+    resume.check(tmp_path, glyphs.get_config("ps_memvir"))
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="holds files but no config.json"):
+        resume.check(tmp_path, glyphs.get_config())
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        run_directory.read_config(tmp_path)
+
+
+def test_lines_behind_the_step_of_a_resumed_run_are_dropped(tmp_path):
+    path = tmp_path / run_directory.METRICS
+    lines = [{"step": step, "epoch": step, "loss": 1.5} for step in (1, 2, 3)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "ep')
+    with Writer(tmp_path, step=2, total_steps=9, batch_size=1) as writer:
+        writer.epoch(
+            {"step": 3, "epoch": 3, "loss": 0.5},
+            {"step": 3, "epoch": 3, "images_per_second": 1.0},
+        )
+    assert [line["loss"] for line in files.read_json_lines(path)] == [1.5, 1.5, 0.5]
+
+
+def changed(**settings):
+    config = glyphs.get_config("ps")
+    config.update_from_flattened_dict(settings)
+    return config
+
+
+FREE = {
+    "epochs": 9,
+    "evaluation.every_epochs": 7,
+    "evaluation.patience": 3,
+    "checkpoint.keep_last": 5,
+    "data.num_workers": 1,
+    "data.cache": "host",
+    "data.cache_size": 64,
+    "data.root": "/elsewhere",
+    "model.remat": True,
+    "skip_nonfinite": 2,
+    "wandb": "letters",
+}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_what_changes_no_step_may_change_and_is_written_down(tmp_path, name, caplog):
+    resume.claim(tmp_path, changed())
+    (tmp_path / run_directory.RESULT).write_text("{}")
+    config = changed(**{name: FREE[name]})
+    (difference,) = resume.check(tmp_path, config)
+    assert difference.startswith(f"config.{name}: ") and difference.endswith(f" {FREE[name]!r} now")
+    resume.claim(tmp_path, config)
+    assert difference in caplog.text
+    assert resume.check(tmp_path, config) == []
+    assert not (tmp_path / run_directory.RESULT).exists()
+
+
+FIXED = {
+    "seed": 1,
+    "batch_size": 4,
+    "micro_batches": 2,
+    "model.dim": 8,
+    "memvir.num_steps": 3,
+    "memvir.step_gap": 1,
+    "optimizer.learning_rate": 1.0,
+    "proxy_synthesis.ratio": 0.5,
+    "data.image_size": 8,
+    "data.unreadable": "skip",
+    "data.validation_classes": 0.5,
+    "data.cache": "device",
+    "loss.name": "sphereface",
+    "loss.scale": 7.0,
+    "model.width": 8,
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_what_a_step_depends_on_may_not_change(tmp_path, name):
+    resume.claim(tmp_path, changed())
+    with pytest.raises(ValueError, match=rf"another configuration.*\n  config\.{name}: "):
+        resume.check(tmp_path, changed(**{name: FIXED[name]}))
+
+
+def test_the_size_of_the_devices_images_may_not_change(tmp_path):
+    resume.claim(tmp_path, changed(**{"data.cache": "device"}))
+    with pytest.raises(ValueError, match=r"config\.data\.cache_size: 320 there, 64 now"):
+        resume.check(tmp_path, changed(**{"data.cache": "device", "data.cache_size": 64}))
+
+
+def test_parts_of_a_batch_may_change_where_they_have_no_statistics(tmp_path):
+    frozen = {"model.freeze_bn": True, "micro_batches": 2}
+    resume.claim(tmp_path, changed(**frozen))
+    (difference,) = resume.check(tmp_path, changed(**frozen | {"micro_batches": 1}))
+    assert difference == "config.micro_batches: 2 there, 1 now"
+
+
+def test_a_finished_run_goes_on_only_when_it_may_train_longer(tmp_path):
+    resume.claim(tmp_path, changed(epochs=5))
+    result = {"last": {"epoch": 5}}
+    files.write_json(tmp_path / run_directory.RESULT, result)
+    assert resume.finished(tmp_path, changed(epochs=5)) == result
+    assert resume.finished(tmp_path, changed(epochs=3)) == result
+    assert resume.finished(tmp_path, changed(epochs=6)) is None
+    # It had lost its patience.
+    files.write_json(tmp_path / run_directory.RESULT, {"last": {"epoch": 4}})
+    assert resume.finished(tmp_path, changed(epochs=5)) is not None
+    longer = changed(**{"epochs": 5, "evaluation.patience": 9})
+    assert resume.finished(tmp_path, longer) is None
+
+
+def test_a_finished_run_says_which_settings_come_too_late(tmp_path, caplog):
+    resume.claim(tmp_path, changed(epochs=5))
+    result = {"last": {"epoch": 5}}
+    files.write_json(tmp_path / run_directory.RESULT, result)
+    assert resume.finished(tmp_path, changed(epochs=5)) == result and not caplog.text
+    late = {"epochs": 3, "evaluation.nmi": True, "evaluation.recall_at": (1, 2), "wandb": "w"}
+    assert resume.finished(tmp_path, changed(**late)) == result
+    for name in late:
+        assert f"finished and stays as it is, without another config.{name}: " in caplog.text
+    assert "scripts/evaluate.py scores" in caplog.text
+    assert run_directory.read_config(tmp_path).epochs == 5
+
+
+def test_a_file_for_which_there_is_no_room_is_named(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("{}")
+    with (
+        tiny.full_disk(100),
+        pytest.raises(OSError, match=f"File too large: '{path}'"),
+    ):
+        files.write_text(path, "x" * 101)
+    assert path.read_text() == "{}"
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(ValueError, match="mine"), files.naming_the_file(path):
+        raise ValueError("mine")
+
+
+def test_other_images_are_refused(tmp_path):
+    images = tiny.write_images(tmp_path / "images")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    there = run_directory.fingerprints(data.create("folder", root=images))
+    files.write_json(folder / run_directory.IMAGES, {"train": "what a kill has left"})
+    resume.check_images(folder, there)
+    resume.claim(folder, glyphs.get_config(), there)
+    moved = images.rename(tmp_path / "elsewhere")
+    same = run_directory.fingerprints(data.create("folder", root=moved))
+    assert same == there
+    resume.check_images(folder, same)
+    file = moved / "train" / "class1" / "2.png"
+    file.write_bytes(file.read_bytes() + b"\0")
+    with pytest.raises(
+        ValueError, match=r"another set of images.*\n  images.train.digest"
+    ) as error:
+        resume.check_images(folder, run_directory.fingerprints(data.create("folder", root=moved)))
+    assert "images.test" not in str(error.value)
+    file.unlink()
+    with pytest.raises(ValueError, match="images.train.images: 36 there, 35 now"):
+        resume.check_images(folder, run_directory.fingerprints(data.create("folder", root=moved)))
+
+
+def test_one_process_at_a_time(tmp_path):
+    with (
+        run_directory.locked(tmp_path / "run"),
+        pytest.raises(ValueError, match=rf"another process is training.*process {os.getpid()}"),
+        run_directory.locked(tmp_path / "run"),
+    ):
+        pass
+    with run_directory.locked(tmp_path / "run"):
+        resume.check(tmp_path / "run", glyphs.get_config())
+
+
+def test_how_a_run_began_is_written_down(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    assert run_directory.forked_from(new, old) == old
+    resume.claim(new, glyphs.get_config(), fork_from=old)
+    assert run_directory.forked_from(new, None) == old
+    assert run_directory.forked_from(new, old) == old
+    with pytest.raises(ValueError, match="forked from .*old, not from .*other"):
+        run_directory.forked_from(new, tmp_path / "other")
+    resume.claim(old, glyphs.get_config())
+    with pytest.raises(ValueError, match="forked from None"):
+        run_directory.forked_from(old, new)
