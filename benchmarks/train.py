@@ -46,7 +46,7 @@ from dml_jax.models import BACKBONES
 from dml_jax.training import builder, step
 from dml_jax.training.batches import device_batches
 
-_BACKBONE = flags.DEFINE_enum("backbone", "conv4", list(BACKBONES), "The network.")
+_BACKBONE = flags.DEFINE_enum("backbone", "conv4", BACKBONES.names(), "The network.")
 _WIDTH = flags.DEFINE_integer("width", None, "Of the network, where it is not its usual one.")
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 32, "Pixels.")
 _BATCH = flags.DEFINE_integer("batch", 128, "Images in a step.")

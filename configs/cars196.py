@@ -27,19 +27,19 @@ Not run here: it needs the images, the weights and a GPU.
 from ml_collections import ConfigDict
 
 from dml_jax import published
-from dml_jax.training import config as configs
-from dml_jax.training import proxy_anchor_recipe
+from dml_jax.training import variants
+from dml_jax.training.config import default
 
 PUBLISHED = published.PUBLISHED["cars196"]
 
 
 def get_config(variant: str = "norm_softmax") -> ConfigDict:
     """The settings of a variant, such as `norm_softmax`, `ps_proxy_nca` or `memvir_cosface`."""
-    config = configs.default()
+    config = default()
     config.data.update(name="cars196", root="data/cars196")
-    method, loss = configs.parse_variant(variant)
+    method, loss = variants.parse_variant(variant)
     if loss == "proxy_anchor":
-        proxy_anchor_recipe.set_recipe(
+        variants.set_proxy_anchor_recipe(
             config, learning_rate=1e-4, freeze_bn=True, decay_rate=0.5, decay_every=20
         )
     if "memvir" in method:
@@ -50,7 +50,7 @@ def get_config(variant: str = "norm_softmax") -> ConfigDict:
         init = {"norm_softmax": "uniform_classes", "proxy_nca": "normal_dim"}
         config.proxy_init = init.get(loss, config.proxy_init)
     num_steps, step_gap = (20, 25) if loss == "proxy_nca" else (45, 10)
-    return configs.with_variant(
+    return variants.with_variant(
         config,
         variant,
         proxy_synthesis={"ratio": 1.0, "alpha": 0.4},

@@ -16,19 +16,19 @@ with MemVir 67.3. None were measured here: it needs the images, the weights and 
 from ml_collections import ConfigDict
 
 from dml_jax import published
-from dml_jax.training import config as configs
-from dml_jax.training import proxy_anchor_recipe
+from dml_jax.training import variants
+from dml_jax.training.config import default
 
 PUBLISHED = published.PUBLISHED["cub200"]
 
 
 def get_config(variant: str = "norm_softmax") -> ConfigDict:
     """The settings of a variant, such as `norm_softmax`, `ps_proxy_nca` or `memvir_cosface`."""
-    config = configs.default()
+    config = default()
     config.data.update(name="cub200", root="data/cub200")
-    method, loss = configs.parse_variant(variant)
+    method, loss = variants.parse_variant(variant)
     if loss == "proxy_anchor":
-        proxy_anchor_recipe.set_recipe(
+        variants.set_proxy_anchor_recipe(
             config, learning_rate=1e-4, freeze_bn=True, decay_rate=0.5, decay_every=10
         )
     if "memvir" in method:
@@ -36,7 +36,7 @@ def get_config(variant: str = "norm_softmax") -> ConfigDict:
         config.optimizer.update(decay_epochs=(2000,), decay_every=0)
         config.evaluation.every_epochs = 10
         config.checkpoint.every_epochs = 10
-    return configs.with_variant(
+    return variants.with_variant(
         config,
         variant,
         proxy_synthesis={"ratio": 1.0, "alpha": 0.4},

@@ -31,18 +31,19 @@ Expected scores: what the images allow.
 
 from ml_collections import ConfigDict
 
-from dml_jax.training import config as configs
+from dml_jax.training import variants
+from dml_jax.training.config import default
 
 
 def get_config(variant: str = "baseline") -> ConfigDict:
     """The settings of a variant, such as `baseline`, `ps`, `memvir` or `ps_memvir_proxy_nca`."""
-    config = configs.default()
+    config = default()
     config.batch_size = 64
     config.data.update(image_size=128, resize=146)
     config.model.update(backbone="resnet18", pretrained="none", freeze_bn=False)
     # From random weights the official settings for fine-tuning would be slow.
     config.optimizer.update(learning_rate=1e-3, eps=1e-3)
-    return configs.with_variant(
+    return variants.with_variant(
         config,
         variant,
         proxy_synthesis={"ratio": 1.0, "alpha": 0.4},

@@ -17,12 +17,13 @@ leaves Proxy Synthesis nothing to gain. Margins and centres of other losses are 
 
 from ml_collections import ConfigDict
 
-from dml_jax.training import config as configs
+from dml_jax.training import variants
+from dml_jax.training.config import default
 
 
 def get_config(variant: str = "baseline") -> ConfigDict:
     """The settings of a variant, such as `baseline`, `ps`, `memvir` or `ps_memvir_proxy_nca`."""
-    config = configs.default()
+    config = default()
     config.epochs = 24
     config.data.update(
         name="glyphs",
@@ -37,7 +38,7 @@ def get_config(variant: str = "baseline") -> ConfigDict:
     config.optimizer.update(learning_rate=4e-3, eps=1e-3, decay_epochs=(22,))
     config.evaluation.every_epochs = 6
     config.checkpoint.every_epochs = 6
-    return configs.with_variant(
+    return variants.with_variant(
         config,
         variant,
         proxy_synthesis={"ratio": 3.0, "alpha": 1.0},

@@ -17,12 +17,13 @@ their papers or CARS196's READMEs have.
 
 from ml_collections import ConfigDict
 
-from dml_jax.training import config as configs
+from dml_jax.training import variants
+from dml_jax.training.config import default
 
 
 def get_config(variant: str = "baseline") -> ConfigDict:
     """The settings of a variant, such as `baseline`, `ps`, `memvir` or `ps_memvir_proxy_nca`."""
-    config = configs.default()
+    config = default()
     config.epochs = 200
     config.data.update(
         name="omniglot",
@@ -44,7 +45,7 @@ def get_config(variant: str = "baseline") -> ConfigDict:
     config.optimizer.update(learning_rate=1e-3, eps=1e-3, decay_epochs=(120, 170))
     config.evaluation.every_epochs = 10
     config.checkpoint.every_epochs = 10
-    return configs.with_variant(
+    return variants.with_variant(
         config,
         variant,
         proxy_synthesis={"ratio": 1.0, "alpha": 0.4},

@@ -14,12 +14,13 @@ which their papers or CARS196's READMEs have.
 
 from ml_collections import ConfigDict
 
-from dml_jax.training import config as configs
+from dml_jax.training import variants
+from dml_jax.training.config import default
 
 
 def get_config(variant: str = "baseline") -> ConfigDict:
     """The settings of a variant, such as `baseline`, `ps`, `memvir` or `ps_memvir_proxy_nca`."""
-    config = configs.default()
+    config = default()
     config.epochs = 100
     config.batch_size = 40
     config.data.update(
@@ -42,7 +43,7 @@ def get_config(variant: str = "baseline") -> ConfigDict:
     config.optimizer.update(learning_rate=1e-3, eps=1e-3, weight_decay=2e-3, decay_epochs=(60,))
     config.evaluation.every_epochs = 20
     config.checkpoint.every_epochs = 10
-    return configs.with_variant(
+    return variants.with_variant(
         config,
         variant,
         proxy_synthesis={"ratio": 1.0, "alpha": 0.4},

@@ -18,26 +18,26 @@ with MemVir 79.6. None were measured here: it needs the images, the weights and 
 from ml_collections import ConfigDict
 
 from dml_jax import published
-from dml_jax.training import config as configs
-from dml_jax.training import proxy_anchor_recipe
+from dml_jax.training import variants
+from dml_jax.training.config import default
 
 PUBLISHED = published.PUBLISHED["sop"]
 
 
 def get_config(variant: str = "norm_softmax") -> ConfigDict:
     """The settings of a variant, such as `norm_softmax`, `ps_proxy_nca` or `memvir_cosface`."""
-    config = configs.default()
+    config = default()
     config.data.update(name="sop", root="data/sop")
     config.evaluation.recall_at = (1, 10, 100, 1000)
-    method, loss = configs.parse_variant(variant)
+    method, loss = variants.parse_variant(variant)
     if loss == "proxy_anchor":
-        proxy_anchor_recipe.set_recipe(
+        variants.set_proxy_anchor_recipe(
             config, learning_rate=6e-4, freeze_bn=False, decay_rate=0.25, decay_every=20
         )
     if "memvir" in method:
         config.epochs = 300
         config.optimizer.update(decay_epochs=(300,), decay_every=0)
-    return configs.with_variant(
+    return variants.with_variant(
         config,
         variant,
         proxy_synthesis={"ratio": 1.0, "alpha": 0.4},

@@ -20,6 +20,7 @@ in `pending` until the next step begins: a program that read the ring and wrote 
 have to copy it.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -29,6 +30,26 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dml_jax import losses
 from dml_jax._utils import numerics, sharding
+from dml_jax.settings import choice, integer, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class MemVirConfig:
+    """The settings of MemVir."""
+
+    num_steps: int = setting(
+        0,
+        integer(0),
+        help="Earlier steps whose classes take part as virtual classes, the paper's N; 0 is no "
+        "MemVir.",
+    )
+    step_gap: int = setting(
+        0, integer(0), help="Steps between two remembered steps, the paper's M."
+    )
+    warmup_epochs: int = setting(0, integer(0), help="Epochs at the start without virtual classes.")
+    dtype: str = setting(
+        "float32", choice(("float32", "bfloat16")), help="What remembered vectors are stored in."
+    )
 
 
 class Entry(NamedTuple):

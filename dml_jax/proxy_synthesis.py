@@ -4,6 +4,7 @@ Source: Gu, Ko and Kim, Proxy Synthesis: Learning with synthetic classes for dee
 AAAI 2021 (arXiv 2103.15454), equations 5 and 6.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -12,9 +13,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dml_jax import losses
+from dml_jax.settings import number, setting
 
 _EXCHANGES = 8
 """Rounds of exchanges. Of 128 samples drawn from 20 classes, 1 draw in 1000 or fewer needs more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProxySynthesisConfig:
+    """The settings of Proxy Synthesis."""
+
+    ratio: float = setting(
+        0.0,
+        number(least=0.0),
+        help="Synthetic classes per sample, the paper's mu; 0 is no Proxy Synthesis.",
+    )
+    alpha: float = setting(
+        0.4, number(above=0.0), help="Mixing weights are drawn from Beta(alpha, alpha)."
+    )
 
 
 class Synthesized(NamedTuple):

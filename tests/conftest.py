@@ -48,8 +48,8 @@ hypothesis.settings.register_profile("dml_jax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("dml_jax")
 
 # Networks that compile in a moment, for tests in this process.
-registry.BACKBONES["resnet6"] = functools.partial(
-    resnet.ResNet, stage_sizes=(1, 1), bottleneck=False
+registry.register_backbone("resnet6")(
+    functools.partial(resnet.ResNet, stage_sizes=(1, 1), bottleneck=False)
 )
 
 
@@ -67,7 +67,7 @@ class Colours(nn.Module):
         )
 
 
-registry.BACKBONES["colours"] = Colours
+registry.register_backbone("colours")(Colours)
 
 
 def pytest_collection_modifyitems(items):

@@ -17,7 +17,7 @@ from absl import flags
 from dml_jax.cli import command_line
 from dml_jax.models import BACKBONES, pretrained
 
-_BACKBONE = flags.DEFINE_enum("backbone", None, list(BACKBONES), "Whose weights.", required=True)
+_BACKBONE = flags.DEFINE_enum("backbone", None, BACKBONES.names(), "Whose weights.", required=True)
 _SOURCE = flags.DEFINE_string("source", None, "The file torch.save wrote.", required=True)
 _OUT = flags.DEFINE_string("out", None, "The .safetensors file to write.", required=True)
 

@@ -14,6 +14,7 @@ from dml_jax._utils import sharding
 from dml_jax.cli import command_line
 from dml_jax.evaluation import embedding_files
 from dml_jax.training import builder, checkpoint, run_directory
+from dml_jax.training.config import parse
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
 _CHECKPOINT = flags.DEFINE_enum(
@@ -64,7 +65,7 @@ def _score_run(folder: Path, recall_at: list[int] | None) -> dict[str, float]:
     config = run_directory.read_config(folder)
     config.evaluation.recall_at = tuple(recall_at or config.evaluation.recall_at)
     config.evaluation.nmi = config.evaluation.nmi if _NMI.value is None else _NMI.value
-    built = builder.build(config, sharding.make_mesh(), run_directory.read_findings(folder))
+    built = builder.build(parse(config), sharding.make_mesh(), run_directory.read_findings(folder))
     _, variables = checkpoint.read_network(built.network, folder, _CHECKPOINT.value or "last")
     return built.evaluator.score(built.evaluator.embed(variables, "test"))
 

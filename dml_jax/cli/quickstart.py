@@ -19,6 +19,7 @@ from dml_jax.cli import command_line
 from dml_jax.configs import glyphs
 from dml_jax.report import render, runs
 from dml_jax.training import builder, run, run_directory
+from dml_jax.training.config import parse
 from dml_jax.training.state import network_variables
 
 _ROOT = flags.DEFINE_string("root", "runs/quickstart", "Folder of the runs.")
@@ -62,7 +63,7 @@ def _config(variant: str) -> ConfigDict:
 
 def _untrained(config: ConfigDict) -> dict[str, dict[str, float]]:
     """Returns the scores that the test images give without training, by name."""
-    built = builder.build(config, sharding.make_mesh())
+    built = builder.build(parse(config), sharding.make_mesh())
     pixels = {"test": _pixels(built.sources["test"])}
     network = built.evaluator.embed(network_variables(built.init()), "test")
     return {

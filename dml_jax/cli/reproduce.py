@@ -25,8 +25,7 @@ from ml_collections import config_flags
 from dml_jax import published, retrieval
 from dml_jax.cli import command_line
 from dml_jax.report import comparison
-from dml_jax.training import config as configs
-from dml_jax.training import run
+from dml_jax.training import run, variants
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE, or FILE:variant")
 _VARIANTS = flags.DEFINE_list("variants", None, "Variants; that of --config, or the methods.")
@@ -47,11 +46,11 @@ def main() -> None:
         recipe, overrides = runpy.run_path(file), config_flags.get_override_values(flag)
         wanted = _VARIANTS.value or ([variant] if variant else ["ps", "memvir", "ps_memvir"])
         bare = {name: comparison.baseline(name, recipe["get_config"]) for name in wanted}
-        variants = list(dict.fromkeys(name for x in wanted for name in (bare[x], x)))
-        results: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
+        trained = list(dict.fromkeys(name for x in wanted for name in (bare[x], x)))
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in trained}
         # Seed by seed, so that what is done compares all variants, however far it is.
         for seed in range(_SEEDS.value):
-            for name in variants:
+            for name in trained:
                 config = recipe["get_config"](name)
                 config.update_from_flattened_dict(overrides | {"seed": seed})
                 folder = Path(_ROOT.value) / name / f"seed{seed}"
@@ -65,8 +64,8 @@ def main() -> None:
             scores,
             baselines={name: against for name, against in bare.items() if name != against},
             published={
-                name: published.describe(references.get(configs.parse_variant(name), ()), metric)
-                for name in variants
+                name: published.describe(references.get(variants.parse_variant(name), ()), metric)
+                for name in trained
             },
         )
         print(f"\n{table}")

@@ -15,16 +15,15 @@ from dml_jax.data.pipeline import (
 from dml_jax.data.previews import check_upload, preview
 from dml_jax.data.sampling import Order, epoch_order, steps_per_epoch
 from dml_jax.data.sources import (
-    NAMES,
     WITH_IMAGES,
     Source,
     create,
     images_below,
+    register,
     split_classes,
 )
 
 __all__ = [
-    "NAMES",
     "WITH_IMAGES",
     "Augmentation",
     "Order",
@@ -44,6 +43,7 @@ __all__ = [
     "images_below",
     "inspect",
     "preview",
+    "register",
     "report",
     "split_classes",
     "steps_per_epoch",

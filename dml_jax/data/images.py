@@ -5,13 +5,15 @@ import dataclasses
 import io
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import cv2
 import numpy as np
 import simplejpeg
 from jaxtyping import Float64, UInt8
 from PIL import ExifTags, Image, ImageOps
+
+from dml_jax.settings import check_of, flag, number, setting, several
 
 CROP_RATIO = (3 / 4, 4 / 3)
 """Range of width / height of a random crop."""
@@ -30,39 +32,52 @@ _LONGEST = 32  # Longer side of a test image over its shorter one, beyond which 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
+def _is_range(ends: Collection[float]) -> bool:
+    return len(ends) == 2 and list(ends) == sorted(ends)
+
+
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
     """How a training image is varied at random.
 
-    Attributes:
-        crop_scale: least and greatest area of the crop as a fraction of the image's; (1, 1) keeps
-            square images whole.
-        flip: whether left and right may change places.
-        rotation: greatest rotation either way, in degrees.
-        zoom: greatest change of size either way, as a fraction of the size.
-        shift: greatest shift either way along each axis, as a fraction of the image's side.
-
     Raises:
-        ValueError: a range that makes no sense.
+        ValueError: a value is out of its bounds.
     """
 
-    crop_scale: Sequence[float] = (0.08, 1.0)
-    flip: bool = True
-    rotation: float = 0.0
-    zoom: float = 0.0
-    shift: float = 0.0
+    crop_scale: tuple[float, float] = setting(
+        (0.08, 1.0),
+        several(
+            number(above=0.0, most=1.0), "it must be least and most, above 0, up to 1", _is_range
+        ),
+        help="Least and greatest area of the crop as a fraction of the image's; (1, 1) keeps "
+        "square images whole.",
+    )
+    flip: bool = setting(True, flag(), help="Whether to mirror images with probability 1/2.")
+    rotation: float = setting(
+        0.0,
+        number(least=0.0, most=180.0),
+        help="Greatest rotation either way, in degrees.",
+    )
+    zoom: float = setting(
+        0.0,
+        number(least=0.0, below=1.0),
+        help="Greatest change of size either way, as a fraction of the size.",
+    )
+    shift: float = setting(
+        0.0,
+        number(least=0.0, below=1.0),
+        help="Greatest shift either way along each axis, as a fraction of the image's side.",
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "crop_scale", tuple(self.crop_scale))
-        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(
-                f"crop_scale is {self.crop_scale}; it must be least and most, above 0, up to 1"
-            )
-        for name, below in (("rotation", 181), ("zoom", 1), ("shift", 1)):
-            if not 0 <= getattr(self, name) < below:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; it must be at least 0 and below {below}"
-                )
+        problems: dict[str, str] = {}
+        for field in dataclasses.fields(self):
+            value, check = getattr(self, field.name), check_of(field)
+            if not check.holds(value):
+                problems[field.name] = f"{field.name} is {value!r}; {check.allowed()}"
+        if problems:
+            raise ValueError("; ".join(problems.values()))
 
 
 class Picture:

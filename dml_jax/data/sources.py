@@ -8,13 +8,15 @@ import dataclasses
 import itertools
 import os
 import stat
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
+from dml_jax._utils.registry import Registry
 from dml_jax.data import glyphs
 from dml_jax.data.images import Picture
 from dml_jax.data.records import INDEX, Images, read_index
@@ -112,22 +114,16 @@ def create(name: str, *, root: str | os.PathLike[str] | None = None) -> Sources:
         FileNotFoundError: a directory is missing, or no data set was prepared in it.
         ModuleNotFoundError: the package that carries the images is not installed.
     """
-    if name == "folder":
-        if not root:
-            raise ValueError("data set 'folder' needs root, the directory with train/ and test/")
-        is_prepared = (Path(root) / INDEX).is_file()
-        return _prepared(name, Path(root)) if is_prepared else _folder(Path(root))
-    if name in PREPARED:
-        if not root:
-            raise ValueError(
-                f"data set {name!r} needs root, the directory that scripts/prepare_data.py wrote"
-            )
-        return _prepared(name, Path(root))
-    if name not in _BUILT_IN:
-        raise ValueError(f"unknown data set {name!r}; there are {', '.join(NAMES)}")
-    if root:
+    source = REGISTRY.get(name)
+    if name == "folder" and not root:
+        raise ValueError("data set 'folder' needs root, the directory with train/ and test/")
+    if name in PREPARED and not root:
+        raise ValueError(
+            f"data set {name!r} needs root, the directory that scripts/prepare_data.py wrote"
+        )
+    if name in WITH_IMAGES and root:
         raise ValueError(f"data set {name!r} comes with its images and takes no root, got {root}")
-    return _BUILT_IN[name]()
+    return source(str(root or ""))
 
 
 def images_below(root: str | os.PathLike[str]) -> Source:
@@ -279,6 +275,10 @@ def _orl_faces() -> dict[str, Source]:
     return {"train": people(range(1, 21)), "test": people(range(21, 41))}
 
 
+def _folder_or_prepared(root: Path) -> dict[str, Source]:
+    return _prepared("folder", root) if (root / INDEX).is_file() else _folder(root)
+
+
 def _folder(root: Path) -> dict[str, Source]:
     """Any images: a directory a split, in it a directory a class, in it the class's images."""
     for directory in (root, root / "train", root / "test"):
@@ -308,6 +308,10 @@ def _split(root: Path, split: str) -> Source:
     if not classes:
         raise ValueError(f"{root / split} holds no class folders; expected {root / split}/CLASS/*")
     return _source(classes)
+
+
+def _prepared_at(name: str, root: str) -> dict[str, Source]:
+    return _prepared(name, Path(root))
 
 
 def _prepared(name: str, root: Path) -> dict[str, Source]:
@@ -348,10 +352,16 @@ def visible(directory: Path) -> list[Path]:
     )
 
 
-_BUILT_IN = {"glyphs": _glyphs, "orl_faces": _orl_faces}
+REGISTRY: Registry[Callable[[str], Sources]] = Registry("data set")
+"""Functions of a root, which may be empty, to the splits. `register` adds one."""
 
-WITH_IMAGES = tuple(_BUILT_IN)
+register = REGISTRY.register
+
+WITH_IMAGES = ("glyphs", "orl_faces")
 """Data sets that need no root."""
 
-NAMES = ("folder", *WITH_IMAGES, *PREPARED)
-"""What `create` knows."""
+register("folder")(lambda root: _folder_or_prepared(Path(root)))
+register("glyphs")(lambda root: _glyphs())
+register("orl_faces")(lambda root: _orl_faces())
+for _name in PREPARED:
+    register(_name)(partial(_prepared_at, _name))

@@ -2,22 +2,23 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from dml_jax import data
 from dml_jax._utils import processes
+from dml_jax.data.config import DataConfig
 
 
 def load_splits(
-    config: ConfigDict, findings: data.InspectionReport | None = None
+    config: DataConfig, recall_at: Sequence[int], findings: data.InspectionReport | None = None
 ) -> tuple[dict[str, data.Source], data.InspectionReport]:
     """Finds the images that a configuration names, without those that it leaves out.
 
     Args:
-        config: a whole config.
+        config: the settings of the images.
+        recall_at: each k of Recall@k, for which a split must have enough images.
         findings: what the run found in its images when it began; by default they are looked at
             now, every one of them.
 
@@ -28,20 +29,20 @@ def load_splits(
         ValueError: an image is bad, or a split has too few.
         FileNotFoundError: the images are not where the config says.
     """
-    sources = data.create(config.data.name, root=config.data.root or None)
+    sources = data.create(config.name, root=config.root or None)
     found = findings or _inspected(sources)
-    sources = data.accept(sources, found, config.data.unreadable)
+    sources = data.accept(sources, found, config.unreadable)
     if findings is None and processes.is_first_process():
         data.report(found)
-    if config.data.validation_classes:
+    if config.validation_classes:
         # Of all seeds the same classes, so that their runs can be compared.
         sources["train"], sources["validation"] = data.split_classes(
-            sources["train"], config.data.validation_classes, seed=0
+            sources["train"], config.validation_classes, seed=0
         )
-    if config.data.cache == "host":
+    if config.cache == "host":
         sources = {k: dataclasses.replace(source, kept={}) for k, source in sources.items()}
     for split in sources.keys() - {"train", "gallery"}:
-        _check_enough(sources, split, max(config.evaluation.recall_at))
+        _check_enough(sources, split, max(recall_at))
     for split, source in sources.items():
         if len(source.class_names) < 2:
             raise ValueError(

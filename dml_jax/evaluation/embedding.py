@@ -14,7 +14,7 @@ from dml_jax import data
 from dml_jax._utils import sharding
 from dml_jax._utils.sharding import on_cpu, put_batch, replicated_sharding
 from dml_jax.data import device_cache
-from dml_jax.models.networks import Network
+from dml_jax.evaluation.network import Network
 
 
 def embed(
@@ -118,23 +118,15 @@ def embed_images(
         batches.close()
 
 
-def rows_at_once(network: Network) -> int:
-    """How many images are embedded at once: a part of a training batch, or the whole of it."""
-    config, devices = network.config, network.mesh.size
-    # Here may be other devices than those that the run's batches were shared by.
-    return -(-config.batch_size // (config.micro_batches * devices)) * devices
-
-
 def _test_batches(
     network: Network, source: data.Source, cache: device_cache.Cache | None
 ) -> data.Batches | Generator[dict[str, Array | np.ndarray]]:
-    config, mesh = network.config.data, network.mesh
-    batch_size = rows_at_once(network)
+    config, mesh = network.data, network.mesh
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     if cache is None:
         return data.test_batches(
             source,
-            batch_size=batch_size,
+            batch_size=network.rows,
             image_size=config.image_size,
             resize=config.resize,
             num_workers=config.num_workers,
@@ -144,7 +136,7 @@ def _test_batches(
     view = partial(device_cache.test_views, mesh=mesh, size=config.image_size)
 
     def views() -> Generator[dict[str, Array | np.ndarray]]:
-        for index in data.test_indices(len(source), batch_size=batch_size, **process):
+        for index in data.test_indices(len(source), batch_size=network.rows, **process):
             placed = sharding.put_batch(mesh, {"index": index, "box": boxes[index]})
             yield {"image": view(cache.images, placed["index"], placed["box"]), "index": index}
 

@@ -11,7 +11,7 @@ from dml_jax._utils import processes
 from dml_jax.data import device_cache
 from dml_jax.data.splits import gallery_of
 from dml_jax.evaluation.embedding import embed_images
-from dml_jax.models.networks import Network
+from dml_jax.evaluation.network import Network
 
 
 class Evaluator(NamedTuple):

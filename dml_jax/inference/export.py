@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from dml_jax._utils import files, sharding
+from dml_jax.evaluation.network import Network
 from dml_jax.inference import model_card, trained
 from dml_jax.inference.retriever import FUNCTION, WEIGHTS
-from dml_jax.models import networks
 from dml_jax.training import run_directory
 
 CARD = "README.md"
@@ -40,7 +40,7 @@ def write(run: Path, out: Path, checkpoint: str) -> None:
     device = sharding.make_mesh(jax.local_devices()[:1])
     network, variables, step = trained.load(run, checkpoint, device)
     weights = traverse_util.flatten_dict(jax.device_get(variables), sep="/")
-    published = _without_places(network.config)
+    published = _without_places(run_directory.read_config(run))
     part = out.absolute().with_name(f".{out.absolute().name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -59,7 +59,7 @@ def write(run: Path, out: Path, checkpoint: str) -> None:
     os.replace(part, out)
 
 
-def serialize(network: networks.Network, weights: dict[str, Any]) -> bytes:
+def serialize(network: Network, weights: dict[str, Any]) -> bytes:
     """The embedding function as `jax.export` serialises it, for `PLATFORMS`.
 
     Args:
@@ -76,7 +76,7 @@ def serialize(network: networks.Network, weights: dict[str, Any]) -> bytes:
         return network.embedder.apply(variables, images, train=False)
 
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
-    size = network.config.data.image_size
+    size = network.data.image_size
     batch = jax.export.symbolic_shape(f"batch, {size}, {size}, 3")
     exported = jax.export.export(jax.jit(embed), platforms=PLATFORMS)(
         shapes, jax.ShapeDtypeStruct(batch, jnp.uint8)

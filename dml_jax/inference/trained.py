@@ -5,10 +5,11 @@ from pathlib import Path
 import jax
 from jaxtyping import PyTree
 
-from dml_jax.models.networks import Network, make
-from dml_jax.training import config as configs
+from dml_jax.evaluation.network import Network
 from dml_jax.training import run_directory
+from dml_jax.training.builder import make_network
 from dml_jax.training.checkpoint import read_network
+from dml_jax.training.config import parse
 
 
 def load(
@@ -28,8 +29,7 @@ def load(
         FileNotFoundError: there is no run, or no such checkpoint.
         ValueError: its configuration is damaged.
     """
-    config = run_directory.read_config(folder)
-    configs.validate(config)
-    network = make(config, mesh)
+    config = parse(run_directory.read_config(folder))
+    network = make_network(config, mesh)
     step, variables = read_network(network, folder, name)
     return network, variables, step

@@ -9,12 +9,12 @@ grow with the embedding's length, `softmax` and `sphereface`, are so for entries
 from dml_jax.losses.base import ProxyLoss
 from dml_jax.losses.margins import ArcFace, CosFace, SphereFace
 from dml_jax.losses.proxy_anchor import ProxyAnchor
-from dml_jax.losses.registry import NAMES, create
+from dml_jax.losses.registry import LOSSES, create, names, register
 from dml_jax.losses.soft_triple import SoftTriple
 from dml_jax.losses.softmax import NormSoftmax, ProxyNCA, Softmax, SoftmaxLoss
 
 __all__ = [
-    "NAMES",
+    "LOSSES",
     "ArcFace",
     "CosFace",
     "NormSoftmax",
@@ -26,4 +26,6 @@ __all__ = [
     "SoftmaxLoss",
     "SphereFace",
     "create",
+    "names",
+    "register",
 ]

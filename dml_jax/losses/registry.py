@@ -3,13 +3,20 @@
 import dataclasses
 from typing import Any
 
+from dml_jax._utils.registry import Registry
 from dml_jax.losses.base import ProxyLoss
 from dml_jax.losses.margins import ArcFace, CosFace, SphereFace
 from dml_jax.losses.proxy_anchor import ProxyAnchor
 from dml_jax.losses.soft_triple import SoftTriple
 from dml_jax.losses.softmax import NormSoftmax, ProxyNCA, Softmax
 
-_LOSSES: dict[str, type[ProxyLoss]] = {
+LOSSES: Registry[type[ProxyLoss]] = Registry("loss")
+"""Loss classes by name. `register` adds one, also from outside the package."""
+
+register = LOSSES.register
+names = LOSSES.names
+
+_BUILT_IN: dict[str, type[ProxyLoss]] = {
     "softmax": Softmax,
     "norm_softmax": NormSoftmax,
     "proxy_nca": ProxyNCA,
@@ -19,8 +26,8 @@ _LOSSES: dict[str, type[ProxyLoss]] = {
     "soft_triple": SoftTriple,
     "proxy_anchor": ProxyAnchor,
 }
-
-NAMES = tuple(_LOSSES)
+for _name, _loss in _BUILT_IN.items():
+    register(_name)(_loss)
 
 
 def create(name: str, **hyperparameters: Any) -> ProxyLoss:
@@ -30,7 +37,7 @@ def create(name: str, **hyperparameters: Any) -> ProxyLoss:
     NormSoftmax(scale=16.0)
 
     Args:
-        name: one of `NAMES`.
+        name: one of `names()`, or the import path of a loss of your own.
         **hyperparameters: the fields of the loss's class, which have defaults; a tuple may come as
             a list, as it does out of a JSON file.
 
@@ -40,13 +47,12 @@ def create(name: str, **hyperparameters: Any) -> ProxyLoss:
     Raises:
         ValueError: unknown name or hyper-parameter.
     """
-    if name not in _LOSSES:
-        raise ValueError(f"unknown loss {name!r}; choose one of {', '.join(sorted(_LOSSES))}")
-    known = {field.name for field in dataclasses.fields(_LOSSES[name])}
+    loss = LOSSES.get(name)
+    known = {field.name for field in dataclasses.fields(loss)}
     if unknown := sorted(hyperparameters.keys() - known):
         raise ValueError(
             f"loss {name!r} has no hyper-parameter {', '.join(unknown)}; "
             f"it has {', '.join(sorted(known)) or 'none'}"
         )
     fields = {k: tuple(x) if isinstance(x, list) else x for k, x in hyperparameters.items()}
-    return _LOSSES[name](**fields)
+    return loss(**fields)

@@ -4,10 +4,10 @@ from dml_jax.models import pretrained
 from dml_jax.models.embedder import HEAD_INITS, POOLINGS, Embedder
 from dml_jax.models.registry import (
     BACKBONES,
-    backbone_options,
     check_image_size,
     create_backbone,
     create_embedder,
+    register_backbone,
 )
 
 __all__ = [
@@ -15,9 +15,9 @@ __all__ = [
     "HEAD_INITS",
     "POOLINGS",
     "Embedder",
-    "backbone_options",
     "check_image_size",
     "create_backbone",
     "create_embedder",
     "pretrained",
+    "register_backbone",
 ]

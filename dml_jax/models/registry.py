@@ -1,26 +1,30 @@
-"""Networks by name. A new backbone is a file beside this one and a line in `BACKBONES`."""
+"""Networks by name."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 
+from dml_jax._utils.registry import Registry
 from dml_jax.models import bninception, convnet, resnet
 from dml_jax.models.embedder import Embedder
 
-BACKBONES: dict[str, Callable[..., nn.Module]] = {
-    **resnet.VARIANTS,
-    "bninception": bninception.BNInception,
-    "conv4": convnet.ConvNet,
-}
+BACKBONES: Registry[Callable[..., nn.Module]] = Registry("backbone")
+"""Modules by name. `register_backbone` adds one, also from outside the package."""
+
+register_backbone = BACKBONES.register
+
+for _name, _module in resnet.VARIANTS.items():
+    register_backbone(_name)(_module)
+register_backbone("bninception")(bninception.BNInception)
+register_backbone("conv4")(convnet.ConvNet)
 
 
 def create_backbone(name: str, **options: Any) -> nn.Module:
     """Makes a bare network, called as `apply(variables, images, train=False)`.
 
     Args:
-        name: a key of `BACKBONES`.
+        name: a name in `BACKBONES`, or the import path of a backbone.
         **options: attributes of the backbone's module, such as `width`, `stem`, `freeze_bn` and
             `dtype` of `resnet.ResNet`.
 
@@ -31,15 +35,7 @@ def create_backbone(name: str, **options: Any) -> nn.Module:
         ValueError: on an unknown name.
         TypeError: on an option that the backbone does not have.
     """
-    if name not in BACKBONES:
-        raise ValueError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}")
-    return BACKBONES[name](**options)
-
-
-def backbone_options(name: str) -> dict[str, Any]:
-    """The options of a backbone in `BACKBONES`, with their defaults."""
-    parameters = inspect.signature(BACKBONES[name]).parameters
-    return {option: parameter.default for option, parameter in parameters.items()}
+    return BACKBONES.get(name)(**options)
 
 
 def check_image_size(name: str, size: int) -> None:
@@ -49,7 +45,7 @@ def check_image_size(name: str, size: int) -> None:
         ValueError: they are too small for it, or halve badly.
     """
     # A backbone that takes any size says nothing of it.
-    check = getattr(BACKBONES[name], "check_image_size", None)
+    check = getattr(BACKBONES.get(name), "check_image_size", None)
     if check is not None:
         check(size, size)
 
@@ -66,7 +62,7 @@ def create_embedder(
     """Makes an embedder.
 
     Args:
-        backbone: a key of `BACKBONES`.
+        backbone: a name in `BACKBONES`, or the import path of a backbone.
         pooling: "gap", "gmp" or "gap+gmp".
         dim: size of an embedding.
         head_init: "uniform" or "kaiming_fan_out"; see `Embedder`.

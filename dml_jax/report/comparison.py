@@ -7,7 +7,7 @@ from typing import Any
 import scipy.stats
 from ml_collections import ConfigDict
 
-from dml_jax.training import config as configs
+from dml_jax.training import variants
 
 
 def table(
@@ -69,7 +69,7 @@ def baseline(variant: str, get_config: Callable[[str], ConfigDict]) -> str:
         variant: a name, see `config.with_variant`.
         get_config: gives the configuration of a variant.
     """
-    method, loss = configs.parse_variant(variant)
+    method, loss = variants.parse_variant(variant)
     if "baseline" in method:
         return variant
     names_loss = variant.endswith(loss)

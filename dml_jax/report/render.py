@@ -23,6 +23,7 @@ from dml_jax.report import projection, ranking, tables, thumbnails, training_map
 from dml_jax.report.runs import Group, Run
 from dml_jax.retrieval import exact
 from dml_jax.training import run_directory
+from dml_jax.training.config import parse
 
 MOST_IMAGES = 12_000
 """Images that a page shows; of a larger test set some queries and what they find."""
@@ -113,7 +114,9 @@ def _command(groups: Sequence[Group], path: Path) -> str:
 def _sources(run: Run) -> dict[str, data.Source]:
     """The images that a run was tested on, made sure to be those."""
     config = run.config
-    sources, _ = splits.load_splits(config, run_directory.read_findings(run.folder))
+    sources, _ = splits.load_splits(
+        parse(config).data, config.evaluation.recall_at, run_directory.read_findings(run.folder)
+    )
     for split, embedded in (("test", run.queries), ("gallery", run.gallery)):
         if embedded is not None and sources[split].names != embedded.names:
             raise ValueError(

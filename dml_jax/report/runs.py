@@ -65,7 +65,7 @@ def read(folder: Path) -> Run:
         ValueError: a file of it is damaged.
     """
     config = run_directory.read_config(folder)
-    configs.validate(config)
+    configs.parse(config)
     result = run_directory.read_result(folder)
     if result is None:
         raise FileNotFoundError(

@@ -21,6 +21,7 @@ from dml_jax.report.thumbnails import Picture
 from dml_jax.retrieval import exact
 from dml_jax.training import builder, checkpoint, run_directory
 from dml_jax.training.builder import Experiment
+from dml_jax.training.config import parse
 from dml_jax.training.state import network_variables
 
 KINDS = (
@@ -84,7 +85,7 @@ def draw(run: Run) -> TrainingMap | None:
     if not (config.proxy_synthesis.ratio or config.memvir.num_steps):
         return None
     device = sharding.make_mesh(jax.local_devices()[:1])
-    built = builder.build(config, device, run_directory.read_findings(run.folder))
+    built = builder.build(parse(config), device, run_directory.read_findings(run.folder))
     state = _restore(built, run.folder)
     if state is None:
         return None

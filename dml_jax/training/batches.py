@@ -59,7 +59,7 @@ def _reader(
     reader = data.train_batches(
         source,
         image_size=config.data.image_size,
-        augmentation=data.Augmentation(**config.data.augmentation),
+        augmentation=config.data.augmentation,
         num_workers=config.data.num_workers,
         **order,
     )

@@ -9,22 +9,24 @@ import clu.parameter_overview
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
-from ml_collections import ConfigDict
 
 from dml_jax import data, losses, memvir
 from dml_jax._utils import sharding
 from dml_jax.data import device_cache
 from dml_jax.data.splits import load_splits
+from dml_jax.evaluation import network as networks
+from dml_jax.evaluation.network import Network
 from dml_jax.evaluation.scoring import Evaluator
-from dml_jax.models import networks
-from dml_jax.training import config as configs
+from dml_jax.models import pretrained
+from dml_jax.models.config import ModelConfig
 from dml_jax.training import optimizer, state, step
+from dml_jax.training.config import Config
 
 
 class Experiment(NamedTuple):
     """All that a run is made of, besides its state."""
 
-    config: ConfigDict
+    config: Config
     sources: Mapping[str, data.Source]
     findings: data.InspectionReport
     """What was found in the images before some were left out."""
@@ -43,7 +45,7 @@ class Experiment(NamedTuple):
     """The shape and type of every array of the state."""
     state_sharding: PyTree
     """The sharding of every array of the state."""
-    network: networks.Network
+    network: Network
     evaluator: Evaluator
     cache: Callable[[str], device_cache.Cache | None]
     """The images of a split on the devices, put there when first asked for; None if the config
@@ -51,7 +53,7 @@ class Experiment(NamedTuple):
 
 
 def build(
-    config: ConfigDict, mesh: jax.sharding.Mesh, findings: data.InspectionReport | None = None
+    config: Config, mesh: jax.sharding.Mesh, findings: data.InspectionReport | None = None
 ) -> Experiment:
     """Makes everything that a configuration names, and refuses what cannot work.
 
@@ -68,7 +70,6 @@ def build(
         ValueError: a setting, or an image, is wrong.
         FileNotFoundError: the images are not where the config says.
     """
-    configs.validate(config)
     parts = config.micro_batches
     if config.batch_size // parts % mesh.size:
         in_parts = f" in {parts} parts (config.micro_batches)" if parts > 1 else ""
@@ -76,19 +77,19 @@ def build(
             f"config.batch_size is {config.batch_size}, which the {mesh.size} devices cannot share "
             f"evenly{in_parts}; choose a multiple of {parts * mesh.size}"
         )
-    sources, findings = load_splits(config, findings)
+    sources, findings = load_splits(config.data, config.evaluation.recall_at, findings)
     train = sources["train"]
     steps_per_epoch = data.steps_per_epoch(
         train.labels, batch_size=config.batch_size, n_instance=config.data.n_instance
     )
     _check_lengths(config, steps_per_epoch)
-    network = networks.make(config, mesh)
+    network = make_network(config, mesh)
     transformation, learning_rate = optimizer.create(
-        **config.optimizer,
-        freeze_bn_affine=config.model.freeze_bn_affine,
+        config.optimizer,
         steps_per_epoch=steps_per_epoch,
+        freeze_bn_affine=config.model.freeze_bn_affine,
     )
-    loss = losses.create(**config.loss)
+    loss = config.loss
     num_classes = len(train.class_names)
     recipe = step.StepConfig(
         embedder=network.embedder,
@@ -138,7 +139,7 @@ def build(
         recipe=recipe,
         take_step=step.compile_step(recipe, state_sharding, sharding.batch_sharding(mesh)),
         learning_rate=learning_rate,
-        init=lambda: init(networks.load_pretrained(config)),
+        init=lambda: init(load_pretrained(config.model)),
         state_shape=state_shape,
         state_sharding=state_sharding,
         network=network,
@@ -146,25 +147,46 @@ def build(
             network=network,
             sources=sources,
             cache=cache,
-            recall_at=tuple(config.evaluation.recall_at),
+            recall_at=config.evaluation.recall_at,
             nmi=config.evaluation.nmi,
         ),
         cache=cache,
     )
 
 
+def make_network(config: Config, mesh: jax.sharding.Mesh) -> Network:
+    """Returns the network of a configuration, which embeds a part of a batch at once."""
+    parts = config.micro_batches
+    return networks.make(config.model, config.data, mesh, batch_size=-(-config.batch_size // parts))
+
+
+def load_pretrained(model: ModelConfig) -> dict[str, PyTree] | None:
+    """Returns the pretrained variables of the backbone; None if the settings name none.
+
+    Raises:
+        ValueError: they are not the backbone's.
+        FileNotFoundError: they are not where the settings say.
+    """
+    if model.pretrained == pretrained.NONE:
+        return None
+    return pretrained.load(model.backbone, model.pretrained)
+
+
 def _images(
-    config: ConfigDict, mesh: jax.sharding.Mesh
+    config: Config, mesh: jax.sharding.Mesh
 ) -> Callable[[Mapping[str, Array], PRNGKeyArray], Array]:
     """How a step comes by its images."""
     if config.data.cache != "device":
         return step.images_of_batch
-    augmentation = data.Augmentation(**config.data.augmentation)
-    size = config.data.image_size
-    return partial(device_cache.train_views, mesh=mesh, size=size, augmentation=augmentation)
+    return partial(
+        device_cache.train_views,
+        mesh=mesh,
+        size=config.data.image_size,
+        augmentation=config.data.augmentation,
+    )
 
 
-def _check_lengths(config: ConfigDict, steps_per_epoch: int) -> None:
+def _check_lengths(config: Config, steps_per_epoch: int) -> None:
     if config.skip_nonfinite >= steps_per_epoch:
         raise ValueError(
             f"config.skip_nonfinite is {config.skip_nonfinite}, but an epoch has only "
@@ -186,7 +208,7 @@ def _check_lengths(config: ConfigDict, steps_per_epoch: int) -> None:
 
 
 def _memory(
-    config: ConfigDict, loss: losses.ProxyLoss, num_classes: int, shards: int
+    config: Config, loss: losses.ProxyLoss, num_classes: int, shards: int
 ) -> memvir.Memory | None:
     if not config.memvir.num_steps:
         return None

@@ -5,6 +5,7 @@ state is the input's position too.
 """
 
 import contextlib
+import dataclasses
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,8 +19,20 @@ from absl import logging
 from jaxtyping import PyTree
 
 from dml_jax._utils import processes
-from dml_jax.models.networks import Network
+from dml_jax.evaluation.network import Network
+from dml_jax.settings import integer, setting
 from dml_jax.training import integrity, run_directory
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """How often a run is saved, and how many checkpoints are kept."""
+
+    every_epochs: int = setting(1, integer(1), help="Epochs from one checkpoint to the next.")
+    keep_last: int = setting(
+        2, integer(1), help="How many of the latest are kept, besides the best of each metric."
+    )
+
 
 BEST = {"best_map": "map@r", "best_r1": "recall@1", "best_rp": "r_precision"}
 """Names of the best checkpoints, and the metric by which each is the best."""

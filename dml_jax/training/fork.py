@@ -5,7 +5,7 @@ from pathlib import Path
 from jaxtyping import PyTree
 
 from dml_jax._utils.files import read_json
-from dml_jax.models.networks import Network
+from dml_jax.evaluation.network import Network
 from dml_jax.training import checkpoint, run_directory
 from dml_jax.training.run_directory import CONFIG, FORK
 
@@ -40,11 +40,11 @@ def read_fork(network: Network, folder: Path) -> dict[str, PyTree]:
         FileNotFoundError: there is no such run, or no checkpoint in it.
         ValueError: it trains another network.
     """
-    there, here = run_directory.read_config(folder).model, network.config.model
+    there, here = run_directory.read_config(folder).model, network.model
     for name in ("backbone", "width", "stem", "channels", "dim"):
-        if there.get(name) != here[name]:
+        if there.get(name) != getattr(here, name):
             raise ValueError(
-                f"config.model.{name} is {here[name]!r}, but {folder}, from which to fork, has "
-                f"{there.get(name)!r}"
+                f"config.model.{name} is {getattr(here, name)!r}, but {folder}, from which to "
+                f"fork, has {there.get(name)!r}"
             )
     return checkpoint.read_network(network, folder, "last")[1]

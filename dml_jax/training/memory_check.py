@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from absl import logging
 
 from dml_jax._utils import free_memory, processes, runtime, sharding
-from dml_jax.evaluation.embedding import in_flight, rows_at_once
+from dml_jax.evaluation.embedding import in_flight
 from dml_jax.training import builder, resume
 from dml_jax.training.builder import Experiment
+from dml_jax.training.config import parse, to_config_dict
 
 _PROGRAM = 500_000_000
 """Bytes for what a run allocates on the host besides its steps and a copy of the state.
@@ -104,7 +105,7 @@ def need(built: Experiment) -> Need:
     """
     state, batch = builder.abstract_state(built), builder.abstract_batch(built)
     step = built.take_step.compile(state, batch).memory_analysis()
-    rows, size = rows_at_once(built.network), built.config.data.image_size
+    rows, size = built.network.rows, built.config.data.image_size
     images = jax.ShapeDtypeStruct(
         (rows, size, size, 3), jnp.uint8, sharding=sharding.batch_sharding(built.mesh)
     )
@@ -208,9 +209,10 @@ def _candidates(built: Experiment, needed: Need, room: int | float) -> Iterator[
 
 def _fits(built: Experiment, folder: Path, settings: Mapping[str, Any], room: int | float) -> bool:
     """Whether a run with some other settings is allowed, and needs no more than the room."""
-    config = built.config.copy_and_resolve_references()
-    config.update_from_flattened_dict(settings)
+    changed = to_config_dict(built.config)
+    changed.update_from_flattened_dict(settings)
     try:
+        config = parse(changed)
         resume.check(folder, config)
         other = builder.build(config, built.mesh, built.findings)
     except ValueError:  # The run in the folder, or the backbone, does not allow it.

@@ -1,85 +1,174 @@
 """Optimizers over embedder and proxies, to the letter of torch's, with the official step decay."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax
 import jax
-import numpy as np
 import optax
 from jaxtyping import Array, Int, PyTree
+from ml_collections import ConfigDict
+
+from dml_jax.settings import (
+    Check,
+    Setting,
+    choice,
+    integer,
+    number,
+    optional,
+    registered,
+    setting,
+    several,
+    together,
+)
+from dml_jax.training import schedules
 
 NAMES = ("adam", "adamw", "rmsprop", "sgd")
 
 
+def _ascending(epochs: Collection[int]) -> bool:
+    return list(epochs) == sorted(set(epochs))
+
+
+def _parse_arguments(values: Any, path: str, problems: dict[str, str]) -> dict[str, Any]:
+    if not isinstance(values, Mapping | ConfigDict):
+        problems[path] = f"{path} is {values!r}; it must be the arguments of the schedule by name"
+        return {}
+    bad = {key: x for key, x in values.items() if not isinstance(x, int | float | str | bool)}
+    for key, value in bad.items():
+        problems[f"{path}.{key}"] = f"{path}.{key} is {value!r}; it must be a number or text"
+    return {key: value for key, value in values.items() if key not in bad}
+
+
+def _arguments() -> Any:
+    about = Setting("Arguments of the schedule; see `dml_jax.training.schedules`.", None, False)
+    metadata = {"group": about, "parse": _parse_arguments, "to_dict": dict}
+    return dataclasses.field(default_factory=dict, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer, its learning rates and their schedule."""
+
+    name: str = setting(
+        "adam",
+        choice(NAMES),
+        help="`adam`, `adamw`, `rmsprop` (alpha 0.99, momentum 0.9) or `sgd` (Nesterov 0.9).",
+    )
+    learning_rate: float = setting(
+        1e-4, number(above=0.0), help="Learning rate of backbone and head."
+    )
+    proxy_learning_rate: float = setting(
+        1e-2, number(above=0.0), help="Learning rate of the proxies."
+    )
+    eps: float = setting(
+        0.01,
+        number(above=0.0),
+        help="Added to the root of the second moment by adam and adamw; rmsprop adds 1e-8.",
+    )
+    weight_decay: float = setting(
+        1e-4,
+        number(least=0.0),
+        help="Coefficient of the weight decay of every parameter, proxies too.",
+    )
+    schedule: str = setting(
+        schedules.STEP_DECAY,
+        Check(
+            lambda: f"choose {schedules.STEP_DECAY}, or {schedules.SCHEDULES.choices.lower()}",
+            lambda name: (
+                name == schedules.STEP_DECAY or registered(schedules.SCHEDULES).holds(name)
+            ),
+        ),
+        help="Schedule of both learning rates: `step_decay`, one of optax's by name, or your own.",
+    )
+    schedule_arguments: Mapping[str, Any] = _arguments()
+    decay_rate: float = setting(
+        0.1, number(above=0.0, most=1.0), help="Factor of the learning rates at each decay."
+    )
+    decay_epochs: tuple[int, ...] = setting(
+        (50,),
+        several(integer(1), "it must be ascending integers of at least 1, or none", _ascending),
+        help="Epochs that begin with a decay, counted from 1.",
+    )
+    decay_every: int = setting(
+        0,
+        integer(0),
+        help="Epochs from one decay to the next, in place of `decay_epochs`; 0 for none.",
+    )
+    clip_value: float | None = setting(
+        None,
+        optional(number(above=0.0)),
+        help="Bound on the size of each element of a gradient; none by default.",
+    )
+    frozen_epochs: int = setting(
+        0,
+        integer(0),
+        help="Epochs at the start in which the backbone does not change.",
+    )
+
+    @together("decay_every", "decay_epochs")
+    def _decays(self) -> str | None:
+        if not self.decay_every or not self.decay_epochs:
+            return None
+        return (
+            f"config.optimizer.decay_every is {self.decay_every} and "
+            f"config.optimizer.decay_epochs {self.decay_epochs}; set the first to 0, or the second "
+            "to ()"
+        )
+
+    @together("schedule", "schedule_arguments")
+    def _schedule(self) -> str | None:
+        if self.schedule == schedules.STEP_DECAY:
+            if not self.schedule_arguments:
+                return None
+            return (
+                "config.optimizer.schedule_arguments are given, but step_decay is set by "
+                "decay_rate, decay_epochs and decay_every"
+            )
+        try:
+            schedules.create(self.schedule, self.schedule_arguments, 1)
+        except ValueError as error:
+            return f"config.optimizer.schedule: {error}"
+        return None
+
+
 def create(
-    *,
-    name: str,
-    learning_rate: float,
-    proxy_learning_rate: float,
-    eps: float,
-    weight_decay: float,
-    steps_per_epoch: int,
-    decay_rate: float,
-    decay_epochs: Sequence[int],
-    decay_every: int = 0,
-    clip_value: float | None = None,
-    frozen_epochs: int = 0,
-    freeze_bn_affine: bool = False,
+    config: OptimizerConfig, *, steps_per_epoch: int, freeze_bn_affine: bool = False
 ) -> tuple[optax.GradientTransformationExtraArgs, Callable[[int], tuple[float, float]]]:
     """Makes the optimizer of a tree `{"embedder": ..., "proxies": ...}`.
 
     Every parameter, proxies too, decays: weight_decay * parameter joins its gradient, or, in
-    adamw, its step before the learning rate multiplies it. The learning rates of both groups are
-    multiplied by `decay_rate` at the start of each of `decay_epochs`, counted from 1, or after
-    every `decay_every` epochs.
+    adamw, its step before the learning rate multiplies it. The schedule multiplies the learning
+    rates of both groups.
 
     Args:
-        name: "adam", "adamw", "rmsprop" (alpha 0.99, momentum 0.9) or "sgd" (Nesterov 0.9).
-        learning_rate: of the embedder.
-        proxy_learning_rate: of the proxies.
-        eps: added to the root of the second moment by adam and adamw; rmsprop adds 1e-8.
-        weight_decay: coefficient of the decay, 0 for none.
+        config: the settings.
         steps_per_epoch: optimizer steps in an epoch.
-        decay_rate: factor of the learning rates at each decay.
-        decay_epochs: epochs that begin with a decay; none for a constant rate.
-        decay_every: epochs from one decay to the next, of which the first comes after as many; 0
-            decays at `decay_epochs` instead.
-        clip_value: bound on the size of each element of the raw gradient, None for no bound.
-        frozen_epochs: epochs at the beginning in which `["embedder"]["backbone"]` and all that is
-            known of its gradients stay as they are.
         freeze_bn_affine: whether scale and bias of the batch normalisations stay as they are in
             all epochs: no gradient, decay or state of the optimizer reaches them.
 
     Returns:
         The transformation, whose updates are to be added to the parameters, and a function from a
-        step, counted from 0, to that step's learning rates of (embedder, proxies). The function
-        computes on the host only. `update` takes `step=` too: rates and thaw go by the run's steps,
-        skipped ones too, and only what the optimizer itself counts goes by the updates it made.
-
-    Raises:
-        ValueError: on an unknown name, on an epoch below 1, or on decays of both kinds.
+        step, counted from 0, to that step's learning rates of (embedder, proxies), which computes
+        on the host. `update` takes `step=` too: the schedule and `frozen_epochs` count the steps of
+        the run, skipped ones included; the optimizer's own counters count the updates it made.
     """
-    if name not in NAMES:
-        raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(NAMES)}")
-    if any(epoch < 1 for epoch in decay_epochs):
-        raise ValueError(f"decay_epochs is {tuple(decay_epochs)}; epochs count from 1")
-    if decay_every and len(decay_epochs):
-        raise ValueError(
-            f"decay_every is {decay_every} and decay_epochs {tuple(decay_epochs)}; give one of them"
+    if config.schedule == schedules.STEP_DECAY:
+        factor = schedules.step_decay(
+            config.decay_rate, config.decay_epochs, config.decay_every, steps_per_epoch
         )
-
-    decays = _decays(decay_epochs, decay_every, steps_per_epoch)
-
-    def schedule(rate: float) -> optax.Schedule:
-        return lambda step: rate * decay_rate ** decays(step).astype(np.float32)
+        factor_on_host: Callable[[int], float] = factor
+    else:
+        factor = schedules.create(config.schedule, config.schedule_arguments, steps_per_epoch)
+        factor_on_host = schedules.on_host(factor)
 
     def rates(step: int) -> tuple[float, float]:
-        factor = decay_rate ** int(decays(step))
-        return learning_rate * factor, proxy_learning_rate * factor
+        current = factor_on_host(step)
+        return config.learning_rate * current, config.proxy_learning_rate * current
 
-    direction = _direction(name, eps, weight_decay)
-    frozen_steps = frozen_epochs * steps_per_epoch
+    direction = _direction(config.name, config.eps, config.weight_decay)
+    frozen_steps = config.frozen_epochs * steps_per_epoch
     parts: dict[str, optax.GradientTransformation] = {"other": direction}
     if frozen_steps:
         parts["backbone"] = optax.conditionally_mask(
@@ -90,26 +179,15 @@ def create(
     if len(parts) > 1:
         direction = optax.partition(parts, lambda params: _labels(params, parts.keys()))
     groups = {
-        "embedder": _descend(schedule(learning_rate)),
-        "proxies": _descend(schedule(proxy_learning_rate)),
+        "embedder": _descend(lambda step: config.learning_rate * factor(step)),
+        "proxies": _descend(lambda step: config.proxy_learning_rate * factor(step)),
     }
     transformation = optax.chain(
-        optax.identity() if clip_value is None else optax.clip(clip_value),
+        optax.identity() if config.clip_value is None else optax.clip(config.clip_value),
         direction,
         optax.partition(groups, {group: group for group in groups}),
     )
     return transformation, rates
-
-
-def _decays(
-    epochs: Sequence[int], every: int, steps_per_epoch: int
-) -> Callable[[int | Int[Array, ""]], Any]:
-    """How often the rates have decayed at a step, computed where the step is: host or device."""
-    if every:
-        return lambda step: step // (every * steps_per_epoch)
-    # First steps of the epochs that begin with a decay.
-    first_steps = (np.asarray(epochs, np.int32) - 1) * steps_per_epoch
-    return lambda step: (first_steps <= step).sum()
 
 
 def _direction(name: str, eps: float, weight_decay: float) -> optax.GradientTransformationExtraArgs:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from absl import logging
-from ml_collections import ConfigDict
 
 from dml_jax import data
 from dml_jax._utils.files import PARTIAL, read_json, write_json
+from dml_jax.settings import describe
+from dml_jax.training.config import Config, to_dict
 from dml_jax.training.run_directory import (
     CONFIG,
     FINDINGS,
@@ -23,31 +24,8 @@ from dml_jax.training.run_directory import (
 
 _FIRST = {CONFIG, IMAGES, FINDINGS, FORK, LOCK}
 
-FREE = (
-    "config.checkpoint",
-    "config.data.num_workers",
-    "config.data.root",
-    "config.epochs",
-    "config.evaluation",
-    "config.model.remat",
-    "config.skip_nonfinite",
-    "config.wandb",
-)
-"""Settings, and groups of them, that may change when a run goes on: no step depends on them.
 
-The images may have moved (`data.root`), but must be the same: see `fingerprints`. So may the
-host's cache come or go (`data.cache`), but not the device's. A batch may be taken in other parts
-(`micro_batches`) if batch normalisation is frozen, so that they have no statistics of their own.
-"""
-
-_FREE_PATHS = tuple(f"{path}{end}" for path in FREE for end in (".", ":"))
-
-_CACHE_PATHS = ("config.data.cache:", "config.data.cache_size:")
-
-_PARTS_PATH = "config.micro_batches:"
-
-
-def check(workdir: Path, config: ConfigDict) -> list[str]:
+def check(workdir: Path, config: Config) -> list[str]:
     """Makes sure that a folder is new, or holds a run that may go on with a configuration.
 
     Args:
@@ -69,14 +47,27 @@ def check(workdir: Path, config: ConfigDict) -> list[str]:
                 "choose a new folder for --workdir"
             )
         return []
-    there, here = read_config(workdir).to_dict(), json.loads(config.to_json())
+    there, here = read_config(workdir).to_dict(), json.loads(json.dumps(to_dict(config)))
     differences = list(_differences(there, here))
-    # Whether the host keeps images changes no step; crops on the device are others.
-    on_device = "device" in (there["data"].get("cache"), here["data"]["cache"])
-    free = _FREE_PATHS if on_device else _FREE_PATHS + _CACHE_PATHS
-    free += (_PARTS_PATH,) if here["model"]["freeze_bn"] else ()
+    free = tuple(_resumable(there, here))
     _refuse(workdir, "configuration", [x for x in differences if not x.startswith(free)])
     return differences
+
+
+def _resumable(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the beginnings of the differences that a resumed run may have."""
+    for described in describe(Config):
+        resumable = described.about.resumable
+        if callable(resumable):
+            resumable = resumable(*(_group_of(described.path, x) for x in (there, here)))
+        if resumable:
+            yield from (f"{described.path}.", f"{described.path}:")
+
+
+def _group_of(path: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name in path.split(".")[1:-1]:
+        config = config[name]
+    return config
 
 
 def check_images(workdir: Path, images: Mapping[str, Any]) -> None:
@@ -95,7 +86,7 @@ def check_images(workdir: Path, images: Mapping[str, Any]) -> None:
         _refuse(workdir, "set of images", list(_differences(there, images, "images")))
 
 
-def finished(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
+def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
     """The result of a run that has nothing more to do; says which settings come too late for it.
 
     Args:
@@ -122,7 +113,7 @@ def finished(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
 
 def claim(
     workdir: Path,
-    config: ConfigDict,
+    config: Config,
     images: Mapping[str, Any] | None = None,
     findings: data.InspectionReport | None = None,
     fork_from: Path | None = None,
@@ -157,7 +148,7 @@ def claim(
     # A run that goes on has no result yet.
     (workdir / RESULT).unlink(missing_ok=True)
     if is_new or changed:
-        write_json(workdir / CONFIG, json.loads(config.to_json()))
+        write_json(workdir / CONFIG, to_dict(config))
 
 
 def _refuse(workdir: Path, what: str, differences: list[str]) -> None:

@@ -1,6 +1,7 @@
 """A whole run, from a configuration to its result."""
 
 import contextlib
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dml_jax._utils import processes, sharding
-from dml_jax.models import networks, pretrained
+from dml_jax.models import pretrained
 from dml_jax.training import (
     builder,
     loop,
@@ -19,7 +20,7 @@ from dml_jax.training import (
     run_directory,
     trackers,
 )
-from dml_jax.training import config as configs
+from dml_jax.training.config import Config, parse
 from dml_jax.training.fork import forked_from, read_fork
 
 
@@ -46,14 +47,13 @@ def train(
         ModuleNotFoundError: Weights & Biases is asked for, but not installed.
         FloatingPointError: the loss is no longer finite.
     """
-    configs.validate(config)
     fork = forked_from(folder, fork_from)
-    config = _resolved(config, forked=fork is not None)
-    result = resume.finished(folder, config)
+    settings = _resolved(parse(config), forked=fork is not None)
+    result = resume.finished(folder, settings)
     if result is not None:
         return result
-    trackers.check(config.wandb)
-    if config.deterministic:
+    trackers.check(settings.wandb)
+    if settings.deterministic:
         # Read when JAX first looks for its devices.
         wanted, given = "--xla_gpu_deterministic_ops=true", os.environ.get("XLA_FLAGS", "")
         if wanted not in given:
@@ -61,14 +61,14 @@ def train(
     with preemption.listening() as asked, contextlib.ExitStack() as held:
         asked.unsaved = jax.process_count() > 1  # The others would wait for one that ended alone.
         findings = run_directory.read_findings(folder)
-        built = builder.build(config, sharding.make_mesh(), findings)
+        built = builder.build(settings, sharding.make_mesh(), findings)
         if overview and processes.is_first_process():
             print(builder.parameter_overview(built))
         images = run_directory.fingerprints(built.sources)
         resume.check_images(folder, images)
         if not (folder / run_directory.CONFIG).exists():
             # So that bad ones are told before anything is written.
-            networks.load_pretrained(config)
+            builder.load_pretrained(settings.model)
             if fork is not None:
                 read_fork(built.network, fork)
         memory_check.check(built, folder)
@@ -77,19 +77,18 @@ def train(
 
         def claim() -> None:
             held.enter_context(run_directory.locked(folder))
-            resume.claim(folder, config, images, built.findings, fork)
+            resume.claim(folder, settings, images, built.findings, fork)
 
         processes.in_first_process(claim)
         return loop.train(built, folder, asked)
 
 
-def _resolved(config: ConfigDict, *, forked: bool) -> ConfigDict:
-    """The config as it is recorded: it means the same in any directory."""
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.model.pretrained = (
-            pretrained.NONE if forked else pretrained.absolute(config.model.pretrained)
-        )
-        if config.data.root:
-            config.data.root = str(Path(config.data.root).absolute())
-    return config
+def _resolved(config: Config, *, forked: bool) -> Config:
+    """Returns the config as it is recorded, with absolute paths."""
+    place = pretrained.NONE if forked else pretrained.absolute(config.model.pretrained)
+    root = str(Path(config.data.root).absolute()) if config.data.root else ""
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, pretrained=place),
+        data=dataclasses.replace(config.data, root=root),
+    )

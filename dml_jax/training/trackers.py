@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import tensorboardX
-from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dml_jax import retrieval
 from dml_jax._utils import files, processes
 from dml_jax.training import run_directory
+from dml_jax.training.config import Config
 
 
 class Writer:
@@ -138,9 +138,7 @@ class NoOpWriter:
         """Writes nothing."""
 
 
-def create(
-    folder: Path, config: ConfigDict, steps_per_epoch: int, step: int
-) -> Writer | NoOpWriter:
+def create(folder: Path, config: Config, steps_per_epoch: int, step: int) -> Writer | NoOpWriter:
     """Returns the writer of a run: one that writes in the first process, a no-op in the others.
 
     Args:

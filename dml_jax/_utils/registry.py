@@ -1,0 +1,91 @@
+"""Registries: parts of the program by name, extensible from a user's own files."""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T", bound=Callable)
+
+
+class Registry(Generic[T]):
+    """Classes or functions of one kind by name.
+
+    A part is registered under a name, or named by its import path `MODULE:NAME`, such as
+    `my_losses:Banded`, in which case nothing has to import its file before.
+    """
+
+    def __init__(self, kind: str) -> None:
+        """Creates an empty registry.
+
+        Args:
+            kind: what its parts are, for error messages, such as "loss".
+        """
+        self.kind = kind
+        self._parts: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Returns a decorator that registers a class or function under a name.
+
+        Raises:
+            ValueError: the name is taken by another one, or contains a colon.
+        """
+
+        def decorate(part: T) -> T:
+            if ":" in name or self._parts.get(name, part) is not part:
+                raise ValueError(f"the {self.kind} name {name!r} is taken or not allowed")
+            self._parts[name] = part
+            return part
+
+        return decorate
+
+    def names(self) -> tuple[str, ...]:
+        """Returns the registered names, in the order of registration."""
+        return tuple(self._parts)
+
+    def get(self, name: str) -> T:
+        """Returns the part of a name.
+
+        Args:
+            name: a registered name, or an import path `MODULE:NAME`.
+
+        Raises:
+            ValueError: there is no such part.
+        """
+        if not isinstance(name, str):
+            raise ValueError(f"the {self.kind} must be given by name, not {name!r}")
+        if name in self._parts:
+            return self._parts[name]
+        if ":" in name:
+            return self._imported(name)
+        raise ValueError(f"unknown {self.kind} {name!r}; {self.choices}")
+
+    @property
+    def choices(self) -> str:
+        """The names to choose from, for messages."""
+        return f"choose one of {', '.join(self._parts)}, or MODULE:NAME of your own"
+
+    def name_of(self, part: T) -> str:
+        """Returns the registered name of a part, or its import path."""
+        for name, registered in self._parts.items():
+            if registered is part:
+                return name
+        return f"{part.__module__}:{part.__qualname__}"
+
+    def options(self, name: str) -> dict[str, object]:
+        """Returns the parameters of a part with their defaults."""
+        parameters = inspect.signature(self.get(name)).parameters
+        return {option: parameter.default for option, parameter in parameters.items()}
+
+    def _imported(self, path: str) -> T:
+        module, _, name = path.partition(":")
+        try:
+            part = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"the {self.kind} {path!r} cannot be imported: {error}. Its file must be in the "
+                "current folder or installed"
+            ) from error
+        if not callable(part):
+            raise ValueError(f"the {self.kind} {path!r} is not a class or function")
+        return part

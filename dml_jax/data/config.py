@@ -1,0 +1,115 @@
+"""The settings of the images: where they are, how they are batched, cropped and cached."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from dml_jax.data import sources
+from dml_jax.data.images import Augmentation
+from dml_jax.data.inspection import POLICIES
+from dml_jax.settings import (
+    choice,
+    group,
+    integer,
+    number,
+    registered,
+    setting,
+    text,
+    together,
+)
+
+
+def _same_crops(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Whether another cache leaves the crops as they are: the device's makes other ones."""
+    return "device" not in (there.get("cache"), here["cache"])
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where images come from, and how they become batches."""
+
+    name: str = setting(
+        "folder",
+        registered(sources.REGISTRY),
+        help="Data set: built in, `folder` for any folder of images, or a source of your own.",
+    )
+    root: str = setting(
+        "",
+        text("it must be the path of a directory"),
+        help="Folder of the data set; empty for those that come with their images.",
+        resumable=True,
+    )
+    unreadable: str = setting(
+        "fail",
+        choice(POLICIES),
+        help="What to do about images that cannot be read: fail, or skip and count them.",
+    )
+    validation_classes: float = setting(
+        0.0,
+        number(least=0.0, below=1.0),
+        help="Share of the training classes held out as the selection split; 0 selects on test.",
+    )
+    n_instance: int = setting(
+        1,
+        integer(1),
+        help="Images of each class in a batch; 1 draws images without regard to class.",
+    )
+    image_size: int = setting(
+        224, integer(1, 2**16), help="Side of the images that the network gets, in pixels."
+    )
+    resize: int = setting(
+        256,
+        integer(1, 2**16),
+        help="Shorter side of a test image before its centre is cropped, in pixels.",
+    )
+    augmentation: Augmentation = group(
+        Augmentation, help="How training images are varied at random."
+    )
+    num_workers: int = setting(
+        4,
+        integer(0),
+        help="Processes that decode images; 0 decodes in the training process.",
+        resumable=True,
+    )
+    cache: str = setting(
+        "none",
+        choice(("none", "host", "device")),
+        help="Where decoded images are kept: not at all, in memory with unchanged results, or "
+        "smaller in the devices' memory, where they are cropped inside the step.",
+        resumable=_same_crops,
+    )
+    cache_size: int = setting(
+        320,
+        integer(1, 2**16),
+        help="Shorter side of an image in the device's cache, in pixels; smaller ones stay as they "
+        "are.",
+        resumable=_same_crops,
+    )
+
+    @together("resize", "image_size")
+    def _resize(self) -> str | None:
+        if self.resize >= self.image_size:
+            return None
+        return (
+            f"config.data.resize is {self.resize}; it must be at least config.data.image_size, "
+            f"{self.image_size}"
+        )
+
+    @together("cache", "cache_size", "resize")
+    def _cache_size(self) -> str | None:
+        if self.cache != "device" or self.cache_size >= self.resize:
+            return None
+        return (
+            f"config.data.cache_size is {self.cache_size}; it must be at least config.data.resize, "
+            f"{self.resize}"
+        )
+
+    @together("name", "root")
+    def _root(self) -> str | None:
+        if self.name in sources.WITH_IMAGES:
+            if not self.root:
+                return None
+            return f"config.data.root is {self.root!r}, but {self.name} comes with its images"
+        if self.root or self.name not in sources.REGISTRY.names():
+            return None
+        return f"config.data.root is empty; it must say where {self.name} is"

@@ -1,0 +1,119 @@
+"""The settings of the network."""
+
+import dataclasses
+
+from dml_jax.models import pretrained
+from dml_jax.models.embedder import HEAD_INITS, POOLINGS
+from dml_jax.models.normalisation import CHANNELS
+from dml_jax.models.registry import BACKBONES
+from dml_jax.models.resnet import STEMS
+from dml_jax.settings import (
+    choice,
+    flag,
+    integer,
+    optional,
+    registered,
+    setting,
+    text,
+    together,
+)
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The backbone, its weights and normalisation, and the head."""
+
+    backbone: str = setting("bninception", registered(BACKBONES), help="The backbone.")
+    width: int | None = setting(
+        None,
+        optional(integer(1)),
+        help="Channels of the first stage; by default those the backbone was pretrained with.",
+    )
+    stem: str | None = setting(
+        None,
+        optional(choice(STEMS)),
+        help="First layers of a ResNet; by default those it was pretrained with, `imagenet`.",
+    )
+    pretrained: str = setting(
+        "weights/bninception.safetensors",
+        text(
+            f"choose {pretrained.NONE}, a file that ends in .safetensors, or hf:OWNER/NAME",
+            pretrained.is_place,
+        ),
+        help="Pretrained weights: `none`, a .safetensors file, or `hf:OWNER/NAME` on the Hugging "
+        "Face hub, such as `hf:timm/resnet50.tv_in1k`.",
+    )
+    channels: str | None = setting(
+        None,
+        optional(choice(CHANNELS)),
+        help="Order of an image's channels, `rgb` or `bgr`; by default that of the pretraining.",
+    )
+    pooling: str = setting(
+        "gap", choice(POOLINGS), help="Pooling over space: average, maximum, or their sum."
+    )
+    dim: int = setting(512, integer(1), help="Dimensions of an embedding.")
+    head_init: str = setting(
+        "uniform",
+        choice(HEAD_INITS),
+        help="Initial values of the linear head: PyTorch's, or those of Proxy-Anchor's authors.",
+    )
+    freeze_bn: bool = setting(
+        True,
+        flag(),
+        help="Whether batch normalisation uses its running statistics in training too, and leaves "
+        "them unchanged.",
+    )
+    freeze_bn_affine: bool = setting(
+        False,
+        flag(),
+        help="Whether scale and bias of batch normalisation stay unchanged too, without weight "
+        "decay.",
+    )
+    dtype: str = setting(
+        "float32", choice(DTYPES), help="What convolutions and activations compute in."
+    )
+    remat: bool = setting(
+        False,
+        flag(),
+        help="Whether to rematerialise activations within blocks in the backward pass, which saves "
+        "memory.",
+        resumable=True,
+    )
+
+    @together("width", "backbone", "pretrained")
+    def _width(self) -> str | None:
+        return self._option("width", self.width)
+
+    @together("stem", "backbone", "pretrained")
+    def _stem(self) -> str | None:
+        return self._option("stem", self.stem)
+
+    def _option(self, option: str, value: int | str | None) -> str | None:
+        if value is None:
+            return None
+        defaults = BACKBONES.options(self.backbone)
+        if option not in defaults:
+            return f"config.model.{option} is {value}, but {self.backbone} has no {option}"
+        if self.pretrained == pretrained.NONE or value == defaults[option]:
+            return None
+        return (
+            f"config.model.{option} is {value}, but {self.backbone} was pretrained with "
+            f"{defaults[option]}; leave it out, or set config.model.pretrained to none"
+        )
+
+    @together("remat", "backbone")
+    def _remat(self) -> str | None:
+        if not self.remat or "remat" in BACKBONES.options(self.backbone):
+            return None
+        return f"config.model.remat is True, but {self.backbone} has no blocks to rematerialise"
+
+    @together("freeze_bn_affine", "freeze_bn")
+    def _affine(self) -> str | None:
+        if self.freeze_bn or not self.freeze_bn_affine:
+            return None
+        return (
+            "config.model.freeze_bn_affine is True, but config.model.freeze_bn is False; set both, "
+            "or neither"
+        )

@@ -1,0 +1,288 @@
+"""Settings as fields of frozen dataclasses: default, bounds, help, and whether they may change.
+
+A group of settings is a frozen dataclass whose fields are made by `setting` or `group`. Checks that
+involve several settings are methods decorated with `together`. `parse` makes an instance from plain
+values and reports everything that is wrong at once, by path.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dml_jax._utils.registry import Registry
+
+_INT32 = 2**31 - 1
+_T = TypeVar("_T")
+
+Resumable = bool | Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
+"""Whether a setting may change on resume: always, never, or given the old and the new settings."""
+
+
+class Check(NamedTuple):
+    """The values that a setting may have."""
+
+    allowed: Callable[[], str]
+    """Says which values are allowed; an error message puts it behind the value that is not."""
+    holds: Callable[[Any], bool]
+    """Whether a value is allowed; takes any object."""
+
+
+class Setting(NamedTuple):
+    """The metadata of a field."""
+
+    help: str
+    check: Check | None
+    """None for a check by the type of the default."""
+    resumable: Resumable
+
+
+def setting(
+    default: _T, check: Check | None = None, *, help: str, resumable: Resumable = False
+) -> _T:
+    """Returns a dataclass field that is a setting.
+
+    Args:
+        default: its default value.
+        check: the values that are allowed; by default those of the type of `default`.
+        help: what it sets, for the reference of all settings; with units.
+        resumable: whether it may change when a run is resumed, as a function of the old and the
+            new settings of its group if it depends on others.
+    """
+    about = Setting(help, check, resumable)
+    return dataclasses.field(default=default, metadata={"setting": about})  # type: ignore[return-value]
+
+
+def group(settings: type[_T], *, help: str, resumable: bool = False) -> _T:
+    """Returns a dataclass field that is a group of settings.
+
+    Args:
+        settings: the dataclass of the group, whose defaults are the field's.
+        help: what the group sets.
+        resumable: whether all of it may change when a run is resumed.
+    """
+    about = {"group": Setting(help, None, resumable)}
+    return dataclasses.field(default_factory=settings, metadata=about)  # type: ignore[return-value]
+
+
+def together(*paths: str) -> Callable[[_T], _T]:
+    """Returns a decorator of a method that checks several settings against each other.
+
+    The method returns a message, or None if they fit. It is called if each setting is valid alone.
+
+    Args:
+        paths: of the settings that it reads, relative to its group.
+    """
+
+    def decorate(method: _T) -> _T:
+        method.checks_together = paths  # type: ignore[attr-defined]
+        return method
+
+    return decorate
+
+
+def integer(least: int, most: int = _INT32) -> Check:
+    """Allows integers from `least` to `most`."""
+
+    def holds(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+    return Check(lambda: f"it must be an integer from {least} to {most}", holds)
+
+
+def number(
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
+) -> Check:
+    """Allows numbers within bounds, finite also when they are rounded to float32."""
+    bounds = {"at least": least, "above": above, "below": below, "at most": most}
+    said = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if abs(bound) < 1e38)
+
+    def holds(value: Any) -> bool:
+        if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > 1e38:
+            return False
+        rounded = float(np.float32(value))
+        return least <= rounded <= most and above < rounded < below
+
+    return Check(lambda: f"it must be a finite number {said}".strip(), holds)
+
+
+def flag() -> Check:
+    """Allows True and False."""
+    return Check(lambda: "it must be True or False", lambda value: isinstance(value, bool))
+
+
+def choice(names: Collection[str]) -> Check:
+    """Allows some names."""
+    return Check(
+        lambda: f"choose one of {', '.join(names)}",
+        lambda value: isinstance(value, str) and value in names,
+    )
+
+
+def registered(registry: Registry) -> Check:
+    """Allows the names of a registry, and import paths that can be imported."""
+
+    def holds(value: Any) -> bool:
+        try:
+            registry.get(value)
+        except ValueError:
+            return False
+        return True
+
+    return Check(lambda: registry.choices, holds)
+
+
+def text(allowed: str, holds: Callable[[str], bool] = lambda _: True) -> Check:
+    """Allows strings that fulfil a condition, without the character that ends C strings."""
+    return Check(
+        lambda: allowed, lambda value: isinstance(value, str) and "\0" not in value and holds(value)
+    )
+
+
+def optional(check: Check) -> Check:
+    """Allows None, and what a check allows."""
+    return Check(
+        lambda: f"{check.allowed()}, or None", lambda value: value is None or check.holds(value)
+    )
+
+
+def several(each: Check, allowed: str, holds: Callable[[Collection[Any]], bool]) -> Check:
+    """Allows tuples and lists of values that a check allows and that fulfil a condition."""
+
+    def all_hold(values: Any) -> bool:
+        return isinstance(values, tuple | list) and all(map(each.holds, values)) and holds(values)
+
+    return Check(lambda: allowed, all_hold)
+
+
+_BY_TYPE = {
+    bool: flag(),
+    int: integer(-(2**31)),
+    float: number(),
+    str: text("it must be text"),
+}
+
+
+def check_of(field: dataclasses.Field) -> Check:
+    """Returns the check of a field, by default that of the type of its default.
+
+    Raises:
+        TypeError: the field has no check, and its default has no type that implies one.
+    """
+    about = field.metadata.get("setting")
+    return about.check if about and about.check else _check_by_type(field.default, field.name)
+
+
+def _check_by_type(default: Any, name: str) -> Check:
+    if isinstance(default, tuple) and default:
+        each = _check_by_type(default[0], name)
+        allowed = f"it must be several; of each, {each.allowed()}"
+        return several(each, allowed, lambda _: True)
+    if type(default) not in _BY_TYPE:
+        raise TypeError(
+            f"the setting {name} is {default!r} by default, which implies no check: define it with "
+            "dml_jax.settings.setting and a check"
+        )
+    return _BY_TYPE[type(default)]
+
+
+def parse(
+    settings: type[_T], values: Any, path: str, problems: dict[str, str], *, of: str = ""
+) -> _T:
+    """Makes a group of settings from plain values.
+
+    Args:
+        settings: the dataclass of the group.
+        values: a mapping of values by name, nested as the groups are.
+        path: of the group, such as "config.data".
+        problems: gets a message for everything that is wrong, by path.
+        of: what the group belongs to, for messages about unknown settings, such as " of cosface".
+
+    Returns:
+        The group; of no use if there are problems.
+    """
+    if not isinstance(values, Mapping | ConfigDict):
+        problems[path] = f"{path} is {values!r}; it must be a group of settings"
+        return settings()
+    fields = {field.name: field for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
+    made: dict[str, Any] = {}
+    for name, field in fields.items():
+        where = f"{path}.{name}"
+        if name not in values:
+            problems[where] = f"{where} is missing"
+        elif "parse" in field.metadata:
+            made[name] = field.metadata["parse"](values[name], where, problems)
+        elif "group" in field.metadata:
+            made[name] = parse(field.default_factory, values[name], where, problems)  # type: ignore[arg-type]
+        else:
+            made[name] = _checked(field, values[name], where, problems)
+    for name in values.keys() - fields.keys():
+        problems[f"{path}.{name}"] = f"{path}.{name} is no setting{of}"
+    instance = settings(**made)
+    for method, paths in _checks_together(settings):
+        concerned = {f"{path}.{name}" for name in paths}
+        if not any(_concerns(problem, concerned) for problem in problems):
+            message = method(instance)
+            if message is not None:
+                problems[f"{path}.{method.__name__}"] = message
+    return instance
+
+
+def _concerns(problem: str, paths: set[str]) -> bool:
+    return any(problem == path or problem.startswith(f"{path}.") for path in paths)
+
+
+def _checked(field: dataclasses.Field, value: Any, path: str, problems: dict[str, str]) -> Any:
+    check = check_of(field)
+    if not check.holds(value):
+        problems[path] = f"{path} is {value!r}; {check.allowed()}"
+        return field.default
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _checks_together(settings: type) -> Iterator[tuple[Callable[[Any], str | None], Sequence[str]]]:
+    for method in vars(settings).values():
+        if hasattr(method, "checks_together"):
+            yield method, method.checks_together
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Returns the plain values of a group, nested as the groups are; the inverse of `parse`."""
+    values = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if "to_dict" in field.metadata:
+            value = field.metadata["to_dict"](value)
+        elif "group" in field.metadata:
+            value = to_dict(value)
+        values[field.name] = value
+    return values
+
+
+class Described(NamedTuple):
+    """A setting, for the reference of all settings and for the resume policy."""
+
+    path: str
+    default: Any
+    about: Setting
+    allowed: str
+
+
+def describe(settings: type, path: str = "config") -> Iterator[Described]:
+    """Yields every setting and group of settings below a group, by path."""
+    for field in dataclasses.fields(settings):
+        where = f"{path}.{field.name}"
+        if "group" in field.metadata:
+            yield Described(where, None, field.metadata["group"], "")
+            if "parse" not in field.metadata:
+                yield from describe(field.default_factory, where)  # type: ignore[arg-type]
+        else:
+            about = field.metadata.get("setting") or Setting("", None, False)
+            yield Described(where, field.default, about, check_of(field).allowed())

@@ -1,0 +1,105 @@
+"""Variants of a config: a method and a loss, such as `memvir_proxy_nca`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dml_jax import losses
+from dml_jax.training.config import loss_to_dict
+
+METHODS = ("baseline", "ps", "memvir", "ps_memvir", "memvir_baseline")
+"""What a variant may add to a loss; see `with_variant`."""
+
+
+def with_variant(
+    config: ConfigDict,
+    variant: str,
+    *,
+    proxy_synthesis: Mapping[str, Any],
+    memvir: Mapping[str, Any],
+    loss_settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> ConfigDict:
+    """Applies a variant to a data set's config, locks it and returns it.
+
+    A variant is a method and a loss, `METHOD_LOSS`: the method one of `METHODS`, the loss any of
+    `dml_jax.losses`. Either may be left out, for `baseline` and for `norm_softmax`.
+    `memvir_baseline` is the bare loss with all other settings of `memvir`, such as its epochs and
+    learning rates: the baseline of MemVir.
+
+    Args:
+        config: with the settings of the data set and of the variant's method and loss.
+        variant: such as `memvir`, `ps_proxy_nca` or `baseline`.
+        proxy_synthesis: its settings for this data set, used by the variants that have it.
+        memvir: its settings for this data set, used by the variants that have it.
+        loss_settings: hyper-parameters that are not a loss's defaults, by loss.
+
+    Raises:
+        ValueError: unknown variant.
+    """
+    method, loss = parse_variant(variant)
+    config.loss = ConfigDict(
+        loss_to_dict(losses.create(loss, **(loss_settings or {}).get(loss, {})))
+    )
+    if method in ("ps", "ps_memvir"):
+        config.proxy_synthesis.update(proxy_synthesis)
+    if method in ("memvir", "ps_memvir"):
+        config.memvir.update(memvir)
+    return config.lock()
+
+
+def parse_variant(variant: str) -> tuple[str, str]:
+    """Returns the method and the loss of a variant; see `with_variant`.
+
+    Raises:
+        ValueError: unknown variant.
+    """
+    names = {f"{method}_{loss}": (method, loss) for method in METHODS for loss in losses.names()}
+    names |= {method: (method, "norm_softmax") for method in METHODS}
+    names |= {loss: ("baseline", loss) for loss in losses.names()}
+    if variant not in names:
+        raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(sorted(names))}")
+    return names[variant]
+
+
+def set_proxy_anchor_recipe(
+    config: ConfigDict,
+    *,
+    learning_rate: float,
+    freeze_bn: bool,
+    decay_rate: float,
+    decay_every: int,
+) -> None:
+    """Changes a config to the recipe of Proxy-Anchor's authors; the loss itself is the variant's.
+
+    Source: github.com/tjddus9597/Proxy-Anchor-CVPR2020, its commands for BN-Inception and the
+    defaults of its train.py.
+
+    Args:
+        config: with the settings of the other losses.
+        learning_rate: of the network; that of the proxies is a hundred times as large.
+        freeze_bn: whether batch normalisation is frozen, with scale and bias.
+        decay_rate: factor of the learning rates at each decay.
+        decay_every: epochs between two decays.
+    """
+    config.epochs = 60
+    config.batch_size = 180
+    config.proxy_init = "normal_classes"
+    config.model.update(
+        pooling="gap+gmp",
+        head_init="kaiming_fan_out",
+        freeze_bn=freeze_bn,
+        freeze_bn_affine=freeze_bn,
+    )
+    config.optimizer.update(
+        name="adamw",
+        learning_rate=learning_rate,
+        proxy_learning_rate=100 * learning_rate,
+        eps=1e-8,
+        weight_decay=1e-4,
+        decay_rate=decay_rate,
+        decay_epochs=(),
+        decay_every=decay_every,
+        clip_value=10.0,
+        frozen_epochs=1,
+    )
