@@ -45,6 +45,7 @@ from dml_jax.configs import folder
 from dml_jax.models import BACKBONES
 from dml_jax.training import builder, step
 from dml_jax.training.batches import device_batches
+from dml_jax.training.config import parse
 
 _BACKBONE = flags.DEFINE_enum("backbone", "conv4", BACKBONES.names(), "The network.")
 _WIDTH = flags.DEFINE_integer("width", None, "Of the network, where it is not its usual one.")
@@ -69,7 +70,9 @@ def main() -> None:
     with command_line.user_errors(), tempfile.TemporaryDirectory() as root:
         _write_images(Path(root))
         if _PROFILE.value:
-            _print_profile(builder.build(_config(root, 1.0, _STEPS.value), sharding.make_mesh()))
+            _print_profile(
+                builder.build(parse(_config(root, 1.0, _STEPS.value)), sharding.make_mesh())
+            )
             return
         turns: dict[str, Callable[[], None]] = {}
         if _TORCH.value:
@@ -78,13 +81,13 @@ def main() -> None:
         for mixing, steps in itertools.product((0.0, 1.0), (0, _STEPS.value)):
             parts = [*(["PS"] if mixing else []), *(["MemVir"] if steps else [])]
             form = " + ".join(parts) or "bare"
-            built = builder.build(_config(root, mixing, steps), sharding.make_mesh())
+            built = builder.build(parse(_config(root, mixing, steps)), sharding.make_mesh())
             turns[form] = _Step(built, _noise(built)).take
             turns[f"{form}, JPEGs"] = _Step(built, _of_a_run(built)).take
             if not parts:
                 flops = _flops(built)
             config = _config(root, mixing, steps, cache="device")
-            built = builder.build(config, sharding.make_mesh())
+            built = builder.build(parse(config), sharding.make_mesh())
             turns[f"{form}, device's cache"] = _Step(built, _of_a_run(built)).take
         rates = _rates(turns)
     peak = _peak()

@@ -130,6 +130,8 @@ def registered(registry: Registry) -> Check:
     """Allows the names of a registry, and import paths that can be imported."""
 
     def holds(value: Any) -> bool:
+        if not isinstance(value, str):
+            return False
         try:
             registry.get(value)
         except ValueError:
@@ -223,7 +225,7 @@ def parse(
             made[name] = parse(field.default_factory, values[name], where, problems)  # type: ignore[arg-type]
         else:
             made[name] = _checked(field, values[name], where, problems)
-    for name in values.keys() - fields.keys():
+    for name in sorted(values.keys() - fields.keys()):
         problems[f"{path}.{name}"] = f"{path}.{name} is no setting{of}"
     instance = settings(**made)
     for method, paths in _checks_together(settings):

@@ -15,6 +15,7 @@ import pytest
 
 from dml_jax._utils import sharding
 from dml_jax.training import builder, checkpoint, run_directory
+from dml_jax.training.config import parse
 from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +103,7 @@ def unmapped(names):
 
 
 def final_state(folder):
-    built = builder.build(run_directory.read_config(folder), sharding.make_mesh())
+    built = builder.build(parse(run_directory.read_config(folder)), sharding.make_mesh())
     with checkpoint.Checkpoints(folder) as checkpoints:
         return checkpoints.restore(checkpoints.find("last"), builder.abstract_state(built))
 

@@ -70,7 +70,7 @@ def problem(name):
     return embeddings, proxies, jnp.asarray(rng.integers(CLASSES, size=BATCH))
 
 
-@pytest.mark.parametrize("name", losses.NAMES)
+@pytest.mark.parametrize("name", losses.names())
 class TestEveryLoss:
     def test_is_its_definition(self, name, problem):
         masks = jnp.ones(BATCH, bool), jnp.ones(CLASSES, bool)
@@ -150,7 +150,7 @@ def degenerate(name, embeddings, proxies, labels):
 
 @pytest.mark.parametrize("remembers", [False, True], ids=["", "memvir"])
 @pytest.mark.parametrize("mixes", [False, True], ids=["", "ps"])
-@pytest.mark.parametrize("name", losses.NAMES)
+@pytest.mark.parametrize("name", losses.names())
 def test_degenerate_vectors_leave_loss_and_gradients_finite(name, mixes, remembers, problem):
     loss = create(name)
     labels = problem[2]

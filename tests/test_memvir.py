@@ -116,7 +116,7 @@ def run_against_dense(name, *, num_steps, step_gap, batch, classes, dim, steps, 
 @pytest.mark.parametrize(
     ("num_steps", "step_gap", "synthetic"), [(0, 0, 3), (4, 0, 0), (3, 2, 3), (5, 7, 0), (5, 7, 3)]
 )
-@pytest.mark.parametrize("name", losses.NAMES)
+@pytest.mark.parametrize("name", losses.names())
 def test_equals_the_dense_form(name, num_steps, step_gap, synthetic):
     run_against_dense(
         name,
@@ -158,7 +158,7 @@ def test_a_memory_of_no_particular_loss_gives_the_same(name):
     dim=st.integers(2, 7),
     synthetic=st.integers(0, 4),
     seed=st.integers(0, 99),
-    name=st.sampled_from(losses.NAMES),
+    name=st.sampled_from(losses.names()),
 )
 def test_equals_the_dense_form_at_any_shape(num_steps, step_gap, **shape):
     run_against_dense(
@@ -224,7 +224,7 @@ def test_remembers_unit_vectors_and_proxies_of_before_the_update():
     assert memory.pending.labels.tolist() == [1, 0, 1]
 
 
-@pytest.mark.parametrize("name", losses.NAMES)
+@pytest.mark.parametrize("name", losses.names())
 def test_classes_that_pad_a_memory_of_many_devices_change_nothing(name):
     loss = losses.create(name, **HYPERPARAMETERS.get(name, {}))
 

@@ -44,7 +44,7 @@ def test_official_losses_and_gradients(name, ratio):
         assert np.linalg.norm(gradient - expected) < 1e-5 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("name", losses.NAMES)
+@pytest.mark.parametrize("name", losses.names())
 def test_every_loss_equals_its_definition_on_the_mixtures(name):
     hyperparameters = {"centers_per_class": 3} if name == "soft_triple" else {}
     loss = losses.create(name, **hyperparameters)

@@ -54,7 +54,7 @@ def test_every_gain_that_the_papers_tell_is_one():
     without = {"ps": (), "memvir": ("sphereface", "soft_triple")}
     for method, (source, names) in sets.items():
         for name in names:
-            for loss in losses.NAMES:
+            for loss in losses.names():
                 if loss in without[method]:
                     assert (method, loss) not in PUBLISHED[name]
                     continue

@@ -52,8 +52,6 @@ class Registry(Generic[T]):
         Raises:
             ValueError: there is no such part.
         """
-        if not isinstance(name, str):
-            raise ValueError(f"the {self.kind} must be given by name, not {name!r}")
         if name in self._parts:
             return self._parts[name]
         if ":" in name:

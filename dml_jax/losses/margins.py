@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from dml_jax._utils import numerics
 from dml_jax.losses.softmax import NormSoftmax
+from dml_jax.settings import number, setting
 
 _LEAST_SQUARED_SINE = 1e-7
 """Below it an angle's slope by its cosine, which is infinite at 0 and pi, is taken for zero."""
@@ -21,8 +22,8 @@ class CosFace(NormSoftmax):
     equation 4.
     """
 
-    scale: float = 64.0
-    margin: float = 0.35
+    scale: float = setting(64.0, number(above=0.0), help="Factor of the cosines.")
+    margin: float = setting(0.35, number(least=0.0), help="Lowers the cosine with the own proxy.")
 
     def target(
         self, logits: Float[Array, " rows"], embeddings: Float[Array, "rows dim"]
@@ -42,8 +43,12 @@ class ArcFace(NormSoftmax):
     equation 3.
     """
 
-    scale: float = 64.0
-    margin: float = 0.5
+    scale: float = setting(64.0, number(above=0.0), help="Factor of the cosines.")
+    margin: float = setting(
+        0.5,
+        number(least=0.0, below=math.pi),
+        help="Raises the angle to the own proxy, in radians.",
+    )
 
     def target(
         self, logits: Float[Array, " rows"], embeddings: Float[Array, "rows dim"]
@@ -68,8 +73,8 @@ class SphereFace(NormSoftmax):
     equation 7.
     """
 
-    scale: float = 1.0
-    margin: float = 4.0
+    scale: float = setting(1.0, number(above=0.0), help="Factor of the logits.")
+    margin: float = setting(4.0, number(least=1.0), help="Multiplies the angle to the own proxy.")
 
     def prepare(
         self, embeddings: Float[Array, "rows dim"], proxies: Float[Array, "proxies pdim"]

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dml_jax._utils import numerics
 from dml_jax.losses.base import ProxyLoss
+from dml_jax.settings import number, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +22,8 @@ class ProxyAnchor(ProxyLoss):
     Source: Kim et al., Proxy anchor loss for deep metric learning, CVPR 2020, equation 4.
     """
 
-    alpha: float = 32.0
-    margin: float = 0.1
+    alpha: float = setting(32.0, number(above=0.0), help="Factor of the cosines.")
+    margin: float = setting(0.1, number(least=0.0), help="Margin of the cosines, delta.")
 
     per_class: ClassVar[bool] = True
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from dml_jax._utils import numerics
 from dml_jax.losses.softmax import SoftmaxLoss
+from dml_jax.settings import integer, number, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +26,15 @@ class SoftTriple(SoftmaxLoss):
     equations 7 to 9.
     """
 
-    la: float = 20.0
-    gamma: float = 0.1
-    margin: float = 0.01
-    tau: float = 0.0
-    centers_per_class: int = 10
+    la: float = setting(20.0, number(above=0.0), help="Factor of the similarities, lambda.")
+    gamma: float = setting(
+        0.1, number(above=0.0), help="Temperature of the softmax over the centres of a class."
+    )
+    margin: float = setting(
+        0.01, number(least=0.0), help="Lowers the similarity to the own class, delta."
+    )
+    tau: float = setting(0.0, number(least=0.0), help="Weight of the regulariser.")
+    centers_per_class: int = setting(10, integer(1), help="Centres of each class, K.")
 
     @property
     def proxies_per_class(self) -> int:

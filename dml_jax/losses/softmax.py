@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dml_jax._utils import numerics
 from dml_jax.losses.base import ProxyLoss
+from dml_jax.settings import flag, number, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Softmax(SoftmaxLoss):
     With `bias`, proxies are `[classes, dim + 1]`, and their last column is the bias.
     """
 
-    bias: bool = False
+    bias: bool = setting(False, flag(), help="Whether each class has a bias.")
 
     def proxy_shape(self, num_classes: int, dim: int) -> tuple[int, int]:
         """A column more with a bias."""
@@ -87,7 +88,7 @@ class NormSoftmax(SoftmaxLoss):
     Source: Zhai and Wu, Classification is a strong baseline for deep metric learning, BMVC 2019.
     """
 
-    scale: float = 23.0
+    scale: float = setting(23.0, number(above=0.0), help="Factor of the cosines.")
 
     def logits(
         self, embeddings: Float[Array, "rows dim"], proxies: Float[Array, "proxies dim"]
@@ -103,7 +104,7 @@ class ProxyNCA(SoftmaxLoss):
     Source: Movshovitz-Attias et al., No fuss distance metric learning using proxies, ICCV 2017.
     """
 
-    scale: float = 12.0
+    scale: float = setting(12.0, number(above=0.0), help="Factor of the squared distances.")
 
     def logits(
         self, embeddings: Float[Array, "rows dim"], proxies: Float[Array, "proxies dim"]

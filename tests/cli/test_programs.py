@@ -21,6 +21,7 @@ from dml_jax._utils import files, sharding
 from dml_jax.evaluation import embedding_files
 from dml_jax.models import pretrained
 from dml_jax.training import builder, checkpoint, preemption, run_directory
+from dml_jax.training.config import parse
 from tests.helpers import tiny, weights
 
 ROOT = Path(__file__).parents[2]
@@ -137,7 +138,7 @@ def test_a_run_starts_from_pretrained_weights_and_goes_on_without_their_file(ima
     training = ["train.py", f"--workdir={folder}", *tiny.arguments(images, epochs=1, **settings)]
     succeed(*training)
     like = tiny.config(images, **PRETRAINED)
-    built = builder.build(like, sharding.make_mesh(jax.devices()[:1]))
+    built = builder.build(parse(like), sharding.make_mesh(jax.devices()[:1]))
     variables = checkpoint.read_network(built.network, folder, "last")
     backbone = {collection: tree["backbone"] for collection, tree in variables.items()}
     chex.assert_trees_all_equal(

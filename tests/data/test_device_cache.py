@@ -18,6 +18,7 @@ from dml_jax.data import device_cache
 from dml_jax.data import images as host_images
 from dml_jax.training import builder, run, run_directory, step
 from dml_jax.training.batches import device_batches
+from dml_jax.training.config import parse
 from tests.helpers import tiny
 
 SIDES = ((480, 700), (500, 333), (64, 64))
@@ -154,7 +155,7 @@ def test_a_batch_is_the_same_on_any_number_of_devices_and_another_at_every_step(
     config = tiny.config(images, data__cache="device", **MOVES)
     seen = {}
     for devices in (1, 2, 4, 8):
-        built = builder.build(config, mesh_of(devices))
+        built = builder.build(parse(config), mesh_of(devices))
         views = jax.jit(built.recipe.images)
         for done, batch in device_batches(built, 0, 2):
             seen[devices, done] = np.asarray(views(batch, jax.random.key(done)))
@@ -168,7 +169,7 @@ def test_the_hosts_cache_changes_no_batch(images):
     read = {}
     for cache, workers in (("none", 0), ("host", 0), ("host", 3)):
         config = tiny.config(images, data__cache=cache, data__num_workers=workers)
-        built = builder.build(config, mesh_of(1))
+        built = builder.build(parse(config), mesh_of(1))
         kept = built.sources["train"].kept
         read[cache, workers] = [jax.device_get(batch) for _, batch in device_batches(built, 0, 8)]
         assert kept is None if cache == "none" else len(kept) == len(built.sources["train"])

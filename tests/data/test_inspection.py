@@ -15,6 +15,7 @@ from dml_jax import data
 from dml_jax._utils import sharding
 from dml_jax.data import images, inspection
 from dml_jax.training import builder, loop, run, run_directory
+from dml_jax.training.config import parse
 from tests.helpers import tiny
 
 
@@ -283,7 +284,7 @@ def test_one_class_alone_is_refused_and_a_class_of_one_image_trains(root, tmp_pa
     for path in list((root / "train/class0").iterdir())[1:]:
         path.unlink()
     mesh = sharding.make_mesh()
-    built = builder.build(tiny.config(root), mesh)
+    built = builder.build(parse(tiny.config(root)), mesh)
     assert np.bincount(built.sources["train"].labels).tolist() == [1, 6, 6, 6, 6, 6]
     tiniest = {"model__backbone": "colours", "model__width": None, "model__stem": None}
     result = run.train(tiny.config(root, epochs=1, **tiniest), tmp_path / "run")
@@ -295,4 +296,4 @@ def test_one_class_alone_is_refused_and_a_class_of_one_image_trains(root, tmp_pa
             directory.rename(tmp_path / f"{split}-{directory.name}")
         config = tiny.config(alone, batch_size=4, evaluation__recall_at=(1,))
         with pytest.raises(ValueError, match=f"of '{split}' are all of one class, class0"):
-            builder.build(config, sharding.make_mesh(jax.devices()[:1]))
+            builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))

@@ -25,6 +25,7 @@ from PIL import Image
 from dml_jax._utils import sharding
 from dml_jax.configs import cars196
 from dml_jax.training import builder, step
+from dml_jax.training.config import parse
 from dml_jax.training.state import network_variables
 
 REFERENCE = dict(np.load(Path(__file__).parents[1] / "golden" / "whole_run.npz"))
@@ -163,7 +164,7 @@ class Run(NamedTuple):
 def build(case, root, weights):
     """The experiment and its compiled step."""
     mesh = sharding.make_mesh(jax.devices()[:1])
-    built = builder.build(config(case, root, weights), mesh)
+    built = builder.build(parse(config(case, root, weights)), mesh)
     assert built.steps_per_epoch == ABOUT["steps_per_epoch"]
     for split, name in (("train", "labels"), ("test", "test_labels")):
         np.testing.assert_array_equal(built.sources[split].labels, REFERENCE[name])

@@ -15,6 +15,7 @@ from dml_jax.data import images as pictures
 from dml_jax.evaluation import embedding_files
 from dml_jax.inference import export
 from dml_jax.training import builder, checkpoint, resume, run_directory
+from dml_jax.training.config import parse
 from dml_jax.training.state import network_variables
 from tests.helpers import tiny
 
@@ -27,10 +28,10 @@ def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("export")
     images = tiny.write_images(root / "images")
     config = tiny.config(images, "ps_memvir")
-    built = builder.build(config, sharding.make_mesh(jax.devices()[:1]))
+    built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
     state = built.init()
     state = state._replace(batch_stats=jax.tree.map(lambda x: x + 0.25, state.batch_stats))
-    resume.claim(root / "run", config)
+    resume.claim(root / "run", parse(config))
     with checkpoint.Checkpoints(root / "run", keep_last=2) as checkpoints:
         checkpoints.save(4, state, SCORES)
     vectors = built.evaluator.embed(network_variables(state), "test")["test"]

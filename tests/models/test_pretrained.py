@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from dml_jax._utils import sharding
 from dml_jax.models import pretrained
 from dml_jax.training import builder
+from dml_jax.training.config import parse
 from dml_jax.training.state import network_variables
 from tests.helpers import tiny, weights
 from tests.helpers.fuzz import damaged
@@ -77,7 +78,7 @@ def gives_golden_features(name, file, images):
         data__resize=32,
         **BACKBONE_DEFAULTS,
     )
-    built = builder.build(config, sharding.make_mesh(jax.devices()[:1]))
+    built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
     variables = network_variables(built.init())
     # With this head the embedding is the feature.
     head = {"kernel": jnp.eye(config.model.dim), "bias": jnp.zeros(config.model.dim)}

@@ -18,8 +18,7 @@ from dml_jax._utils import sharding
 from dml_jax.configs import glyphs
 from dml_jax.data import splits
 from dml_jax.data.prepare import DATA_SETS, prepare
-from dml_jax.models import networks
-from dml_jax.training import builder, config, resume, rules, run, run_directory, step
+from dml_jax.training import builder, config, resume, run, run_directory, variants
 from dml_jax.training.batches import device_batches
 from tests.helpers import public_data
 
@@ -35,6 +34,11 @@ LAYOUTS = {
     "omniglot": (public_data.omniglot, public_data.OMNIGLOT_COUNTS),
     "folder": (public_data.folder, public_data.FOLDER_COUNTS),
 }
+
+
+def parse_with_root(made):
+    made.data.root = "images"
+    return config.parse(made)
 
 
 def load(file):
@@ -85,7 +89,7 @@ def three_images(source):
 
 
 # Of `memvir_baseline` another test shows that it is `memvir` without the memory.
-REGULARISED = [method for method in config.METHODS if method != "memvir_baseline"]
+REGULARISED = [method for method in variants.METHODS if method != "memvir_baseline"]
 
 SMALL = {
     "batch_size": 2,
@@ -114,34 +118,42 @@ SMALL_MEMORY = {
 }
 
 
-@pytest.mark.parametrize("loss", losses.NAMES)
-@pytest.mark.parametrize("method", REGULARISED)
+VARIANTS = [f"{method}_{loss}" for method in REGULARISED for loss in losses.names()]
+# All variants of one file, and one variant of each other file.
+STEPS = [("cars196", variant) for variant in VARIANTS] + [
+    (file.stem, "ps_memvir") for file in FILES if file.stem != "cars196"
+]
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_variant_of_every_file_takes_two_steps(file, method, loss, roots):
-    made = load(file).get_config(f"{method}_{loss}")
-    made.data.root = roots[file.stem]
-    config.validate(made)
-    assert made.loss.name == loss
-    has_memory = "memvir" in method
-    assert bool(made.proxy_synthesis.ratio) == ("ps" in method)
-    assert bool(made.memvir.num_steps) == has_memory
+def test_every_variant_of_every_file_is_valid(file, roots):
+    for variant in VARIANTS:
+        made = load(file).get_config(variant)
+        made.data.root = roots[file.stem]
+        parsed = config.parse(made)
+        method, loss = variants.parse_variant(variant)
+        assert parsed.loss == losses.create(**made.loss) and made.loss.name == loss
+        assert bool(parsed.proxy_synthesis.ratio) == ("ps" in method)
+        assert bool(parsed.memvir.num_steps) == ("memvir" in method)
+        assert config.to_config_dict(parsed).to_dict() == made.to_dict()
     with pytest.raises(AttributeError, match="epoch"):
         made.epoch = 3
 
-    made.update_from_flattened_dict(SMALL | {"data.root": roots[file.stem]})
+
+@pytest.mark.parametrize(("file", "variant"), STEPS)
+def test_variants_take_two_steps(file, variant, roots):
+    made = load(ROOT / "configs" / f"{file}.py").get_config(variant)
+    made.update_from_flattened_dict(SMALL | {"data.root": roots[file]})
+    has_memory = "memvir" in variant
     if has_memory:
         made.update_from_flattened_dict(SMALL_MEMORY)
     mesh = sharding.make_mesh(jax.devices()[:1])
-    built = builder.build(made, mesh)
-    compiled = step.compile_step(built.recipe, built.state_sharding, sharding.batch_sharding(mesh))
+    built = builder.build(config.parse(made), mesh)
     state = built.init()
     before = jax.device_get(state.params)
     for _, batch in device_batches(built, 0, 2):
-        # Other files' steps differ in numbers alone: taken operation by operation, since the
-        # compilation of 256 of them would be a quarter of all that the tests do.
-        with jax.disable_jit(file.stem != "cars196"):
-            state, observed = compiled(state, batch)
-        chex.assert_tree_all_finite(observed)
+        state, metrics = built.take_step(state, batch)
+        chex.assert_tree_all_finite(metrics)
     chex.assert_tree_all_finite(state.params)
     assert (before["proxies"] != state.params["proxies"]).any()
     assert (state.memory is not None) == has_memory
@@ -151,18 +163,20 @@ def test_every_variant_of_every_file_takes_two_steps(file, method, loss, roots):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_variant_has_a_network_for_its_images(file):
+def test_every_variant_has_a_network_for_its_images(file, roots):
     get_config = load(file).get_config
-    made = [get_config(f"{x}_{loss}") for x in config.METHODS for loss in losses.NAMES]
-    different = {one.model.to_json(): one for one in made}
+    made = [get_config(f"{x}_{loss}") for x in variants.METHODS for loss in losses.names()]
+    for one in made:
+        one.data.root = roots[file.stem]
+    different = {one.model.to_json(): config.parse(one) for one in made}
     assert len(different) <= 2  # Proxy-Anchor's may differ.
     for one in different.values():
-        network = networks.make(one, sharding.make_mesh(jax.devices()[:1]))
+        network = builder.make_network(one, sharding.make_mesh(jax.devices()[:1]))
         assert network.variables_shape["params"]["head"]["kernel"].shape[1] == one.model.dim
     assert len({one.data.image_size for one in made}) == 1
 
 
-@pytest.mark.parametrize("loss", losses.NAMES)
+@pytest.mark.parametrize("loss", losses.names())
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_what_memvir_is_compared_with_differs_in_nothing_but_the_memory(file, loss):
     bare, remembers, both = (
@@ -171,7 +185,7 @@ def test_what_memvir_is_compared_with_differs_in_nothing_but_the_memory(file, lo
     )
     if file.stem == "folder":
         bare["data"]["root"] = remembers["data"]["root"] = both["data"]["root"] = "photos"
-    config.validate(ConfigDict(bare))
+    config.parse(ConfigDict(bare))
     assert bare["memvir"] == config.default().memvir.to_dict()
     assert bare["proxy_synthesis"] == config.default().proxy_synthesis.to_dict()
     assert bare == remembers | {"memvir": bare["memvir"]}
@@ -228,6 +242,7 @@ OFFICIAL = {
     "optimizer.eps": 0.01,
     "optimizer.weight_decay": 1e-4,
     "optimizer.decay_rate": 0.1,
+    "optimizer.schedule": "step_decay",
     "optimizer.decay_epochs": (50,),
     "optimizer.decay_every": 0,
     "optimizer.clip_value": None,
@@ -389,7 +404,9 @@ def test_the_memory_is_as_large_as_the_config_says(name, classes):
     for loss in ("norm_softmax", "soft_triple"):
         made = module.get_config(f"memvir_{loss}")
         of_loss = losses.create(**made.loss)
-        shape = jax.eval_shape(lambda m=made, x=of_loss: builder._memory(m, x, classes, 1))
+        shape = jax.eval_shape(
+            lambda m=made, x=of_loss: builder._memory(parse_with_root(m), x, classes, 1)
+        )
         told[loss] = f"{sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shape)) / 1e9:.1f}"
     words = " ".join(module.__doc__.split())
     assert f"keep the memory at {told['norm_softmax']} GB" in words
@@ -402,9 +419,9 @@ def test_an_unknown_variant_is_refused_with_the_known_ones():
 
 
 BAD = {
-    "seed": (2**32, "config.seed is 4294967296; it must be a whole number from 0 to 4294967295"),
-    "skip_nonfinite": (-1, "config.skip_nonfinite is -1; it must be a whole number from 0 to"),
-    "epochs": (0, "config.epochs is 0; it must be a whole number from 1 to"),
+    "seed": (2**32, "config.seed is 4294967296; it must be an integer from 0 to 4294967295"),
+    "skip_nonfinite": (-1, "config.skip_nonfinite is -1; it must be an integer from 0 to"),
+    "epochs": (0, "config.epochs is 0; it must be an integer from 1 to"),
     "batch_size": (127, "config.batch_size is 127; it must be a multiple of .*n_instance, 2"),
     "micro_batches": (3, "config.micro_batches is 3; it must be a divisor of .*batch_size, 128"),
     "data.name": ("cifar", "config.data.name is 'cifar'; choose one of folder, glyphs, .*inshop"),
@@ -412,7 +429,7 @@ BAD = {
     "data.resize": (16, "config.data.resize is 16; it must be at least config.data.image_size, 32"),
     "data.augmentation.crop_scale": ((0.9, 0.5), r"crop_scale is \(0.9, 0.5\); .* least and most"),
     "data.cache": ("gpu", "config.data.cache is 'gpu'; choose one of none, host, device"),
-    "data.cache_size": (0, "config.data.cache_size is 0; it must be a whole number from 1 to"),
+    "data.cache_size": (0, "config.data.cache_size is 0; it must be an integer from 1 to"),
     "model.channels": ("RGB", "config.model.channels is 'RGB'; choose one of rgb, bgr, or None"),
     "model.freeze_bn_affine": (True, "freeze_bn_affine is True, but config.model.freeze_bn is"),
     "model.pooling": ("max", "config.model.pooling is 'max'; choose one of gap, gmp"),
@@ -420,8 +437,8 @@ BAD = {
     "model.pretrained": ("x.pth", "config.model.pretrained is 'x.pth'; choose none, a file that"),
     "optimizer.learning_rate": (0.0, "config.optimizer.learning_rate is 0.0; .* number above 0"),
     "optimizer.clip_value": (-1.0, "clip_value is -1.0; it must be a finite number above 0, or"),
-    "optimizer.decay_epochs": ((9, 9), r"decay_epochs is \(9, 9\); it must be ascending whole"),
-    "optimizer.decay_every": (-1, "decay_every is -1; it must be a whole number from 0 to"),
+    "optimizer.decay_epochs": ((9, 9), r"decay_epochs is \(9, 9\); it must be ascending integers"),
+    "optimizer.decay_every": (-1, "decay_every is -1; it must be an integer from 0 to"),
     "proxy_synthesis.ratio": (1e-3, "ratio is 0.001, which makes no synthetic class of 128 images"),
     "evaluation.recall_at": ((2, 4), "config.evaluation.recall_at is .* with 1"),
     "memvir.warmup_epochs": (99, "warmup_epochs is 99, but the run ends after"),
@@ -437,34 +454,34 @@ def test_a_bad_value_is_refused_by_its_path(path):
     made.data.n_instance = 2
     made.update_from_flattened_dict({path: value})
     with pytest.raises(ValueError, match=message):
-        config.validate(made)
+        config.parse(made)
 
 
 def test_images_on_the_device_are_no_smaller_than_tests_need_them():
     made = glyphs.get_config()
     made.data.cache_size = 31
-    config.validate(made)
+    config.parse(made)
     made.data.cache = "device"
     with pytest.raises(ValueError, match=r"cache_size is 31; .* at least config.data.resize, 32"):
-        config.validate(made)
+        config.parse(made)
 
 
 def test_activations_that_cannot_be_computed_again_are_refused():
     made = glyphs.get_config()
     made.model.update(backbone="resnet18", remat=True)
-    config.validate(made)
+    config.parse(made)
     made.model.backbone = "conv4"
     with pytest.raises(ValueError, match=r"config.model.remat is True, but conv4 has no blocks"):
-        config.validate(made)
+        config.parse(made)
 
 
 def test_rates_decay_at_epochs_or_after_every_so_many():
     made = load(ROOT / "configs" / "cars196.py").get_config()
     made.optimizer.decay_every = 10
     with pytest.raises(ValueError, match=r"decay_every is 10 and .*decay_epochs \(50,\); set"):
-        config.validate(made)
+        config.parse(made)
     made.optimizer.decay_epochs = ()
-    config.validate(made)
+    config.parse(made)
 
 
 def test_everything_that_is_wrong_is_told_at_once(tmp_path):
@@ -497,9 +514,9 @@ OPTIONAL = {
 
 
 def every_setting():
-    for loss in losses.NAMES:
+    for loss in losses.names():
         for path, value in config.leaves(glyphs.get_config(f"ps_memvir_{loss}")):
-            if path.startswith("loss.") or loss == losses.NAMES[0]:
+            if path.startswith("loss.") or loss == losses.names()[0]:
                 yield loss, path, OPTIONAL.get(path, type(value))
 
 
@@ -514,7 +531,7 @@ def test_every_setting_is_checked(loss, path, kind):
             section[name] = bad
             # As it comes from a file: a ConfigDict that has types lets fewer of these in.
             with pytest.raises(ValueError, match=rf"config\.{path} is .*; (it must be|choose) "):
-                config.validate(ConfigDict(settings))
+                config.parse(ConfigDict(settings))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -530,43 +547,56 @@ class Banded(losses.NormSoftmax):
         return super().logits(embeddings, proxies) * self.bands[0]
 
 
-@pytest.fixture
-def banded(monkeypatch):
-    monkeypatch.setitem(losses._LOSSES, "banded", Banded)
-    monkeypatch.setattr(losses, "NAMES", (*losses.NAMES, "banded"))
-    monkeypatch.setitem(config.RULES, "loss.name", rules.choice(losses.NAMES))
+BANDED = f"{__name__}:Banded"
 
 
-def test_a_new_loss_has_its_fields_as_settings_whatever_their_type(banded, tmp_path):
-    made = glyphs.get_config("ps_memvir_banded")
-    made.loss.update(shape="disc", bands=(0.25, 2.0), shift=-1, hard=True)
-    config.validate(made)
-    resume.claim(tmp_path, made)
-    read = run_directory.read_config(tmp_path)
-    config.validate(read)
+def banded_config(**hyperparameters):
+    made = glyphs.get_config("ps_memvir")
+    with made.unlocked():
+        made.loss = ConfigDict(config.loss_to_dict(Banded(**hyperparameters)))
+    return made
+
+
+def test_a_loss_of_a_users_own_has_its_fields_as_settings_whatever_their_type(tmp_path):
     expected = Banded(scale=23.0, shape="disc", bands=(0.25, 2.0), shift=-1, hard=True)
-    assert losses.create(**read.loss) == losses.create(**made.loss) == expected
-    assert hash(losses.create(**read.loss)) == hash(expected)
+    made = banded_config(**dataclasses.asdict(expected))
+    assert made.loss.name.endswith(":Banded")
+    resume.claim(tmp_path, config.parse(made))
+    read = config.parse(run_directory.read_config(tmp_path))
+    assert read.loss == config.parse(made).loss == expected
+    assert hash(read.loss) == hash(expected)
 
 
 @pytest.mark.parametrize(
     ("field", "bad"), [("shape", 1), ("bands", ("a",)), ("bands", 0.5), ("shift", 0.5), ("hard", 1)]
 )
-def test_a_new_loss_is_checked_by_the_types_of_its_fields(banded, field, bad):
-    settings = glyphs.get_config("banded").to_dict()
-    settings["loss"][field] = bad
+def test_a_loss_of_a_users_own_is_checked_by_the_types_of_its_fields(field, bad):
+    made = banded_config().to_dict()
+    made["loss"][field] = bad
     with pytest.raises(ValueError, match=rf"config\.loss\.{field} is .*; it must be "):
-        config.validate(ConfigDict(settings))
+        config.parse(ConfigDict(made))
 
 
-def test_a_new_loss_with_a_field_of_no_known_type_says_what_to_do(banded, monkeypatch):
-    made = glyphs.get_config("banded")
-    unknown = dataclasses.make_dataclass(
-        "Unknown", [("window", float | None, None)], bases=(Banded,), frozen=True
-    )
-    monkeypatch.setitem(losses._LOSSES, "banded", unknown)
-    with pytest.raises(TypeError, match="what banded.window .* is None by default: .* LOSS_RULES"):
-        config.validate(made)
+@dataclasses.dataclass(frozen=True)
+class Windowed(losses.NormSoftmax):
+    """A loss with a field whose default implies no check."""
+
+    window: float | None = None
+
+
+def test_a_field_whose_default_implies_no_check_says_what_to_do():
+    with pytest.raises(TypeError, match="window is None by default, .* dml_jax.settings.setting"):
+        made = glyphs.get_config().to_dict()
+        made["loss"] = {"name": f"{__name__}:Windowed", "scale": 23.0, "window": None}
+        config.parse(ConfigDict(made))
+
+
+@pytest.mark.parametrize("name", ["triplet", "no_such_file:Loss", "math:nothing", "math:pi"])
+def test_a_loss_that_is_not_there_is_refused(name):
+    made = glyphs.get_config()
+    made.loss.name = name
+    with pytest.raises(ValueError, match=f"config.loss.name is '{name}'; choose one of softmax"):
+        config.parse(made)
 
 
 def test_settings_too_many_or_too_few_are_named():
@@ -576,7 +606,7 @@ def test_settings_too_many_or_too_few_are_named():
         made.loss.name = "proxy_nca"
         del made.data.resize
     with pytest.raises(ValueError) as error:
-        config.validate(made)
+        config.parse(made)
     assert sorted(str(error.value).splitlines()) == [
         "config.data.resize is missing",
         "config.loss.margin is no setting of proxy_nca",
@@ -588,10 +618,10 @@ def test_settings_too_many_or_too_few_are_named():
 def test_the_order_of_channels_reaches_the_network(channels, tmp_path):
     made = glyphs.get_config()
     made.model.channels = channels
-    resume.claim(tmp_path, made)
-    read = run_directory.read_config(tmp_path)  # As searches and exports make the network again.
-    config.validate(read)
-    network = networks.make(read, sharding.make_mesh(jax.devices()[:1]))
+    resume.claim(tmp_path, config.parse(made))
+    # As searches and exports make the network again.
+    read = config.parse(run_directory.read_config(tmp_path))
+    network = builder.make_network(read, sharding.make_mesh(jax.devices()[:1]))
     assert network.embedder.backbone.input_normalisation.channels == channels
 
 
@@ -601,7 +631,7 @@ def test_images_that_a_backbone_cannot_halve_are_refused(backbone, size):
     made.model.update(backbone=backbone, width=None, stem=None)
     made.data.update(image_size=size, resize=size)
     with pytest.raises(ValueError, match=f"image_size is {size}: {backbone} cannot halve images"):
-        config.validate(made)
+        config.parse(made)
 
 
 @pytest.mark.parametrize("root", ["", "photos"])
@@ -609,10 +639,10 @@ def test_images_have_a_root_if_they_do_not_come_along(root):
     made = load(ROOT / "configs" / "folder.py").get_config()
     made.data.root = root
     if root:
-        config.validate(made)
+        config.parse(made)
     else:
         with pytest.raises(ValueError, match="config.data.root is empty; .* where folder is"):
-            config.validate(made)
+            config.parse(made)
 
 
 def test_pretrained_weights_fit_the_pretrained_width_and_stem_alone():
@@ -621,12 +651,12 @@ def test_pretrained_weights_fit_the_pretrained_width_and_stem_alone():
         backbone="resnet18", width=16, stem="small", pretrained="hf:timm/resnet18.tv_in1k"
     )
     with pytest.raises(ValueError) as error:
-        config.validate(made)
+        config.parse(made)
     assert [line.partition(";")[0] for line in str(error.value).splitlines()] == [
         "config.model.width is 16, but resnet18 was pretrained with 64",
         "config.model.stem is small, but resnet18 was pretrained with imagenet",
     ]
     made.model.update(width=64, stem="imagenet")
-    config.validate(made)
+    config.parse(made)
     made.model.update(width=None, stem=None)
-    config.validate(made)
+    config.parse(made)

@@ -12,6 +12,7 @@ from dml_jax.data.prepare import DATA_SETS, prepare
 from dml_jax.evaluation import embedding_files
 from dml_jax.retrieval import evaluate
 from dml_jax.training import builder, checkpoint, loop, resume, run_directory, step
+from dml_jax.training.config import parse
 from tests.helpers import public_data, tiny
 
 
@@ -21,9 +22,9 @@ def images(tmp_path):
 
 
 def start(config, folder):
-    built = builder.build(config, sharding.make_mesh(jax.devices()[:2]))
-    resume.check(folder, config)
-    resume.claim(folder, config)
+    built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:2]))
+    resume.check(folder, parse(config))
+    resume.claim(folder, parse(config))
     return built
 
 

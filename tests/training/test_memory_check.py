@@ -16,6 +16,7 @@ from dml_jax._utils import free_memory, sharding
 from dml_jax.configs import folder
 from dml_jax.training import builder, memory_check, run, run_directory, step
 from dml_jax.training.batches import device_batches
+from dml_jax.training.config import parse
 from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,7 @@ def host(monkeypatch):
 
 def built_on(devices, images, variant="baseline", **settings):
     config = tiny.config(images, variant, **settings)
-    return builder.build(config, sharding.make_mesh(jax.devices()[:devices]))
+    return builder.build(parse(config), sharding.make_mesh(jax.devices()[:devices]))
 
 
 def test_a_run_compiles_and_traces_its_step_once(images, tmp_path, monkeypatch, caplog, one_device):
@@ -111,7 +112,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_fit(images, host, tmp_p
     place = tmp_path / "run"
     size = {"batch_size": 32, "data__image_size": 64, "data__resize": 80}
     config = tiny.config(images, **size, epochs=1, memvir__warmup_epochs=0)
-    built = builder.build(config, sharding.make_mesh())
+    built = builder.build(parse(config), sharding.make_mesh())
     host(0)
     needed, rest = memory_check.need(built), -memory_check.free_room(built).size
     host(int(rest) + needed.total)
@@ -129,7 +130,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_fit(images, host, tmp_p
     assert len(parts) == (jax.__version_info__ >= (0, 12))
     for at, line in enumerate(lines):
         other = changed(config, line)
-        assert memory_check.need(builder.build(other, built.mesh)).total <= tight - rest
+        assert memory_check.need(builder.build(parse(other), built.mesh)).total <= tight - rest
         assert run.train(other, tmp_path / str(at))["last"]["epoch"] == 1
 
 
@@ -162,7 +163,7 @@ def test_a_run_that_goes_on_is_told_of_what_it_may_change(images, host, tmp_path
     place = tmp_path / "run"
     size = {"batch_size": 32, "data__image_size": 64, "data__resize": 80}
     run.train(tiny.config(images, epochs=1, **size), place)
-    built = builder.build(tiny.config(images, epochs=2, **size), sharding.make_mesh())
+    built = builder.build(parse(tiny.config(images, epochs=2, **size)), sharding.make_mesh())
     host(0)
     needed, rest = memory_check.need(built), -memory_check.free_room(built).size
     host(int(rest) + needed.fixed + needed.temporary // 3)
@@ -181,7 +182,7 @@ def test_the_settings_for_any_folder_need_less_than_6_gb(host, tmp_path):
     shutil.copytree(tmp_path / "images" / "train", tmp_path / "images" / "test")
     config = folder.get_config("ps_memvir")
     config.data.root = str(tmp_path / "images")
-    built = builder.build(config, sharding.make_mesh(jax.devices()[:1]))
+    built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
     begun = 1 * GB  # Of a process that has compiled: 0.9 GB were seen.
     host(6 * GB - begun)
     needed = memory_check.need(built)

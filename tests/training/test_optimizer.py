@@ -6,9 +6,18 @@ import numpy as np
 import optax
 import pytest
 
-from dml_jax.training import optimizer
+from dml_jax.training import optimizer, schedules
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def create(*, steps_per_epoch, freeze_bn_affine=False, **settings):
+    return optimizer.create(
+        optimizer.OptimizerConfig(**settings),
+        steps_per_epoch=steps_per_epoch,
+        freeze_bn_affine=freeze_bn_affine,
+    )
+
 
 SETTINGS = {
     "name": "sgd",
@@ -51,7 +60,7 @@ def golden_settings(golden):
 
 @pytest.mark.parametrize("name", optimizer.NAMES)
 def test_every_step_is_torchs(golden, name):
-    transformation, _ = optimizer.create(name=name, **golden_settings(golden))
+    transformation, _ = create(name=name, **golden_settings(golden))
 
     def loss(params):
         w, p = params["embedder"]["w"], params["proxies"]
@@ -76,7 +85,7 @@ def test_every_step_is_torchs(golden, name):
 
 
 def test_learning_rates_are_the_official_ones(golden):
-    _, learning_rate = optimizer.create(name="adam", **golden_settings(golden))
+    _, learning_rate = create(name="adam", **golden_settings(golden))
     rates = [learning_rate(step) for step in range(int(golden["steps"]))]
     np.testing.assert_allclose(rates, golden["learning_rates"], rtol=1e-12)
 
@@ -91,7 +100,7 @@ def test_learning_rates_are_the_official_ones(golden):
 )
 def test_rates_decay_at_the_epochs_told(epochs, expected):
     settings = {**SETTINGS, "decay_epochs": epochs}
-    transformation, learning_rate = optimizer.create(**settings)
+    transformation, learning_rate = create(**settings)
     assert [learning_rate(step)[1] for step in range(6)] == expected
 
     # The steps themselves, without momentum: a gradient that is there once.
@@ -111,11 +120,11 @@ def test_rates_decay_at_the_epochs_told(epochs, expected):
 def test_rates_decay_after_every_so_many_epochs_as_torchs_step_schedule_does():
     every = {**SETTINGS, "decay_epochs": (), "decay_every": 3}
     told = {**SETTINGS, "decay_epochs": (4, 7, 10, 13)}
-    transformation, learning_rate = optimizer.create(**every)
+    transformation, learning_rate = create(**every)
     rates = [learning_rate(step) for step in range(26)]
     # torch.optim.lr_scheduler.StepLR(step_size=3, gamma=0.5), two steps an epoch from 0.
     assert [rate for rate, _ in rates] == [0.1 * 0.5 ** (step // 2 // 3) for step in range(26)]
-    assert rates == [optimizer.create(**told)[1](step) for step in range(26)]
+    assert rates == [create(**told)[1](step) for step in range(26)]
 
     params = {"embedder": jnp.ones(1), "proxies": jnp.ones(1)}
     state = transformation.init(params)
@@ -140,8 +149,8 @@ NETWORK = {
 @pytest.mark.parametrize("name", optimizer.NAMES)
 def test_scale_and_bias_of_batch_norms_stay_and_all_else_moves(name, frozen_epochs):
     settings = {**SETTINGS, "name": name, "weight_decay": 0.1, "frozen_epochs": frozen_epochs}
-    plain, _ = optimizer.create(**settings)
-    frozen, _ = optimizer.create(**settings, freeze_bn_affine=True)
+    plain, _ = create(**settings)
+    frozen, _ = create(**settings, freeze_bn_affine=True)
     start = {"embedder": NETWORK, "proxies": jnp.ones((3, 2))}
     params, states = [start, start], [plain.init(start), frozen.init(start)]
     updates = [jax.jit(transformation.update) for transformation in (plain, frozen)]
@@ -164,7 +173,7 @@ def test_scale_and_bias_of_batch_norms_stay_and_all_else_moves(name, frozen_epoc
 
 def test_gradients_are_clipped_before_the_decay_joins_them():
     settings = {**SETTINGS, "clip_value": 1.0, "weight_decay": 0.5}
-    transformation, _ = optimizer.create(**settings)
+    transformation, _ = create(**settings)
     params = {"embedder": jnp.array([4.0, 4.0]), "proxies": jnp.array([4.0])}
     gradients = {"embedder": jnp.array([-30.0, 0.5]), "proxies": jnp.array([30.0])}
     state = transformation.init(params)
@@ -175,19 +184,38 @@ def test_gradients_are_clipped_before_the_decay_joins_them():
 
 
 def test_learning_rate_needs_no_device():
-    _, learning_rate = optimizer.create(**SETTINGS)
+    _, learning_rate = create(**SETTINGS)
     with jax.transfer_guard("disallow"):
         assert learning_rate(2) == (0.05, 0.5)
 
 
+SCHEDULE = "warmup_cosine_decay_schedule"
+
+
+def test_a_schedule_of_optax_multiplies_both_rates_on_host_and_device():
+    arguments = {"warmup_epochs": 2, "decay_epochs": 5, "end_value": 0.1}
+    settings = {**SETTINGS, "schedule": SCHEDULE, "schedule_arguments": arguments, "name": "adam"}
+    transformation, learning_rate = create(**settings)
+    expected = optax.warmup_cosine_decay_schedule(0.0, 1.0, 4, 10, 0.1)
+    params = {"embedder": jnp.ones(1), "proxies": jnp.ones(1)}
+    state, update = transformation.init(params), jax.jit(transformation.update)
+    for step in range(11):
+        with jax.transfer_guard("disallow"):
+            rates = learning_rate(step)
+        np.testing.assert_allclose(rates, np.array([0.1, 1.0]) * float(expected(step)), rtol=1e-6)
+        updates, state = update(params, state, params, step=jnp.int32(step))
+        ratio = float(updates["proxies"][0]) / (float(updates["embedder"][0]) or 1.0)
+        assert ratio == pytest.approx(10.0 if step else 0.0)
+
+
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("name", "arguments", "message"),
     [
-        ({"name": "lion"}, "unknown optimizer 'lion': choose one of adam, adamw, rmsprop, sgd"),
-        ({"decay_every": 3}, r"decay_every is 3 and decay_epochs \(2, 4\); give one of them"),
-        ({"decay_epochs": (0, 3)}, r"decay_epochs is \(0, 3\); epochs count from 1"),
+        ("cosine", {}, "unknown schedule 'cosine'; choose one of constant_schedule"),
+        (SCHEDULE, {"warmup_epochs": 2}, "missing a required argument: 'decay_steps'"),
+        (SCHEDULE, {"warmup_epochs": 1, "decay_epochs": 2, "power": 3}, "argument 'power'"),
     ],
 )
-def test_wrong_settings_are_refused(wrong, message):
+def test_wrong_schedules_are_refused(name, arguments, message):
     with pytest.raises(ValueError, match=message):
-        optimizer.create(**{**SETTINGS, **wrong})
+        schedules.create(name, arguments, 10)

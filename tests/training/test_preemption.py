@@ -18,14 +18,14 @@ NETWORK = {"model__backbone": "colours", "model__width": None, "model__stem": No
 
 
 def train(config, folder):
-    built = builder.build(config, sharding.make_mesh(jax.devices()[:1]))
-    resume.claim(folder, config)
+    built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
+    resume.claim(folder, parse(config))
     with preemption.listening() as asked:
         return loop.train(built, folder, asked)
 
 
 def final_state(config, folder):
-    built = builder.build(config, sharding.make_mesh(jax.devices()[:1]))
+    built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
     with checkpoint.Checkpoints(folder) as checkpoints:
         return checkpoints.restore(checkpoints.find("last"), builder.abstract_state(built))
 
@@ -96,6 +96,7 @@ def test_a_run_that_is_asked_during_its_last_evaluation_stops_before_the_result(
 LISTENER = """
 import hashlib, sys
 from dml_jax.training import preemption
+from dml_jax.training.config import parse
 with preemption.listening() as asked:
     asked.unsaved = sys.argv[1] == "unsaved"
     if sys.argv[1] == "notebook":

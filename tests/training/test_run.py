@@ -10,6 +10,7 @@ import pytest
 
 from dml_jax._utils import sharding
 from dml_jax.training import builder, checkpoint, resume, run, run_directory
+from dml_jax.training.config import parse
 from dml_jax.training.state import network_variables
 from tests.helpers import tiny
 
@@ -76,7 +77,7 @@ def test_a_fork_starts_with_the_network_of_another_run_and_needs_it_no_more(imag
     # Another loss, without MemVir, with another seed: of the old run it takes the network alone.
     config = tiny.config(images, "proxy_nca", epochs=1, seed=3, checkpoint__keep_last=9, **NETWORK)
     result = run.train(config, new, fork_from=old)
-    built = builder.build(config, sharding.make_mesh())
+    built = builder.build(parse(config), sharding.make_mesh())
     like = builder.abstract_state(built)
     with checkpoint.Checkpoints(new) as checkpoints:
         started = network_variables(checkpoints.restore(0, like))
@@ -91,7 +92,7 @@ def test_a_fork_starts_with_the_network_of_another_run_and_needs_it_no_more(imag
 
 def test_a_fork_of_another_network_is_refused_before_anything_is_written(images, tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
-    resume.claim(old, tiny.config(images, **NETWORK))
+    resume.claim(old, parse(tiny.config(images, **NETWORK)))
     with pytest.raises(ValueError, match="config.model.dim is 8, but .* has 16"):
         run.train(tiny.config(images, model__dim=8, **NETWORK), new, fork_from=old)
     with pytest.raises(ValueError, match="config.model.channels is 'bgr', but .* has None"):
@@ -121,11 +122,11 @@ def test_a_run_has_a_loss_in_every_epoch_and_steps_of_32_bits(tmp_path):
     mesh = sharding.make_mesh()
     made = tiny.config(tiny.write_images(tmp_path), skip_nonfinite=4)
     with pytest.raises(ValueError, match="skip_nonfinite is 4, but an epoch has only 4 steps"):
-        builder.build(made, mesh)
+        builder.build(parse(made), mesh)
     made.skip_nonfinite = 0
     made.optimizer.decay_epochs = (5, 2**30)
     with pytest.raises(ValueError, match="1073741824 epochs of 4 steps are too many"):
-        builder.build(made, mesh)
+        builder.build(parse(made), mesh)
 
 
 class Reached(Exception):

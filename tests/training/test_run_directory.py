@@ -7,29 +7,30 @@ from dml_jax import data
 from dml_jax._utils import files
 from dml_jax.configs import glyphs
 from dml_jax.training import resume, run_directory
+from dml_jax.training.config import parse
 from dml_jax.training.trackers import Writer
 from tests.helpers import tiny
 
 
 def test_a_run_of_another_configuration_is_refused_with_every_difference(tmp_path):
-    resume.claim(tmp_path, glyphs.get_config("ps"))
+    resume.claim(tmp_path, parse(glyphs.get_config("ps")))
     other = glyphs.get_config("baseline")
     other.seed = 3
     with pytest.raises(ValueError) as error:
-        resume.check(tmp_path, other)
+        resume.check(tmp_path, parse(other))
     assert "config.seed: 0 there, 3 now" in str(error.value)
     assert "config.proxy_synthesis.ratio: 3.0 there, 0.0 now" in str(error.value)
 
 
 def test_the_same_configuration_is_accepted_again(tmp_path):
-    resume.claim(tmp_path, glyphs.get_config("ps_memvir"))
-    resume.check(tmp_path, glyphs.get_config("ps_memvir"))
+    resume.claim(tmp_path, parse(glyphs.get_config("ps_memvir")))
+    resume.check(tmp_path, parse(glyphs.get_config("ps_memvir")))
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="holds files but no config.json"):
-        resume.check(tmp_path, glyphs.get_config())
+        resume.check(tmp_path, parse(glyphs.get_config()))
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
@@ -72,14 +73,14 @@ FREE = {
 
 @pytest.mark.parametrize("name", FREE)
 def test_what_changes_no_step_may_change_and_is_written_down(tmp_path, name, caplog):
-    resume.claim(tmp_path, changed())
+    resume.claim(tmp_path, parse(changed()))
     (tmp_path / run_directory.RESULT).write_text("{}")
     config = changed(**{name: FREE[name]})
-    (difference,) = resume.check(tmp_path, config)
+    (difference,) = resume.check(tmp_path, parse(config))
     assert difference.startswith(f"config.{name}: ") and difference.endswith(f" {FREE[name]!r} now")
-    resume.claim(tmp_path, config)
+    resume.claim(tmp_path, parse(config))
     assert difference in caplog.text
-    assert resume.check(tmp_path, config) == []
+    assert resume.check(tmp_path, parse(config)) == []
     assert not (tmp_path / run_directory.RESULT).exists()
 
 
@@ -104,45 +105,45 @@ FIXED = {
 
 @pytest.mark.parametrize("name", FIXED)
 def test_what_a_step_depends_on_may_not_change(tmp_path, name):
-    resume.claim(tmp_path, changed())
+    resume.claim(tmp_path, parse(changed()))
     with pytest.raises(ValueError, match=rf"another configuration.*\n  config\.{name}: "):
-        resume.check(tmp_path, changed(**{name: FIXED[name]}))
+        resume.check(tmp_path, parse(changed(**{name: FIXED[name]})))
 
 
 def test_the_size_of_the_devices_images_may_not_change(tmp_path):
-    resume.claim(tmp_path, changed(**{"data.cache": "device"}))
+    resume.claim(tmp_path, parse(changed(**{"data.cache": "device"})))
     with pytest.raises(ValueError, match=r"config\.data\.cache_size: 320 there, 64 now"):
-        resume.check(tmp_path, changed(**{"data.cache": "device", "data.cache_size": 64}))
+        resume.check(tmp_path, parse(changed(**{"data.cache": "device", "data.cache_size": 64})))
 
 
 def test_parts_of_a_batch_may_change_where_they_have_no_statistics(tmp_path):
     frozen = {"model.freeze_bn": True, "micro_batches": 2}
-    resume.claim(tmp_path, changed(**frozen))
-    (difference,) = resume.check(tmp_path, changed(**frozen | {"micro_batches": 1}))
+    resume.claim(tmp_path, parse(changed(**frozen)))
+    (difference,) = resume.check(tmp_path, parse(changed(**frozen | {"micro_batches": 1})))
     assert difference == "config.micro_batches: 2 there, 1 now"
 
 
 def test_a_finished_run_goes_on_only_when_it_may_train_longer(tmp_path):
-    resume.claim(tmp_path, changed(epochs=5))
+    resume.claim(tmp_path, parse(changed(epochs=5)))
     result = {"last": {"epoch": 5}}
     files.write_json(tmp_path / run_directory.RESULT, result)
-    assert resume.finished(tmp_path, changed(epochs=5)) == result
-    assert resume.finished(tmp_path, changed(epochs=3)) == result
-    assert resume.finished(tmp_path, changed(epochs=6)) is None
+    assert resume.finished(tmp_path, parse(changed(epochs=5))) == result
+    assert resume.finished(tmp_path, parse(changed(epochs=3))) == result
+    assert resume.finished(tmp_path, parse(changed(epochs=6))) is None
     # It had lost its patience.
     files.write_json(tmp_path / run_directory.RESULT, {"last": {"epoch": 4}})
-    assert resume.finished(tmp_path, changed(epochs=5)) is not None
+    assert resume.finished(tmp_path, parse(changed(epochs=5))) is not None
     longer = changed(**{"epochs": 5, "evaluation.patience": 9})
-    assert resume.finished(tmp_path, longer) is None
+    assert resume.finished(tmp_path, parse(longer)) is None
 
 
 def test_a_finished_run_says_which_settings_come_too_late(tmp_path, caplog):
-    resume.claim(tmp_path, changed(epochs=5))
+    resume.claim(tmp_path, parse(changed(epochs=5)))
     result = {"last": {"epoch": 5}}
     files.write_json(tmp_path / run_directory.RESULT, result)
-    assert resume.finished(tmp_path, changed(epochs=5)) == result and not caplog.text
+    assert resume.finished(tmp_path, parse(changed(epochs=5))) == result and not caplog.text
     late = {"epochs": 3, "evaluation.nmi": True, "evaluation.recall_at": (1, 2), "wandb": "w"}
-    assert resume.finished(tmp_path, changed(**late)) == result
+    assert resume.finished(tmp_path, parse(changed(**late))) == result
     for name in late:
         assert f"finished and stays as it is, without another config.{name}: " in caplog.text
     assert "scripts/evaluate.py scores" in caplog.text
@@ -170,7 +171,7 @@ def test_other_images_are_refused(tmp_path):
     there = run_directory.fingerprints(data.create("folder", root=images))
     files.write_json(folder / run_directory.IMAGES, {"train": "what a kill has left"})
     resume.check_images(folder, there)
-    resume.claim(folder, glyphs.get_config(), there)
+    resume.claim(folder, parse(glyphs.get_config()), there)
     moved = images.rename(tmp_path / "elsewhere")
     same = run_directory.fingerprints(data.create("folder", root=moved))
     assert same == there
@@ -195,17 +196,17 @@ def test_one_process_at_a_time(tmp_path):
     ):
         pass
     with run_directory.locked(tmp_path / "run"):
-        resume.check(tmp_path / "run", glyphs.get_config())
+        resume.check(tmp_path / "run", parse(glyphs.get_config()))
 
 
 def test_how_a_run_began_is_written_down(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     assert run_directory.forked_from(new, old) == old
-    resume.claim(new, glyphs.get_config(), fork_from=old)
+    resume.claim(new, parse(glyphs.get_config()), fork_from=old)
     assert run_directory.forked_from(new, None) == old
     assert run_directory.forked_from(new, old) == old
     with pytest.raises(ValueError, match="forked from .*old, not from .*other"):
         run_directory.forked_from(new, tmp_path / "other")
-    resume.claim(old, glyphs.get_config())
+    resume.claim(old, parse(glyphs.get_config()))
     with pytest.raises(ValueError, match="forked from None"):
         run_directory.forked_from(old, new)

@@ -5,6 +5,7 @@ from scipy import stats
 
 from dml_jax._utils import sharding
 from dml_jax.training import builder, state
+from dml_jax.training.config import parse
 from tests.helpers import tiny
 
 DIM = 512
@@ -27,7 +28,7 @@ DISTRIBUTIONS = {
 def test_a_run_draws_its_proxies_as_the_config_says(init, tmp_path):
     network = {"model__backbone": "colours", "model__width": None, "model__stem": None}
     config = tiny.config(tiny.write_images(tmp_path), proxy_init=init, model__dim=DIM, **network)
-    built = builder.build(config, sharding.make_mesh(jax.devices()[:1]))
+    built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
     proxies = np.asarray(built.init().params["proxies"])
     assert proxies.shape == (tiny.TRAIN_CLASSES, DIM)
 

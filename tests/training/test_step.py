@@ -10,6 +10,7 @@ from dml_jax._utils import sharding
 from dml_jax.configs import glyphs
 from dml_jax.training import builder, step
 from dml_jax.training.batches import device_batches
+from dml_jax.training.config import parse
 from tests.helpers import tiny
 
 
@@ -21,7 +22,7 @@ def images(tmp_path_factory):
 def losses_of_run(config, devices, steps):
     mesh = sharding.make_mesh(jax.devices()[:devices])
     built = builder.build(
-        config, mesh, data.InspectionReport({}, {})
+        parse(config), mesh, data.InspectionReport({}, {})
     )  # Looking at them takes a while.
     compiled = step.compile_step(built.recipe, built.state_sharding, sharding.batch_sharding(mesh))
     state, losses = built.init(), []
@@ -83,7 +84,7 @@ def test_seed_decides_everything(images):
 def test_a_step_that_is_not_finite_leaves_everything_as_it_was(images):
     mesh = sharding.make_mesh(jax.devices()[:2])
     config = tiny.config(images, "ps_memvir_proxy_anchor", optimizer__name="rmsprop")
-    built = builder.build(config, mesh)
+    built = builder.build(parse(config), mesh)
     compiled = step.compile_step(built.recipe, built.state_sharding, sharding.batch_sharding(mesh))
 
     def as_float(batch):
@@ -130,7 +131,7 @@ def test_skipped_steps_count_for_rates_and_thaw_but_not_for_adam(images):
         optimizer__eps=1e-12,
     )
     mesh = sharding.make_mesh(jax.devices()[:1])
-    built = builder.build(config, mesh)
+    built = builder.build(parse(config), mesh)
     compiled = step.compile_step(built.recipe, built.state_sharding, sharding.batch_sharding(mesh))
     states = [built.init()]
     for done, batch in device_batches(built, 0, 5):
@@ -157,7 +158,7 @@ def test_skipped_steps_count_for_rates_and_thaw_but_not_for_adam(images):
 
 def test_frozen_statistics_stay_and_scales_train(images):
     config = tiny.config(images, model__freeze_bn=True)
-    before = builder.build(config, sharding.make_mesh(jax.devices()[:1])).init()
+    before = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1])).init()
     _, after = losses_of_run(config, devices=1, steps=2)
     chex.assert_trees_all_equal(before.batch_stats, after.batch_stats)
     scales = [state.params["embedder"]["backbone"]["bn1"]["scale"] for state in (before, after)]
@@ -168,7 +169,7 @@ def test_frozen_statistics_stay_and_scales_train(images):
 def test_frozen_scales_stay_and_all_else_trains(images, epochs):
     settings = {"model__freeze_bn": True, "model__freeze_bn_affine": True, **CONV4}
     config = tiny.config(images, optimizer__frozen_epochs=epochs, **settings)
-    before = builder.build(config, sharding.make_mesh(jax.devices()[:1])).init()
+    before = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1])).init()
     # An epoch has 4 steps.
     _, after = losses_of_run(config, devices=1, steps=5)
     chex.assert_trees_all_equal(before.batch_stats, after.batch_stats)
@@ -188,7 +189,9 @@ def test_bfloat16_computes_losses_near_those_of_float32(images):
     assert (rounded != exact).all()
     chex.assert_trees_all_equal_dtypes(
         state.params,
-        builder.build(tiny.config(images), sharding.make_mesh(jax.devices()[:1])).init().params,
+        builder.build(parse(tiny.config(images)), sharding.make_mesh(jax.devices()[:1]))
+        .init()
+        .params,
     )
 
 
@@ -206,7 +209,7 @@ def masked_state(state):
 def test_a_frozen_backbone_and_its_optimizer_state_stay_until_they_thaw(images, name):
     settings = {"optimizer__frozen_epochs": 1, "optimizer__name": name}
     config = tiny.config(images, **settings, evaluation__every_epochs=1)
-    built = builder.build(config, sharding.make_mesh(jax.devices()[:1]))
+    built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
     start = jax.device_get(built.init())
     # An epoch has 4 steps.
     _, frozen = losses_of_run(config, devices=1, steps=4)
@@ -238,7 +241,7 @@ COLOURS = {"model__backbone": "colours", "model__width": None, "model__stem": No
 def compiled_on(config, devices, rows):
     """The step's program for so many devices and rows."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    built = builder.build(config, mesh)
+    built = builder.build(parse(config), mesh)
     batch = {
         "image": jax.ShapeDtypeStruct((rows, tiny.SIZE, tiny.SIZE, 3), np.uint8),
         "label": jax.ShapeDtypeStruct((rows,), np.int32),
@@ -253,7 +256,7 @@ def compiled_on(config, devices, rows):
 
 def test_whether_a_step_is_finite_is_computed_once(images):
     config = tiny.config(images)
-    built = builder.build(config, sharding.make_mesh(jax.devices()[:1]))
+    built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
     arrays = len(jax.tree.leaves(built.state_shape.params))
     conjunctions = compiled_on(config, devices=1, rows=8).as_text().count(" and(")
     # Computed anew for each array, they would be several times the square of the arrays.
@@ -263,7 +266,7 @@ def test_whether_a_step_is_finite_is_computed_once(images):
 def test_parts_have_the_gradients_of_the_whole_batch(images):
     # Synthetic and virtual classes mix what different parts have embedded.
     config = tiny.config(images, "ps_memvir", batch_size=16, model__freeze_bn=True, **CONV4)
-    built = builder.build(config, sharding.make_mesh(jax.devices()[:1]))
+    built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
     state = built.init()
 
     def gradients(parts):
@@ -286,7 +289,9 @@ def test_parts_have_the_gradients_of_the_whole_batch(images):
 
 
 def test_statistics_go_from_part_to_part(images):
-    built = builder.build(tiny.config(images, **COLOURS), sharding.make_mesh(jax.devices()[:1]))
+    built = builder.build(
+        parse(tiny.config(images, **COLOURS)), sharding.make_mesh(jax.devices()[:1])
+    )
     state = built.init()
     batch_stats, params = state.batch_stats, state.params["embedder"]
     pixels = jax.random.randint(jax.random.key(0), (8, 4, 4, 3), 0, 256)
@@ -327,4 +332,4 @@ def test_parts_need_less_memory_and_no_image_leaves_its_device(images):
 def test_devices_that_cannot_share_a_part_are_refused(images):
     config = tiny.config(images, batch_size=8, micro_batches=4)
     with pytest.raises(ValueError, match=r"in 4 parts \(config.micro_batches\); .* multiple of 16"):
-        builder.build(config, sharding.make_mesh(jax.devices()[:4]))
+        builder.build(parse(config), sharding.make_mesh(jax.devices()[:4]))

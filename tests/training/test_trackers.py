@@ -4,6 +4,7 @@ import os
 import pytest
 
 from dml_jax.training import resume, run, run_directory, trackers
+from dml_jax.training.config import parse
 from tests.helpers import tiny
 
 
@@ -25,7 +26,7 @@ def test_weights_and_biases_is_told_and_a_resumed_run_is_the_same_one(
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 39 + "7")
     folder = tmp_path / "run"
-    resume.claim(folder, config)
+    resume.claim(folder, parse(config))
     for step in range(2):
         options = {"step": step, "total_steps": 2, "batch_size": 8, "wandb": config.wandb}
         with trackers.Writer(folder, **options) as open_writer:
@@ -49,7 +50,7 @@ def test_what_weights_and_biases_refuses_is_told(config, tmp_path, monkeypatch):
         raise wandb.errors.UsageError("No API key configured")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    resume.claim(tmp_path / "run", config)
+    resume.claim(tmp_path / "run", parse(config))
     with pytest.raises(ValueError, match="No API key configured\n.*WANDB_MODE=offline"):
         trackers.Writer(tmp_path / "run", step=0, total_steps=1, batch_size=8, wandb="letters")
 
@@ -75,6 +76,6 @@ def test_a_full_disk_is_told_with_the_path(tmp_path, room, file):
 
 
 def test_a_run_may_go_on_with_or_without_weights_and_biases(config, tmp_path):
-    resume.claim(tmp_path / "run", config)
+    resume.claim(tmp_path / "run", parse(config))
     config.wandb = ""
-    resume.check(tmp_path / "run", config)
+    resume.check(tmp_path / "run", parse(config))
