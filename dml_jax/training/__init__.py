@@ -1,0 +1,1 @@
+"""Training: configuration, state, step, loop, checkpoints and the folder of a run."""
