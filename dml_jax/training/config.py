@@ -111,6 +111,16 @@ class Config:
         help="Project at Weights & Biases that the metrics are logged to; empty for none.",
         resumable=True,
     )
+    mlflow: str = setting(
+        "",
+        text(
+            "it must be the name of an MLflow experiment, up to 256 printable characters without "
+            "a space at either end, or empty",
+            lambda name: len(name) <= 256 and name.isprintable() and name == name.strip(),
+        ),
+        help="Experiment at MLflow that the metrics are logged to; empty for none.",
+        resumable=True,
+    )
 
     @together("batch_size", "data.n_instance")
     def _instances(self) -> str | None:

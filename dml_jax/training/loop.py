@@ -117,7 +117,7 @@ class _Epochs:
         self,
         experiment: Experiment,
         done: history.History,
-        writer: trackers.Writer | trackers.NoOpWriter,
+        writer: trackers.Trackers,
         checkpoints: checkpoint.Checkpoints,
         start: int,
     ) -> None:
@@ -153,6 +153,8 @@ class _Epochs:
             "peak_memory_gb": sharding.peak_memory() / 1e9,
         }
         self._writer.epoch(metrics | scores, timings)
+        if scores and self.embeddings is not None:
+            self._writer.evaluation(step, self._experiment.sources, self.embeddings)
         if scores or stops or epoch % config.checkpoint.every_epochs == 0:
             self._checkpoints.save(step, state, scores or None)
         self._began, self._first_step = time.perf_counter(), step

@@ -15,7 +15,7 @@ from dml_jax.training import run_directory
 from dml_jax.training.builder import Experiment
 from dml_jax.training.checkpoint import Checkpoints
 from dml_jax.training.step import StepMetrics
-from dml_jax.training.trackers import NoOpWriter, Writer
+from dml_jax.training.trackers import Tracker
 
 
 def describe(experiment: Experiment, step: int, observed: StepMetrics) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Watch:
         self,
         experiment: Experiment,
         folder: Path,
-        writer: Writer | NoOpWriter,
+        writer: Tracker,
         checkpoints: Checkpoints,
         steps_late: int,
     ) -> None:

@@ -11,6 +11,7 @@ from dml_jax._utils.files import naming_the_file, write_json
 from dml_jax.evaluation import embedding_files
 from dml_jax.training import checkpoint, run_directory
 from dml_jax.training.builder import Experiment
+from dml_jax.training.trackers import projector
 
 
 def write(
@@ -80,6 +81,7 @@ def _export(experiment: Experiment, folder: Path, embeddings: Mapping[str, np.nd
                     source.names,
                     source.class_names,
                 )
+    projector.write(folder, experiment.sources["test"], embeddings["test"])
 
 
 def _place(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def train(
         ValueError: a setting or an image is wrong, or a step does not fit into memory, or the
             folder holds another run, or another process trains in it.
         FileNotFoundError: images or weights are not where the config says.
-        ModuleNotFoundError: Weights & Biases is asked for, but not installed.
+        ModuleNotFoundError: the config names a tracker that is not installed.
         FloatingPointError: the loss is no longer finite.
     """
     fork = forked_from(folder, fork_from)
@@ -52,7 +52,7 @@ def train(
     result = resume.finished(folder, settings)
     if result is not None:
         return result
-    trackers.check(settings.wandb)
+    trackers.check(settings)
     if settings.deterministic:
         # Read when JAX first looks for its devices.
         wanted, given = "--xla_gpu_deterministic_ops=true", os.environ.get("XLA_FLAGS", "")

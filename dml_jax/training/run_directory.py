@@ -29,6 +29,9 @@ IMAGES = "images.json"
 FINDINGS = "findings.json"
 FORK = "fork.json"
 WANDB = "wandb.json"
+MLFLOW = "mlflow.json"
+PROJECTOR = "projector"
+PROJECTOR_CONFIG = "projector_config.pbtxt"  # Under this name TensorBoard looks for it.
 LOCK = ".lock"
 
 

@@ -265,6 +265,7 @@ OURS = {
     "checkpoint.every_epochs",
     "checkpoint.keep_last",
     "wandb",
+    "mlflow",
 }
 NCA = {"loss.name": "proxy_nca", "loss.scale": 12.0}
 MIXED = {"proxy_synthesis.ratio": 1.0}
@@ -443,6 +444,7 @@ BAD = {
     "evaluation.recall_at": ((2, 4), "config.evaluation.recall_at is .* with 1"),
     "memvir.warmup_epochs": (99, "warmup_epochs is 99, but the run ends after"),
     "wandb": ("my/letters", "config.wandb is 'my/letters'; it must be a project's name at Weights"),
+    "mlflow": ("letters\n", r"config.mlflow is .*; it must be the name of an MLflow experiment"),
     "loss.name": ("triplet", "config.loss.name is 'triplet'; choose one of softmax, norm_softmax"),
 }
 

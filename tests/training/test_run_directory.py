@@ -8,7 +8,7 @@ from dml_jax._utils import files
 from dml_jax.configs import glyphs
 from dml_jax.training import resume, run_directory
 from dml_jax.training.config import parse
-from dml_jax.training.trackers import Writer
+from dml_jax.training.trackers.jsonl import JsonlTracker
 from tests.helpers import tiny
 
 
@@ -42,11 +42,12 @@ def test_lines_behind_the_step_of_a_resumed_run_are_dropped(tmp_path):
     path = tmp_path / run_directory.METRICS
     lines = [{"step": step, "epoch": step, "loss": 1.5} for step in (1, 2, 3)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "ep')
-    with Writer(tmp_path, step=2, total_steps=9, batch_size=1) as writer:
-        writer.epoch(
-            {"step": 3, "epoch": 3, "loss": 0.5},
-            {"step": 3, "epoch": 3, "images_per_second": 1.0},
-        )
+    tracker = JsonlTracker(tmp_path, step=2)
+    tracker.epoch(
+        {"step": 3, "epoch": 3, "loss": 0.5},
+        {"step": 3, "epoch": 3, "images_per_second": 1.0},
+    )
+    tracker.close(failed=False)
     assert [line["loss"] for line in files.read_json_lines(path)] == [1.5, 1.5, 0.5]
 
 
@@ -68,6 +69,7 @@ FREE = {
     "model.remat": True,
     "skip_nonfinite": 2,
     "wandb": "letters",
+    "mlflow": "letters",
 }
 
 
