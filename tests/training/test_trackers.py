@@ -295,18 +295,18 @@ def test_example_queries_are_looked_up_in_the_gallery(images):
     made = data.create("folder", root=images)
     sources = {"test": made["test"], "gallery": made["train"]}
     embeddings = {"test": embedded(24), "gallery": embedded(36)[::-1]}
-    (first, *_) = examples.retrievals(sources, embeddings)
-    assert first.image.shape == (104, 6 * 104, 3)
-    query, found = first.description.split(": ")
-    assert query == "test/class0/0.png"
-    assert found.split(", ")[:2] == ["train/class5/5.png", "train/class5/4.png"]
+    (first, *_) = examples.strips(sources, embeddings)
+    tiles = [first[4:-4, left : left + 96] for left in range(4, 6 * 104, 104)]
+    expected = [("test", 0), ("gallery", 35), ("gallery", 34)]
+    for tile, (split, index) in zip(tiles, expected, strict=False):
+        np.testing.assert_array_equal(tile, examples.thumbnail(sources[split], index, 96))
 
 
 def test_few_images_have_few_neighbours(images):
     source = data.create("folder", root=images)["test"]
     few = data.Source(source.records[:3], source.labels[:3], source.class_names, source.names[:3])
-    drawn = examples.retrievals({"test": few}, {"test": embedded(3)})
-    assert [retrieval.image.shape for retrieval in drawn] == [(104, 3 * 104, 3)] * 3
+    drawn = examples.strips({"test": few}, {"test": embedded(3)})
+    assert [strip.shape for strip in drawn] == [(104, 3 * 104, 3)] * 3
 
 
 def test_an_example_that_cannot_be_read_is_a_warning(images, tmp_path, caplog):
@@ -350,8 +350,9 @@ def test_the_projector_gets_evenly_spaced_images(images, tmp_path, monkeypatch):
     np.testing.assert_allclose(fifth, data.decode(source[16], "").mean((0, 1)), atol=3)
 
 
-def test_a_run_shows_its_evaluations_and_its_last_embeddings(config, tmp_path):
-    config.evaluation.every_epochs = 2
+def test_a_run_shows_its_evaluations_and_its_last_embeddings(images, tmp_path):
+    network = {"model__backbone": "colours", "model__width": None, "model__stem": None}
+    config = tiny.config(images, evaluation__every_epochs=2, **network)
     run.train(config, tmp_path / "new")
     drawn = pictures(read_events(tmp_path / "new"))
     assert {step for step, _ in drawn} == {8, 12} and len(drawn) == 16

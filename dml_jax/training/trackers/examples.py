@@ -1,7 +1,6 @@
 """Example queries with their nearest neighbours, drawn as images."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
@@ -17,20 +16,14 @@ _FRAME = 4  # Around it, pixels.
 _WHITE, _GREEN, _RED = (255, 255, 255), (0, 160, 0), (220, 0, 0)
 
 
-class Retrieval(NamedTuple):
-    """A query and its nearest neighbours, nearest first."""
-
-    image: UInt8[np.ndarray, "h w 3"]
-    """Side by side; a neighbour of the query's class has a green frame, others a red one."""
-    description: str
-    """The names of the images."""
-
-
-def retrievals(
+def strips(
     sources: Mapping[str, data.Source],
     embeddings: Mapping[str, Float32[np.ndarray, "_ d"]],
-) -> list[Retrieval]:
-    """Returns up to `QUERIES` queries, the same in every call, with their `NEIGHBOURS` nearest.
+) -> list[UInt8[np.ndarray, "h w 3"]]:
+    """Returns an image per query: the query and its nearest neighbours, side by side.
+
+    There are up to `QUERIES` queries, the same in every call, with `NEIGHBOURS` neighbours each,
+    nearest first. A neighbour of the query's class has a green frame, any other a red one.
 
     Args:
         sources: the images by split.
@@ -58,13 +51,12 @@ def retrievals(
 
 def _draw(
     queries: data.Source, query: int, gallery: data.Source, neighbours: Int64[np.ndarray, " k"]
-) -> Retrieval:
+) -> UInt8[np.ndarray, "h w 3"]:
     tiles = [_framed(thumbnail(queries, query, _SIDE), _WHITE)]
     for index in neighbours.tolist():
         correct = gallery.labels[index] == queries.labels[query]
         tiles.append(_framed(thumbnail(gallery, index, _SIDE), _GREEN if correct else _RED))
-    found = ", ".join(gallery.names[index] for index in neighbours.tolist())
-    return Retrieval(np.concatenate(tiles, axis=1), f"{queries.names[query]}: {found}")
+    return np.concatenate(tiles, axis=1)
 
 
 def thumbnail(source: data.Source, index: int, side: int) -> UInt8[np.ndarray, "{side} {side} 3"]:

@@ -12,7 +12,7 @@ from absl import logging
 from jaxtyping import Float32
 from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
 from dml_jax import data
@@ -61,23 +61,22 @@ class TensorBoardTracker(Tracker):
         sources: Mapping[str, data.Source],
         embeddings: Mapping[str, Float32[np.ndarray, "_ d"]],
     ) -> None:
-        """Writes an image per example query; see `examples.retrievals`.
+        """Writes an image per example query; see `examples.strips`.
 
         Raises:
             OSError: they cannot be written; the message has the run's folder.
         """
         try:
-            retrievals = examples.retrievals(sources, embeddings)
+            strips = examples.strips(sources, embeddings)
         except (OSError, ValueError) as error:  # An image that cannot be read costs no run.
             logging.warning("TensorBoard gets no example queries after step %d: %s", step, error)
             return
-        for number, retrieval in enumerate(retrievals):
-            height, width, _ = retrieval.image.shape
+        for number, strip in enumerate(strips):
+            height, width, _ = strip.shape
             # As PNG, which `summary.image` writes, photographs would take five times as much.
-            encoded = simplejpeg.encode_jpeg(retrieval.image, quality=85, colorsubsampling="444")
+            encoded = simplejpeg.encode_jpeg(strip, quality=85, colorsubsampling="444")
             value = Summary.Value(
                 tag=f"queries/{number}",
-                metadata=SummaryMetadata(summary_description=retrieval.description),
                 image=Summary.Image(
                     height=height, width=width, colorspace=3, encoded_image_string=encoded
                 ),
