@@ -2,7 +2,9 @@
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=Callable)
@@ -12,7 +14,7 @@ class Registry(Generic[T]):
     """Classes or functions of one kind by name.
 
     A part is registered under a name, or named by its import path `MODULE:NAME`, such as
-    `my_losses:Banded`, in which case nothing has to import its file before.
+    `my_losses:Banded` for a class in `my_losses.py` in the current folder.
     """
 
     def __init__(self, kind: str) -> None:
@@ -77,13 +79,26 @@ class Registry(Generic[T]):
 
     def _imported(self, path: str) -> T:
         module, _, name = path.partition(":")
+        # Other modules are not imported: the path may come from the run of a stranger.
+        if module not in sys.modules and not _in_current_folder(module):
+            raise ValueError(
+                f"the {self.kind} {path!r} is not there: {module} is neither imported nor in the "
+                "current folder"
+            )
         try:
             part = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"the {self.kind} {path!r} cannot be imported: {error}. Its file must be in the "
-                "current folder or installed"
-            ) from error
+            raise ValueError(f"the {self.kind} {path!r} cannot be imported: {error}") from error
         if not callable(part):
             raise ValueError(f"the {self.kind} {path!r} is not a class or function")
         return part
+
+
+def _in_current_folder(module: str) -> bool:
+    """Returns whether a module is a file or package of the current folder, made importable."""
+    place = Path.cwd().joinpath(*module.split("."))
+    if not (place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()):
+        return False
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    return True

@@ -30,7 +30,7 @@ PROGRAM = """
 import resource
 import numpy as np
 import jax
-from dml_jax import tuning
+from dml_jax._utils import runtime
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -139,7 +139,7 @@ def test_a_run_starts_from_pretrained_weights_and_goes_on_without_their_file(ima
     succeed(*training)
     like = tiny.config(images, **PRETRAINED)
     built = builder.build(parse(like), sharding.make_mesh(jax.devices()[:1]))
-    variables = checkpoint.read_network(built.network, folder, "last")
+    _, variables = checkpoint.read_network(built.network, folder, "last")
     backbone = {collection: tree["backbone"] for collection, tree in variables.items()}
     chex.assert_trees_all_equal(
         jax.device_get(backbone), jax.device_get(pretrained.convert("resnet18", expected))
@@ -264,7 +264,7 @@ def test_reproduce_goes_on_after_a_kill_and_compares(images, tmp_path):
 
 def quickstart(arguments):
     # As quickstart.sh starts it, once the environment is made.
-    started = [sys.executable, "-m", "scripts.quickstart", *arguments]
+    started = [sys.executable, "-m", "dml_jax", "quickstart", *arguments]
     return subprocess.run(started, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 

@@ -180,7 +180,7 @@ def test_files_that_are_no_archives_are_refused(tmp_path):
 def test_a_file_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "embeddings.npz"
     np.savez_compressed(path, embeddings=np.zeros((4096, 64), np.float32))
-    monkeypatch.setattr("dml_jax.retrieval.embed._HARMLESS", 1 << 16)
+    monkeypatch.setattr("dml_jax.evaluation.embedding_files._HARMLESS", 1 << 16)
     with pytest.raises(ValueError, match=f"{path} is no .*its .* bytes become 1\\d+, as no emb"):
         load_embeddings(path)
     header = np.lib.format.magic(1, 0) + b"v\x00{'descr': '<f4', 'fortran_order': False, 'shape': "

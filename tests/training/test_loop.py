@@ -52,7 +52,7 @@ def test_a_run_leaves_everything_that_a_user_looks_for(settings, images, tmp_pat
     assert exported.names[0] == "test/class0/0.png"
 
     for name, metric in checkpoint.BEST.items():
-        variables = checkpoint.read_network(built.network, folder, name)
+        _, variables = checkpoint.read_network(built.network, folder, name)
         embeddings = built.evaluator.embed(variables, "test")
         assert built.evaluator.score(embeddings)[metric] == max(line[metric] for line in lines)
 
@@ -171,7 +171,7 @@ def test_validation_classes_choose_the_epoch_and_test_classes_only_score_it(imag
     chosen = max(lines, key=lambda line: (line["map@r"], line["step"]))
     assert result["best_chosen_on"] == "validation"
     assert result["best"]["epoch"] == chosen["epoch"]
-    variables = checkpoint.read_network(built.network, folder, "best_map")
+    _, variables = checkpoint.read_network(built.network, folder, "best_map")
     on_test = built.evaluator.score(built.evaluator.embed(variables, "test"))
     assert on_test.items() <= result["best"].items()
     exported = embedding_files.load_embeddings(folder / run_directory.EMBEDDINGS)

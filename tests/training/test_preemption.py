@@ -151,7 +151,7 @@ def test_several_processes_learn_late_what_one_wants(monkeypatch):
     agreement = processes.Agreement(mesh, steps_late=3)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(
-        sharding,
+        processes,
         "put_batch",
         lambda mesh, rows: {
             # This process, which says nothing, and another.
@@ -167,16 +167,16 @@ def test_several_processes_learn_late_what_one_wants(monkeypatch):
     assert stops == [False] * 5 + [True, False]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_notice_of_preemption_from_jax_stops(monkeypatch, processes):
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_notice_of_preemption_from_jax_stops(monkeypatch, count):
     mesh = sharding.make_mesh(jax.devices()[:2])
     agreement = processes.Agreement(mesh, steps_late=0)
-    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(jax, "process_count", lambda: count)
     monkeypatch.setattr(
         processes.multihost_utils, "reached_preemption_sync_point", lambda step: step == 2
     )
     monkeypatch.setattr(
-        sharding,
+        processes,
         "put_batch",
         lambda mesh, rows: jax.device_put(dict(rows), sharding.batch_sharding(mesh)),
     )

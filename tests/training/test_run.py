@@ -81,7 +81,7 @@ def test_a_fork_starts_with_the_network_of_another_run_and_needs_it_no_more(imag
     like = builder.abstract_state(built)
     with checkpoint.Checkpoints(new) as checkpoints:
         started = network_variables(checkpoints.restore(0, like))
-    chex.assert_trees_all_equal(started, checkpoint.read_network(built.network, old, "last"))
+    chex.assert_trees_all_equal(started, checkpoint.read_network(built.network, old, "last")[1])
 
     shutil.rmtree(old)
     (new / run_directory.RESULT).unlink()
@@ -160,7 +160,7 @@ def test_nothing_has_looked_for_devices_when_a_run_begins():
     program = (
         "import jax\n"
         "from jax.extend import backend\n"
-        "from dml_jax import command_line\n"
+        "from dml_jax.cli import command_line\n"
         "from dml_jax.training import run\n"
         "import dml_jax.cli.train\n"
         "jax.config.update('jax_num_cpu_devices', 3)\n"  # Refused once devices are known.

@@ -5,8 +5,8 @@ import pytest
 
 from dml_jax import data
 from dml_jax._utils import files
-from dml_jax.configs import glyphs
-from dml_jax.training import resume, run_directory
+from dml_jax.configs import folder, glyphs
+from dml_jax.training import fork, resume, run_directory
 from dml_jax.training.config import parse
 from dml_jax.training.trackers.jsonl import JsonlTracker
 from tests.helpers import tiny
@@ -52,8 +52,14 @@ def test_lines_behind_the_step_of_a_resumed_run_are_dropped(tmp_path):
 
 
 def changed(**settings):
-    config = glyphs.get_config("ps")
-    config.update_from_flattened_dict(settings)
+    config = folder.get_config("ps")
+    config.data.root = "/images"
+    for path, value in settings.items():
+        if path == "loss.name":  # Its hyper-parameters change with it.
+            config = folder.get_config(f"ps_{value}")
+            config.data.root = "/images"
+        else:
+            config.update_from_flattened_dict({path: value})
     return config
 
 
@@ -95,11 +101,11 @@ FIXED = {
     "memvir.step_gap": 1,
     "optimizer.learning_rate": 1.0,
     "proxy_synthesis.ratio": 0.5,
-    "data.image_size": 8,
+    "data.image_size": 24,
     "data.unreadable": "skip",
     "data.validation_classes": 0.5,
     "data.cache": "device",
-    "loss.name": "sphereface",
+    "loss.name": "proxy_nca",
     "loss.scale": 7.0,
     "model.width": 8,
 }
@@ -203,12 +209,12 @@ def test_one_process_at_a_time(tmp_path):
 
 def test_how_a_run_began_is_written_down(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
-    assert run_directory.forked_from(new, old) == old
+    assert fork.forked_from(new, old) == old
     resume.claim(new, parse(glyphs.get_config()), fork_from=old)
-    assert run_directory.forked_from(new, None) == old
-    assert run_directory.forked_from(new, old) == old
+    assert fork.forked_from(new, None) == old
+    assert fork.forked_from(new, old) == old
     with pytest.raises(ValueError, match="forked from .*old, not from .*other"):
-        run_directory.forked_from(new, tmp_path / "other")
+        fork.forked_from(new, tmp_path / "other")
     resume.claim(old, parse(glyphs.get_config()))
     with pytest.raises(ValueError, match="forked from None"):
-        run_directory.forked_from(old, new)
+        fork.forked_from(old, new)
