@@ -275,16 +275,37 @@ class Described(NamedTuple):
     default: Any
     about: Setting
     allowed: str
+    """Empty for a group."""
 
 
-def describe(settings: type, path: str = "config") -> Iterator[Described]:
-    """Yields every setting and group of settings below a group, by path."""
+def describe(settings: type, path: str = "config", resumable: bool = False) -> Iterator[Described]:
+    """Yields every setting and group of settings below a group, by path.
+
+    Args:
+        settings: the dataclass of the group.
+        path: of the group.
+        resumable: whether all of the group may change when a run is resumed.
+    """
     for field in dataclasses.fields(settings):
         where = f"{path}.{field.name}"
         if "group" in field.metadata:
-            yield Described(where, None, field.metadata["group"], "")
+            about = field.metadata["group"]
+            yield Described(where, None, about, "")
             if "parse" not in field.metadata:
-                yield from describe(field.default_factory, where)  # type: ignore[arg-type]
+                yield from describe(field.default_factory, where, bool(about.resumable))  # type: ignore[arg-type]
         else:
             about = field.metadata.get("setting") or Setting("", None, False)
+            if resumable:
+                about = about._replace(resumable=True)
             yield Described(where, field.default, about, check_of(field).allowed())
+
+
+def groups(settings: type) -> Iterator[tuple[str, type | None, Setting]]:
+    """Yields the groups of settings directly below a group: name, dataclass and metadata.
+
+    The dataclass is None where it depends on the values, as that of the loss does.
+    """
+    for field in dataclasses.fields(settings):
+        if "group" in field.metadata:
+            inner = None if "parse" in field.metadata else field.default_factory
+            yield field.name, inner, field.metadata["group"]  # type: ignore[misc]

@@ -1,7 +1,7 @@
 """The network of a run, compiled for embedding; its variables are kept apart."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 
 from dml_jax._utils import sharding
 from dml_jax.data.config import DataConfig
-from dml_jax.models import Embedder, create_embedder
+from dml_jax.models import BACKBONES, Embedder, create_embedder
 from dml_jax.models.config import ModelConfig
 
 
@@ -45,11 +45,7 @@ def make(
         dim=model.dim,
         head_init=model.head_init,
         channels=model.channels,
-        width=model.width,
-        stem=model.stem,
-        freeze_bn=model.freeze_bn,
-        dtype=model.dtype,
-        remat=model.remat or None,  # Not every backbone has this option.
+        **_backbone_options(model),
     )
 
     def embed_batch(variables: PyTree, images: Array) -> PyTree:
@@ -57,7 +53,9 @@ def make(
 
     everywhere = sharding.replicated_sharding(mesh)
     image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
-    shapes = jax.eval_shape(partial(embedder.init, train=False), jax.random.key(0), image)
+    init = partial(embedder.init, train=False)
+    # A network without batch normalisation has no statistics.
+    shapes = {"batch_stats": {}, **jax.eval_shape(init, jax.random.key(0), image)}
     return Network(
         model=model,
         data=data,
@@ -69,3 +67,10 @@ def make(
         ),
         embed=jax.jit(embed_batch, in_shardings=(everywhere, sharding.batch_sharding(mesh))),
     )
+
+
+def _backbone_options(model: ModelConfig) -> dict[str, Any]:
+    """Returns the settings that are options of the backbone; not every backbone has all."""
+    known = BACKBONES.options(model.backbone)
+    names = ("width", "stem", "freeze_bn", "dtype", "remat")
+    return {name: getattr(model, name) for name in names if name in known}

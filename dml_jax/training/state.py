@@ -97,7 +97,8 @@ def create(
     """
     network_key, proxy_key = jax.random.split(key)
     image = jnp.zeros((1, image_size, image_size, 3), jnp.uint8)
-    variables = embedder.init(network_key, image, train=False)
+    # A network without batch normalisation has no statistics.
+    variables = {"batch_stats": {}, **embedder.init(network_key, image, train=False)}
     if backbone is not None:
         variables = {name: {**tree, "backbone": backbone[name]} for name, tree in variables.items()}
     proxies = initial_proxies(proxy_key, init=proxy_init, shape=proxy_shape)

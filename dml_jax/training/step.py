@@ -69,7 +69,7 @@ def embed(
             train=True,
             mutable=["batch_stats"],
         )
-        return embeddings, updates["batch_stats"]
+        return embeddings, updates.get("batch_stats", {})
 
     count = recipe.micro_batches
     if count == 1:

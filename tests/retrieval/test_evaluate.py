@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dml_jax import retrieval
+from dml_jax.retrieval import exact
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "retrieval.npz"
 
