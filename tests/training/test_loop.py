@@ -11,7 +11,7 @@ from dml_jax._utils import files, sharding
 from dml_jax.data.prepare import DATA_SETS, prepare
 from dml_jax.evaluation import embedding_files
 from dml_jax.retrieval import evaluate
-from dml_jax.training import builder, checkpoint, loop, resume, run_directory, step
+from dml_jax.training import builder, checkpoint, loop, nonfinite, resume, run_directory, step
 from dml_jax.training.config import parse
 from tests.helpers import public_data, tiny
 
@@ -120,7 +120,7 @@ def test_a_full_disk_does_not_hide_that_a_loss_is_not_finite(images, tmp_path, p
 
     built = start(tiny.config(images), tmp_path / "run")
     poison(1)
-    monkeypatch.setattr(files, "write_json", full)
+    monkeypatch.setattr(nonfinite, "write_json", full)
     with pytest.raises(FloatingPointError, match="step 1 .*not_finite.json could not be written: "):
         loop.train(built, tmp_path / "run")
 
