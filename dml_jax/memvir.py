@@ -1,23 +1,25 @@
-"""MemVir: the classes of earlier steps, embeddings and proxies alike, as classes of their own.
+"""MemVir: embeddings and proxies of earlier steps as virtual classes.
 
 Source: Ko, Gu and Kim, Learning with memory-based virtual classes for deep metric learning,
 ICCV 2021 (arXiv 2103.16940).
 
-At step t the virtual classes are those of steps t-(M+1), t-2(M+1), ..., t-N(M+1), as far back as
-there are any. The loss is the mean over the rows of all N+1 steps, each row against the proxies
-of all of them. Computed as written that is a matrix of (N+1)B x (N+1)C logits, but most of it was
-computed before: of two remembered steps, the newer was once the current one while the older was in
-memory, and neither has changed since. So each remembered row keeps the log-sum-exp of its logits
-against every remembered step's proxies, and a step computes only the current rows against all
-proxies and the remembered rows against the current ones: (2N+1)BC logits, with the same value and
-the same gradients. That is for losses that sum over classes; Proxy-Anchor sums over rows for each
-proxy, and the same holds with the two exchanged. What sums is called a unit here, what it sums over
-the others.
+The virtual classes of step t are the classes of steps t-(M+1), t-2(M+1), ..., t-N(M+1), as far as
+these exist. The loss is the mean over the rows of all N+1 steps, each against the proxies of all
+N+1 steps. The direct implementation computes (N+1)B x (N+1)C logits, but most of them were
+computed before: of two stored steps, the newer one was once the current step while the older one
+was in memory, and neither has changed since. So the memory has a log-sum-exp cache: for each stored
+row, the log-sum-exp of its logits against the proxies of each stored step. A step then computes
+only the current rows against all proxies and the stored rows against the current proxies,
+(2N+1)BC logits, for the same value and the same gradients.
 
-Every array is laid out `[unit, block, slot, ...]`, so that all are split over devices alike. Steps
-M+1 apart share a block of the ring: what a step reads is one slice of it. A step's own entry waits
-in `pending` until the next step begins: a program that read the ring and wrote it afterwards would
-have to copy it.
+This holds for losses that sum over classes. Proxy-Anchor sums over rows for each proxy, and there
+the roles of rows and classes are exchanged. The code calls an anchor (see `losses.ProxyLoss`) what
+has a log-sum-exp, and candidates what the log-sum-exp is over.
+
+Every array has the layout `[anchor, block, slot, ...]`, so that all are sharded alike. Steps that
+are M+1 apart share a block of the ring buffer, so a step reads one contiguous slice. The entry of a
+step is kept in `pending` and enters the ring at the start of the next step: a program that reads
+the ring and then writes it would have to copy it.
 """
 
 import dataclasses
@@ -30,7 +32,20 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dml_jax import losses
 from dml_jax._utils import numerics, sharding
+from dml_jax.losses.base import (
+    AnchorTerms,
+    ClassMask,
+    Embeddings,
+    Labels,
+    Proxies,
+    RawProxies,
+    RowMask,
+    Scalar,
+)
 from dml_jax.settings import choice, integer, setting
+
+SlotTerms = Float[Array, "anchors slots"]
+"""A number for each anchor and each slot of a block."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,40 +68,41 @@ class MemVirConfig:
 
 
 class Entry(NamedTuple):
-    """What is remembered of a step, or of many behind the first axis; nothing has a gradient."""
+    """Stored vectors of a step, or of many steps along the axes after the first; no gradients."""
 
     embeddings: Float[Array, "batch *steps dim"]
     proxies: Float[Array, "classes *steps pdim"]
-    """Those of a class, if it has several, one after the other."""
+    """All proxies of a class are concatenated."""
     labels: Int[Array, "batch *steps"]
 
 
-class Known(NamedTuple):
-    """What remembered units, rows or classes, need never compute again."""
+# The names of the fields are keys in checkpoints.
+class LogSumExpCache(NamedTuple):
+    """Log-sum-exps and positive terms of stored anchors, which later steps reuse."""
 
-    own: Float[Array, "units blocks slots"]
-    """What each has with its own class, as `ProxyLoss.within` gives it."""
-    sums: Float[Array, "units blocks slots slots"]
-    """`[unit, block, a, b]`: log-sum-exp of slot a's unit over slot b's others."""
-    pending_own: Float[Array, " units"]
-    """Of the latest step."""
-    pending_over: Float[Array, "units slots"]
-    """Log-sum-exp of the latest step's units over each slot's others."""
-    pending_of: Float[Array, "units slots"]
-    """Log-sum-exp of each slot's units over the latest step's others."""
+    own: Float[Array, "anchors blocks slots"]
+    """Positive terms, as `ProxyLoss.anchor_terms` returns them."""
+    sums: Float[Array, "anchors blocks slots slots"]
+    """`[anchor, block, a, b]`: log-sum-exp of slot a's anchor over slot b's candidates."""
+    pending_own: AnchorTerms
+    """Positive terms of the latest step."""
+    pending_over: SlotTerms
+    """Log-sum-exp of the latest step's anchors over each slot's candidates."""
+    pending_of: SlotTerms
+    """Log-sum-exp of each slot's anchors over the latest step's candidates."""
 
 
 class Memory(NamedTuple):
-    """The ring buffer, one block for each residue of the step modulo M+1, N slots a block."""
+    """The ring buffer: one block for each residue of the step modulo M+1, with N slots."""
 
     steps: Int[Array, ""]
-    """How many were remembered since the warm-up; zero makes the memory an empty one."""
+    """Number of steps stored since the warm-up; 0 makes the memory empty."""
     ring: Entry
-    """Of `[M+1, N]` steps."""
+    """Entries of `[M+1, N]` steps."""
     pending: Entry
-    """The latest step, which the next one puts into the ring."""
-    known: dict[str, Known]
-    """By the losses' units, `rows` or `classes`."""
+    """The latest step, which the next step writes into the ring."""
+    known: dict[str, LogSumExpCache]
+    """Log-sum-exp caches by the kind of anchor, `rows` or `classes`."""
 
 
 def init(
@@ -100,27 +116,24 @@ def init(
     loss: losses.ProxyLoss | None = None,
     shards: int = 1,
 ) -> Memory:
-    """An empty memory.
+    """Returns an empty memory for N(M+1) steps.
 
     Args:
-        num_steps: N, how many earlier steps take part in a loss.
-        step_gap: M, how many steps lie between two that take part.
-        batch_size: B, rows that are remembered of a step.
-        num_classes: C, classes that are remembered of a step.
+        num_steps: N, number of earlier steps in a loss.
+        step_gap: M, number of steps between two of them.
+        batch_size: B, number of rows stored per step.
+        num_classes: C, number of classes stored per step.
         dim: D, size of an embedding.
-        dtype: of the remembered embeddings and proxies.
-        loss: whose memory it is. By default it fits any loss that has `[num_classes, dim]` proxies,
-            and is larger by what losses of the other kind would keep.
-        shards: over how many devices it will be split, each with its share of a step's rows and
-            classes. Classes are padded where they cannot be shared out evenly.
-
-    Returns:
-        A memory of N(M+1) steps.
+        dtype: dtype of the stored embeddings and proxies.
+        loss: the loss that the memory is for. By default the memory fits any loss with proxies
+            `[num_classes, dim]`; it is larger, since it has the caches for both kinds of anchors.
+        shards: number of devices that the memory will be sharded over. Classes are padded to a
+            multiple of it.
 
     Raises:
-        ValueError: a size that is too small.
+        ValueError: a size is too small.
     """
-    for name, value, least in (
+    for name, value, minimum in (
         ("num_steps", num_steps, 1),
         ("step_gap", step_gap, 0),
         ("batch_size", batch_size, 1),
@@ -128,13 +141,13 @@ def init(
         ("dim", dim, 1),
         ("shards", shards, 1),
     ):
-        if value < least:
-            raise ValueError(f"memvir needs {name} of at least {least}, got {value}")
+        if value < minimum:
+            raise ValueError(f"memvir needs {name} of at least {minimum}, got {value}")
     num_classes = -(-num_classes // shards) * shards
     per_class, pdim = (1, dim) if loss is None else loss.proxy_shape(1, dim)
-    units = {"rows": batch_size, "classes": num_classes}
+    anchors = {"rows": batch_size, "classes": num_classes}
     if loss is not None:
-        units = {_units(loss): units[_units(loss)]}
+        anchors = {_anchor_kind(loss): anchors[_anchor_kind(loss)]}
     blocks = step_gap + 1
 
     def entry(*steps: int) -> Entry:
@@ -144,8 +157,8 @@ def init(
             labels=jnp.zeros((batch_size, *steps), jnp.int32),
         )
 
-    def known(count: int) -> Known:
-        return Known(
+    def cache(count: int) -> LogSumExpCache:
+        return LogSumExpCache(
             own=jnp.zeros((count, blocks, num_steps)),
             sums=jnp.zeros((count, blocks, num_steps, num_steps)),
             pending_own=jnp.zeros(count),
@@ -157,34 +170,34 @@ def init(
         steps=jnp.zeros((), jnp.int32),
         ring=entry(blocks, num_steps),
         pending=entry(),
-        known={name: known(count) for name, count in units.items()},
+        known={kind: cache(count) for kind, count in anchors.items()},
     )
 
 
 def loss_and_update(
     loss: losses.ProxyLoss,
     memory: Memory,
-    embeddings: Float[Array, "rows dim"],
-    proxies: Float[Array, "proxies pdim"],
-    labels: Int[Array, " rows"],
+    embeddings: Embeddings,
+    proxies: RawProxies,
+    labels: Labels,
     *,
-    row_mask: Bool[Array, " rows"] | None = None,
-    class_mask: Bool[Array, " classes"] | None = None,
-) -> tuple[Float[Array, ""], Memory]:
-    """The loss of a step with the virtual classes in memory, and the memory with that step in it.
+    row_mask: RowMask | None = None,
+    class_mask: ClassMask | None = None,
+) -> tuple[Scalar, Memory]:
+    """Returns the loss of a step with the virtual classes, and the memory with the step added.
 
-    The first B rows are remembered, B as the memory has it, and all classes but as many of the last
-    as there are rows beyond B: those are synthetic classes of one row each. They take part in this
-    step only; what is in memory meets them too.
+    The first B rows are stored, with B the memory's batch size. Rows beyond B are synthetic ones,
+    and as many of the last classes are their synthetic classes. These take part in this step's
+    loss, also as candidates of the stored rows, but are not stored.
 
     Args:
         loss: the loss.
-        memory: of the steps before this one.
+        memory: the memory of the steps before this one.
         embeddings: `[rows, dim]`, raw.
-        proxies: raw, as they are before this step's update, `[classes, dim]` or as the loss has it.
+        proxies: raw, before this step's update, `[classes, dim]` or the shape that the loss uses.
         labels: `[rows]`, in `0..classes - 1`.
-        row_mask: rows that count; None counts all. The first B must.
-        class_mask: classes that exist; None takes all. The first C must.
+        row_mask: rows to include; None includes all. It must include the first B.
+        class_mask: classes to include; None includes all. It must include all but the synthetic.
 
     Returns:
         A float32 scalar, differentiable in embeddings and proxies, and the new memory.
@@ -192,185 +205,77 @@ def loss_and_update(
     Raises:
         ValueError: the memory was made for other sizes.
     """
-    memory = _store_pending(memory)
-    rows, columns = loss.prepare(embeddings, proxies)
-    row_mask, class_mask = loss.masks(rows, columns, row_mask, class_mask)
-    actual, synthetic = _parts(loss, memory, _Part(rows, columns, row_mask, class_mask))
-    past = _recall(loss, memory, actual.class_mask)
-    within = loss.within(rows, columns, labels, row_mask, class_mask)
-    value = _loss(loss, past, within, actual, synthetic) + loss.penalty(columns, class_mask)
+    memory = _write_pending(memory)
+    embeddings, proxies = loss.prepare(embeddings, proxies)
+    row_mask, class_mask = loss.fill_masks(embeddings, proxies, row_mask, class_mask)
+    real, synthetic = _split(loss, memory, _Batch(embeddings, proxies, row_mask, class_mask))
+    block = _read_block(loss, memory, real.class_mask)
+    terms = loss.anchor_terms(embeddings, proxies, labels, row_mask, class_mask)
+    value = _loss(loss, block, terms, real, synthetic) + loss.penalty(proxies, class_mask)
 
     entry = Entry(
-        embeddings=actual.rows.astype(memory.ring.embeddings.dtype),
-        proxies=actual.columns.reshape(len(actual.class_mask), -1).astype(
-            memory.ring.proxies.dtype
-        ),
-        labels=labels[: len(actual.rows)].astype(jnp.int32),
+        embeddings=real.embeddings.astype(memory.ring.embeddings.dtype),
+        proxies=real.proxies.reshape(len(real.class_mask), -1).astype(memory.ring.proxies.dtype),
+        labels=labels[: len(real.embeddings)].astype(jnp.int32),
     )
-    # What is kept is computed from the vectors as they are stored, which may be rounded. Where they
-    # are not, the compiler finds that it has these numbers already.
-    actual = actual._replace(
-        rows=entry.embeddings.astype(jnp.float32),
-        columns=entry.proxies.reshape(actual.columns.shape).astype(jnp.float32),
+    # The cache must agree with the vectors as stored, which may be rounded. If they are not, the
+    # compiler removes this as a common subexpression.
+    real = real._replace(
+        embeddings=entry.embeddings.astype(jnp.float32),
+        proxies=entry.proxies.reshape(real.proxies.shape).astype(jnp.float32),
     )
-    own_sums, own = loss.within(
-        actual.rows, actual.columns, entry.labels, actual.row_mask, actual.class_mask
+    log_sums, positives = loss.anchor_terms(
+        real.embeddings, real.proxies, entry.labels, real.row_mask, real.class_mask
     )
-    over, of = _across(loss, past, actual)
+    current_over_stored, stored_over_current = _cross_log_sums(loss, block, real)
     _, blocks, slots = memory.ring.labels.shape
-    known = memory.known[_units(loss)]._replace(
-        pending_own=own,
-        # In the slot where this entry will go its units meet their own others.
-        pending_over=over.at[:, memory.steps // blocks % slots].set(own_sums),
-        pending_of=of,
+    cache = memory.known[_anchor_kind(loss)]._replace(
+        pending_own=positives,
+        # In the slot that the entry will occupy, candidates are those of the step itself.
+        pending_over=current_over_stored.at[:, memory.steps // blocks % slots].set(log_sums),
+        pending_of=stored_over_current,
     )
     update = memory._replace(
-        steps=memory.steps + 1, pending=entry, known=memory.known | {_units(loss): known}
+        steps=memory.steps + 1, pending=entry, known=memory.known | {_anchor_kind(loss): cache}
     )
     return value, jax.lax.stop_gradient(update)
 
 
 def choose(taken: Bool[Array, ""], update: Memory, before: Memory) -> Memory:
-    """The memory with a step in it, or as it was before, if the step is not taken.
+    """Returns `update` if the step is taken, else a memory equivalent to `before`.
 
-    Only what is small is chosen. The ring and what is known of its units differ by the entry that
-    was pending before, which the next step puts there in any case.
+    Selects the small arrays only. The ring and the caches of the two differ by the entry that was
+    pending before the step, which the next step writes there in any case.
 
     Args:
-        taken: whether the step is.
-        update: the memory with the step, as `loss_and_update` gives it.
-        before: the memory that this was given.
-
-    Returns:
-        A memory from which the next step reads the same as from the one that is chosen.
+        taken: whether the step is taken.
+        update: the memory that `loss_and_update` returned.
+        before: the memory that `loss_and_update` was given.
     """
 
-    def chosen(new: PyTree, old: PyTree) -> PyTree:
+    def select(new: PyTree, old: PyTree) -> PyTree:
         return jax.tree.map(lambda x, y: jnp.where(taken, x, y), new, old)
 
-    def latest(known: Known) -> tuple[Array, ...]:
-        return known.pending_own, known.pending_over, known.pending_of
+    def pending(cache: LogSumExpCache) -> tuple[Array, ...]:
+        return cache.pending_own, cache.pending_over, cache.pending_of
 
-    known = {}
-    for name, new in update.known.items():
-        own, over, of = chosen(latest(new), latest(before.known[name]))
-        known[name] = new._replace(pending_own=own, pending_over=over, pending_of=of)
+    caches = {}
+    for kind, new in update.known.items():
+        own, over, of = select(pending(new), pending(before.known[kind]))
+        caches[kind] = new._replace(pending_own=own, pending_over=over, pending_of=of)
     return update._replace(
-        steps=chosen(update.steps, before.steps),
-        pending=chosen(update.pending, before.pending),
-        known=known,
-    )
-
-
-class _Part(NamedTuple):
-    """Prepared vectors of the step under way, and which of them count."""
-
-    rows: Float[Array, "rows dim"]
-    columns: Float[Array, "proxies dim"]
-    row_mask: Bool[Array, " rows"]
-    class_mask: Bool[Array, " classes"]
-
-
-class _Past(NamedTuple):
-    """What a step sees of the memory: the slots of one block."""
-
-    entries: Entry
-    own: Float[Array, "units slots"]
-    sums: Float[Array, "units slots slots"]
-    in_use: Bool[Array, " slots"]
-    class_mask: Bool[Array, " classes"]
-
-
-def _parts(loss: losses.ProxyLoss, memory: Memory, step: _Part) -> tuple[_Part, _Part]:
-    """What is remembered of a step, its classes padded as the memory's are, and the rest of it."""
-    per_class = loss.proxies_per_class
-    (batch, dim), (held, held_dim) = memory.pending.embeddings.shape, memory.pending.proxies.shape
-    classes = len(step.class_mask) - (len(step.rows) - batch)
-    if (
-        len(step.rows) < batch
-        or not 0 < classes <= held
-        or step.rows.shape[1] != dim
-        or held_dim != dim * per_class
-    ):
-        raise ValueError(
-            f"a memory of {batch} rows of {dim} and {held} classes of {held_dim} numbers cannot "
-            f"take a step of rows {step.rows.shape} and proxies {step.columns.shape}, {per_class} "
-            "for each class; make it by memvir.init(loss=..., ...)"
-        )
-    proxies = classes * per_class
-    actual = _Part(
-        step.rows[:batch],
-        jnp.pad(step.columns[:proxies], ((0, (held - classes) * per_class), (0, 0))),
-        jnp.ones(batch, bool),
-        jnp.arange(held) < classes,
-    )
-    synthetic = _Part(
-        step.rows[batch:],
-        step.columns[proxies:],
-        step.row_mask[batch:],
-        step.class_mask[classes:],
-    )
-    return actual, synthetic
-
-
-def _recall(loss: losses.ProxyLoss, memory: Memory, class_mask: Bool[Array, " classes"]) -> _Past:
-    _, blocks, slots = memory.ring.labels.shape
-    known = memory.known[_units(loss)]
-    entries, own, sums = jax.tree.map(
-        lambda stored: jax.lax.dynamic_index_in_dim(
-            stored, memory.steps % blocks, axis=1, keepdims=False
-        ),
-        (memory.ring, known.own, known.sums),
-    )
-    return _Past(entries, own, sums, jnp.arange(slots) < memory.steps // blocks, class_mask)
-
-
-def _loss(
-    loss: losses.ProxyLoss,
-    past: _Past,
-    within: tuple[Float[Array, " units"], Float[Array, " units"]],
-    actual: _Part,
-    synthetic: _Part,
-) -> Float[Array, ""]:
-    """The loss of a step's units and of those in memory.
-
-    Only the units of this step over all others, and those in memory over this step's others, are
-    computed: the rest is known.
-    """
-    own_sums, own = within
-    over, of = _across(loss, past, actual)
-    of_terms = [of[..., None], jnp.where(past.in_use[None, None], past.sums, -jnp.inf)]
-    counts = actual.class_mask if loss.per_class else actual.row_mask
-    past_counts = past.in_use[None] & counts[:, None]
-    # Padded classes are in memory alone.
-    over = over[: len(own) - len(synthetic.rows)]
-    counts = counts[: len(over)]
-    if len(synthetic.rows):
-        more, of_more = _across(loss, past, synthetic)
-        over = jnp.concatenate([over, more])
-        of_terms.append(of_more[..., None])
-        counts = jnp.append(counts, synthetic.class_mask if loss.per_class else synthetic.row_mask)
-    over_terms = jnp.concatenate(
-        [own_sums[:, None], jnp.where(past.in_use[None], over, -jnp.inf)], axis=1
-    )
-    sums = numerics.log_sum_exp(over_terms, axis=1)
-    past_sums = numerics.log_sum_exp(jnp.concatenate(of_terms, axis=2), axis=2)
-    # Arrays split in different ways are not appended without much ado; these are a few numbers.
-    pairs = (sums, past_sums), (own, past.own), (counts, past_counts)
-    return loss.mean(
-        *(jnp.append(sharding.replicate(new), sharding.replicate(old)) for new, old in pairs)
+        steps=select(update.steps, before.steps),
+        pending=select(update.pending, before.pending),
+        known=caches,
     )
 
 
 def shardings(memory: Memory, mesh: jax.sharding.Mesh) -> PyTree:
-    """How a memory is split over devices: by a step's rows, and by its classes.
+    """Returns the sharding of each array of a memory: rows and classes are split over devices.
 
     Args:
-        memory: made for as many shards as the mesh has devices; shapes will do.
+        memory: a memory, or its shapes, made with `shards` equal to the number of devices.
         mesh: the devices.
-
-    Returns:
-        A sharding for each of the memory's arrays.
     """
     return jax.tree.map(
         lambda x: sharding.batch_sharding(mesh) if x.ndim else sharding.replicated_sharding(mesh),
@@ -378,46 +283,175 @@ def shardings(memory: Memory, mesh: jax.sharding.Mesh) -> PyTree:
     )
 
 
-def _units(loss: losses.ProxyLoss) -> str:
-    return "classes" if loss.per_class else "rows"
+class _Batch(NamedTuple):
+    """Prepared vectors of the current step, or of a part of it, with masks."""
+
+    embeddings: Embeddings
+    proxies: Proxies
+    row_mask: RowMask
+    class_mask: ClassMask
 
 
-def _store_pending(memory: Memory) -> Memory:
-    """Puts the latest step into the ring; before the first step, zeros that nothing reads."""
+class _Block(NamedTuple):
+    """The block of the memory that a step reads."""
+
+    entries: Entry
+    positives: SlotTerms
+    log_sums: Float[Array, "anchors slots slots"]
+    in_use: Bool[Array, " slots"]
+    class_mask: ClassMask
+
+
+def _anchor_kind(loss: losses.ProxyLoss) -> str:
+    return "classes" if loss.class_anchors else "rows"
+
+
+def _split(loss: losses.ProxyLoss, memory: Memory, batch: _Batch) -> tuple[_Batch, _Batch]:
+    """Returns the real part of a batch, its classes padded as in the memory, and the synthetic."""
+    per_class = loss.proxies_per_class
+    rows, dim = memory.pending.embeddings.shape
+    stored_classes, stored_dim = memory.pending.proxies.shape
+    classes = len(batch.class_mask) - (len(batch.embeddings) - rows)
+    if (
+        len(batch.embeddings) < rows
+        or not 0 < classes <= stored_classes
+        or batch.embeddings.shape[1] != dim
+        or stored_dim != dim * per_class
+    ):
+        raise ValueError(
+            f"a memory for embeddings {(rows, dim)} and proxies {(stored_classes, stored_dim)} "
+            f"cannot store embeddings {batch.embeddings.shape} and proxies {batch.proxies.shape}, "
+            f"{per_class} for each class; pass memvir.init the sizes and the loss of the step"
+        )
+    split = classes * per_class
+    real = _Batch(
+        batch.embeddings[:rows],
+        jnp.pad(batch.proxies[:split], ((0, (stored_classes - classes) * per_class), (0, 0))),
+        jnp.ones(rows, bool),
+        jnp.arange(stored_classes) < classes,
+    )
+    synthetic = _Batch(
+        batch.embeddings[rows:],
+        batch.proxies[split:],
+        batch.row_mask[rows:],
+        batch.class_mask[classes:],
+    )
+    return real, synthetic
+
+
+def _write_pending(memory: Memory) -> Memory:
+    """Writes the latest step into the ring; before the first step, zeros that are never read."""
     _, blocks, slots = memory.ring.labels.shape
     latest = memory.steps - 1
     block, slot = latest % blocks, latest // blocks % slots
 
-    def stored(known: Known) -> Known:
-        sums = known.sums.at[:, block, :, slot].set(known.pending_of)
-        return known._replace(
-            own=known.own.at[:, block, slot].set(known.pending_own),
-            sums=sums.at[:, block, slot].set(known.pending_over),
+    def write(cache: LogSumExpCache) -> LogSumExpCache:
+        sums = cache.sums.at[:, block, :, slot].set(cache.pending_of)
+        return cache._replace(
+            own=cache.own.at[:, block, slot].set(cache.pending_own),
+            sums=sums.at[:, block, slot].set(cache.pending_over),
         )
 
     return memory._replace(
         ring=jax.tree.map(
             lambda ring, entry: ring.at[:, block, slot].set(entry), memory.ring, memory.pending
         ),
-        known={name: stored(known) for name, known in memory.known.items()},
+        known={kind: write(cache) for kind, cache in memory.known.items()},
     )
 
 
-def _across(
-    loss: losses.ProxyLoss, past: _Past, part: _Part
-) -> tuple[Float[Array, "new_units slots"], Float[Array, "units slots"]]:
-    """Log-sum-exps of a step's units over each slot's others, and of each slot's over theirs."""
-    batch, slots, dim = past.entries.embeddings.shape
-    # On many devices each has its share of the memory, and the step's few vectors come to it.
-    rows, columns = sharding.replicate(part.rows), sharding.replicate(part.columns)
-    # All slots at once: mapped over them, a matrix product would copy the proxies transposed.
-    old_columns = loss.logits(rows, past.entries.proxies.reshape(-1, dim))
-    old_columns = old_columns.reshape(len(rows), -1, slots)
-    old_rows = loss.logits(past.entries.embeddings.reshape(-1, dim), columns)
-    old_rows = old_rows.reshape(batch, slots, -1)
-    # Units that do not exist are summed too, and left out of the mean; others are left out here.
-    if loss.per_class:
-        over = numerics.log_sum_exp(old_rows, axis=0).T
-        return over, numerics.log_sum_exp(old_columns, axis=0, where=part.row_mask[:, None, None])
-    over = numerics.log_sum_exp(old_columns, axis=1, where=past.class_mask[None, :, None])
-    return over, numerics.log_sum_exp(old_rows, axis=2, where=part.class_mask[None, None])
+def _read_block(loss: losses.ProxyLoss, memory: Memory, class_mask: ClassMask) -> _Block:
+    _, blocks, slots = memory.ring.labels.shape
+    cache = memory.known[_anchor_kind(loss)]
+    entries, positives, log_sums = jax.tree.map(
+        lambda stored: jax.lax.dynamic_index_in_dim(
+            stored, memory.steps % blocks, axis=1, keepdims=False
+        ),
+        (memory.ring, cache.own, cache.sums),
+    )
+    in_use = jnp.arange(slots) < memory.steps // blocks
+    return _Block(entries, positives, log_sums, in_use, class_mask)
+
+
+def _loss(
+    loss: losses.ProxyLoss,
+    block: _Block,
+    terms: tuple[AnchorTerms, AnchorTerms],
+    real: _Batch,
+    synthetic: _Batch,
+) -> Scalar:
+    """Returns the mean loss of the current and the stored anchors.
+
+    Args:
+        loss: the loss.
+        block: what the step reads of the memory.
+        terms: `anchor_terms` of the current batch, including the synthetic part.
+        real: the real part of the current batch.
+        synthetic: the synthetic part.
+    """
+    current_log_sums, positives = terms
+    current_over_stored, stored_over_current = _cross_log_sums(loss, block, real)
+    stored_parts = [
+        stored_over_current[..., None],
+        jnp.where(block.in_use[None, None], block.log_sums, -jnp.inf),
+    ]
+    anchor_mask = real.class_mask if loss.class_anchors else real.row_mask
+    stored_mask = block.in_use[None] & anchor_mask[:, None]
+    # Only the memory has padded classes.
+    current_over_stored = current_over_stored[: len(positives) - len(synthetic.embeddings)]
+    anchor_mask = anchor_mask[: len(current_over_stored)]
+    if len(synthetic.embeddings):
+        synthetic_over_stored, stored_over_synthetic = _cross_log_sums(loss, block, synthetic)
+        current_over_stored = jnp.concatenate([current_over_stored, synthetic_over_stored])
+        stored_parts.append(stored_over_synthetic[..., None])
+        anchor_mask = jnp.append(
+            anchor_mask, synthetic.class_mask if loss.class_anchors else synthetic.row_mask
+        )
+    current_parts = [
+        current_log_sums[:, None],
+        jnp.where(block.in_use[None], current_over_stored, -jnp.inf),
+    ]
+    log_sums = numerics.log_sum_exp(jnp.concatenate(current_parts, axis=1), axis=1)
+    stored_log_sums = numerics.log_sum_exp(jnp.concatenate(stored_parts, axis=2), axis=2)
+    # Concatenating arrays of different shardings is expensive, and these are small: replicate them.
+    pairs = (
+        (log_sums, stored_log_sums),
+        (positives, block.positives),
+        (anchor_mask, stored_mask),
+    )
+    return loss.mean(
+        *(jnp.append(sharding.replicate(x), sharding.replicate(stored)) for x, stored in pairs)
+    )
+
+
+def _cross_log_sums(
+    loss: losses.ProxyLoss, block: _Block, batch: _Batch
+) -> tuple[Float[Array, "batch_anchors slots"], SlotTerms]:
+    """Returns log-sum-exps between a batch and each slot of a block.
+
+    Returns:
+        The log-sum-exp of the batch's anchors over each slot's candidates, and of each slot's
+        anchors over the batch's candidates.
+    """
+    rows, slots, dim = block.entries.embeddings.shape
+    # Each device has a shard of the memory; the batch is small and goes to all.
+    embeddings, proxies = sharding.replicate(batch.embeddings), sharding.replicate(batch.proxies)
+    # One product for all slots: a vmap over slots would copy the transposed proxies.
+    to_stored_proxies = loss.logits(embeddings, block.entries.proxies.reshape(-1, dim))
+    to_stored_proxies = to_stored_proxies.reshape(len(embeddings), -1, slots)
+    to_stored_rows = loss.logits(block.entries.embeddings.reshape(-1, dim), proxies)
+    to_stored_rows = to_stored_rows.reshape(rows, slots, -1)
+    # Masks apply to candidates here; `_loss` masks the anchors.
+    if loss.class_anchors:
+        batch_over_stored = numerics.log_sum_exp(to_stored_rows, axis=0).T
+        stored_over_batch = numerics.log_sum_exp(
+            to_stored_proxies, axis=0, where=batch.row_mask[:, None, None]
+        )
+    else:
+        batch_over_stored = numerics.log_sum_exp(
+            to_stored_proxies, axis=1, where=block.class_mask[None, :, None]
+        )
+        stored_over_batch = numerics.log_sum_exp(
+            to_stored_rows, axis=2, where=batch.class_mask[None, None]
+        )
+    return batch_over_stored, stored_over_batch

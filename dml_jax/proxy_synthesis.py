@@ -1,4 +1,4 @@
-"""Proxy Synthesis: classes that do not exist, mixed from pairs of those that do.
+"""Proxy Synthesis: synthetic classes, interpolated between pairs of training classes.
 
 Source: Gu, Ko and Kim, Proxy Synthesis: Learning with synthetic classes for deep metric learning,
 AAAI 2021 (arXiv 2103.15454), equations 5 and 6.
@@ -10,13 +10,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dml_jax import losses
+from dml_jax.losses.base import ClassMask, Embeddings, Labels, RawProxies, RowMask
 from dml_jax.settings import number, setting
 
-_EXCHANGES = 8
-"""Rounds of exchanges. Of 128 samples drawn from 20 classes, 1 draw in 1000 or fewer needs more."""
+BatchLabels = Int[Array, " batch"]
+Permutation = Int[Array, " batch"]
+
+_SWAP_ROUNDS = 8
+"""Rounds of swaps. For 128 samples of 20 classes, at most 1 draw in 1000 needs more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,38 +38,39 @@ class ProxySynthesisConfig:
 
 
 class Synthesized(NamedTuple):
-    """A batch with its synthetic classes behind it, prepared for its loss, and what of it counts.
+    """A batch followed by its synthetic classes, prepared for the loss, with masks.
 
-    Row `B + i` is the only member of class `C + i`, whose proxy is row `C + i` of the proxies.
+    Row `B + i` is the only member of class `C + i`, whose proxy is row `C + i` of the proxies. The
+    fields are the arguments of a `ProxyLoss`.
     """
 
-    embeddings: Float[Array, "rows dim"]
-    proxies: Float[Array, "proxies pdim"]
-    labels: Int[Array, " rows"]
-    row_mask: Bool[Array, " rows"]
-    class_mask: Bool[Array, " classes"]
+    embeddings: Embeddings
+    proxies: RawProxies
+    labels: Labels
+    row_mask: RowMask
+    class_mask: ClassMask
 
 
 def draw(
-    key: PRNGKeyArray, labels: Int[Array, " batch"], *, alpha: float, ratio: float
+    key: PRNGKeyArray, labels: BatchLabels, *, alpha: float, ratio: float
 ) -> tuple[Float[Array, " draws"], Int[Array, "draws batch"]]:
-    """Returns mixing weights and every sample's partner, one draw for each started unit of `ratio`.
+    """Returns `ceil(ratio)` draws of a mixing weight and of a partner for each sample.
 
-    The partners of a draw are a permutation of the batch that pairs as few samples as possible with
-    their own class: none, unless one class fills more than half of the batch. Apart from that they
-    are random: a sample has each partner of other classes with the same probability where classes
-    are equally large, and the partners of two samples are nearly independent, as in the official
-    program, which shuffles the batch until no two neighbours share a class and takes the neighbour.
+    The partners of a draw are a permutation of the batch with as few pairs of one class as
+    possible: none, unless one class fills more than half of the batch. Otherwise they are random.
+    If the classes are equally large, each sample of another class is an equally likely partner, and
+    the partners of two samples are nearly independent. The official implementation has the same
+    properties: it shuffles the batch until no two neighbours share a class, and pairs neighbours.
 
     Args:
         key: a random key.
         labels: `[batch]`.
-        alpha: mixing weights come from Beta(alpha, alpha).
+        alpha: mixing weights are drawn from Beta(alpha, alpha).
         ratio: synthetic classes per sample, the paper's mu.
 
     Returns:
-        Weights of the samples against their partners, `[draws]`, and partners' positions in the
-        batch, `[draws, batch]`.
+        The weight of each sample against its partner, `[draws]`, and the index of each sample's
+        partner, `[draws, batch]`.
     """
     draws = math.ceil(ratio)
     weight_key, *partner_keys = jax.random.split(key, 1 + draws)
@@ -74,43 +79,42 @@ def draw(
     return lam, jnp.reshape(jnp.asarray(partner, jnp.int32), (draws, labels.shape[0]))
 
 
-def _partners(key: PRNGKeyArray, labels: Int[Array, " batch"]) -> Int[Array, " batch"]:
-    """Returns a permutation of the batch; see `draw` for its distribution."""
+def _partners(key: PRNGKeyArray, labels: BatchLabels) -> Permutation:
+    """Returns a permutation of the batch; `draw` describes its distribution."""
     order = jax.random.permutation(key, labels.shape[0])
     shuffled = labels[order]
-    partner = _exchanged_neighbours(shuffled)
-    # Exchanging leaves a pair of one class behind about never, unless few classes fill the batch.
-    fallback = _next_class(shuffled)
+    partner = _swapped_neighbours(shuffled)
+    # Swapping almost never leaves a pair of one class, unless few classes fill the batch.
+    fallback = _shifted_by_class(shuffled)
     worse = jnp.sum(shuffled[partner] == shuffled) > jnp.sum(shuffled[fallback] == shuffled)
     partner = jnp.where(worse, fallback, partner)
     return jnp.zeros_like(order).at[order].set(order[partner])
 
 
-def _exchanged_neighbours(labels: Int[Array, " batch"]) -> Int[Array, " batch"]:
-    """Returns each sample's neighbour, after samples paired with their own class exchanged theirs.
+def _swapped_neighbours(labels: BatchLabels) -> Permutation:
+    """Returns each sample's neighbour, after swaps that break up pairs of one class.
 
-    In each round every sample meets another and exchanges partners with it where that leaves fewer
-    pairs of one class. Samples that meet no such pair keep their neighbours, so that partners stay
-    as random as the order of the samples.
+    In each round every sample is matched with another one, and the two swap partners if that
+    leaves fewer pairs of one class. Other samples keep their neighbours, so the partners stay as
+    random as the order of the samples.
     """
-    places = jnp.arange(len(labels))
-    partner = jnp.roll(places, -1)
-    for i in range(_EXCHANGES):
-        met = (i - places) % len(labels)  # Who meets whom is mutual: i - (i - place) = place.
-        offered = partner[met]
-        kept_pairs = (labels[partner] == labels).astype(jnp.int32)
-        new_pairs = (labels[offered] == labels).astype(jnp.int32)
-        better = (new_pairs + new_pairs[met]) < (kept_pairs + kept_pairs[met])
-        partner = jnp.where(better, offered, partner)
+    indices = jnp.arange(len(labels))
+    partner = jnp.roll(indices, -1)
+    for i in range(_SWAP_ROUNDS):
+        match = (i - indices) % len(labels)  # Symmetric: i - (i - index) = index.
+        swapped = partner[match]
+        same_before = (labels[partner] == labels).astype(jnp.int32)
+        same_after = (labels[swapped] == labels).astype(jnp.int32)
+        better = (same_after + same_after[match]) < (same_before + same_before[match])
+        partner = jnp.where(better, swapped, partner)
     return partner
 
 
-def _next_class(labels: Int[Array, " batch"]) -> Int[Array, " batch"]:
-    """Returns partners that share a class as seldom as a permutation of the batch allows.
+def _shifted_by_class(labels: BatchLabels) -> Permutation:
+    """Returns partners with as few pairs of one class as a permutation of the batch allows.
 
-    With the samples grouped by class, classes in the order of their first members, each sample
-    takes the one that stands as many places on as the largest class has members. Samples of one
-    class then share few classes of partners.
+    Sorts the samples by class, in the order of the classes' first members, and shifts them by the
+    size of the largest class. The partners of one class's samples then come from few classes.
     """
     same_class = labels[:, None] == labels[None, :]
     by_class = jnp.argsort(jnp.argmax(same_class, axis=1))
@@ -121,61 +125,64 @@ def _next_class(labels: Int[Array, " batch"]) -> Int[Array, " batch"]:
 def synthesize(
     embeddings: Float[Array, "batch dim"],
     proxies: Float[Array, "proxies pdim"],
-    labels: Int[Array, " batch"],
+    labels: BatchLabels,
     *,
     lam: Float[Array, "*draws"],
     partner: Int[Array, "*draws_batch"],
     ratio: float,
     loss: losses.ProxyLoss | None = None,
 ) -> Synthesized:
-    """Adds synthetic classes: mixtures of the samples and, alike, of their classes' proxies.
+    """Returns the batch with synthetic embeddings and proxies, mixed from pairs of samples.
 
-    Of unit vectors, `e' = lam * e_i + (1 - lam) * e_partner`, and the same of the two classes'
-    proxies, for the first `floor(ratio * batch)` samples; all have unit length again. Gradients
-    flow through everything.
+    The first `floor(ratio * batch)` samples each make a synthetic class. Its embedding is
+    `lam * e_i + (1 - lam) * e_partner` of unit vectors, normalised again; its proxy is the same
+    mixture of the two classes' proxies. Gradients flow through both.
 
     Args:
         embeddings: `[batch, dim]`, raw.
         proxies: `[classes, dim]`, raw.
         labels: `[batch]`, in `0..classes - 1`.
         lam: weight of the sample against its partner, a scalar or `[draws]`.
-        partner: position of each sample's partner, `[batch]` or `[draws, batch]`.
+        partner: index of each sample's partner, `[batch]` or `[draws, batch]`.
         ratio: synthetic classes per sample, the paper's mu, at most `draws`.
-        loss: whose vectors are mixed, as it prepares them: raw ones for plain softmax, all centres
-            of a class for SoftTriple. By default one of unit vectors and one proxy a class.
+        loss: the loss that prepares the vectors: plain softmax mixes raw vectors, SoftTriple all
+            centres of a class. By default vectors are normalised, with one proxy per class.
 
     Returns:
-        The enlarged problem. Masks leave out pairs that share a class, which are no new class.
+        The enlarged batch. The masks exclude pairs of one class, which are not a new class.
 
     Raises:
-        ValueError: there are fewer draws than `ratio` asks for.
+        ValueError: `ratio` needs more draws than there are.
     """
     loss = losses.NormSoftmax() if loss is None else loss
     batch, per_class = len(embeddings), loss.proxies_per_class
     classes = len(proxies) // per_class
     partner = jnp.atleast_2d(partner)
-    # 0.29 * 100 is 28.999999999999996, and 29 synthetic classes are meant.
+    # 0.29 * 100 is 28.999999999999996, but should give 29 synthetic classes.
     count = math.floor(ratio * batch + 1e-6)
     if not 0 <= count <= partner.size:
         raise ValueError(
-            f"ratio={ratio} asks for {count} synthetic classes, but {partner.shape[0]} draw(s) of "
-            f"partners for {batch} samples allow 0 to {partner.size}; draw more, or lower ratio"
+            f"ratio={ratio} needs {count} synthetic classes, but {partner.shape[0]} draw(s) of "
+            f"partners for {batch} samples give 0 to {partner.size}; draw more partners or lower "
+            "ratio"
         )
     embeddings, proxies = loss.prepare(embeddings, proxies)
     first = jnp.arange(count) % batch
     second = partner.reshape(-1)[:count]
     weight = jnp.repeat(jnp.atleast_1d(lam), batch)[:count, None]
-    own_proxies = proxies.reshape(classes, -1)[labels]
+    target_proxies = proxies.reshape(classes, -1)[labels]
 
     def mix(vectors: Float[Array, "batch n"]) -> Float[Array, "synthetic n"]:
         return weight * vectors[first] + (1 - weight) * vectors[second]
 
-    mixtures = loss.prepare(mix(embeddings), mix(own_proxies).reshape(-1, proxies.shape[1]))
-    differ = labels[first] != labels[second]
+    mixed_embeddings, mixed_proxies = loss.prepare(
+        mix(embeddings), mix(target_proxies).reshape(-1, proxies.shape[1])
+    )
+    valid = labels[first] != labels[second]
     return Synthesized(
-        embeddings=jnp.concatenate([embeddings, mixtures[0]]),
-        proxies=jnp.concatenate([proxies, mixtures[1]]),
+        embeddings=jnp.concatenate([embeddings, mixed_embeddings]),
+        proxies=jnp.concatenate([proxies, mixed_proxies]),
         labels=jnp.concatenate([labels, classes + jnp.arange(count, dtype=labels.dtype)]),
-        row_mask=jnp.concatenate([jnp.ones(batch, bool), differ]),
-        class_mask=jnp.concatenate([jnp.ones(classes, bool), differ]),
+        row_mask=jnp.concatenate([jnp.ones(batch, bool), valid]),
+        class_mask=jnp.concatenate([jnp.ones(classes, bool), valid]),
     )

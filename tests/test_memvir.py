@@ -16,12 +16,12 @@ HYPERPARAMETERS = {"soft_triple": {"centers_per_class": 3}}
 
 
 def make_step(loss, ratio=0.0):
-    """Loss, gradients and memory update, compiled; fails the test when it is compiled twice.
+    """Returns a compiled step: loss, new memory and gradients. Compiling it twice fails the test.
 
-    With a ratio, Proxy Synthesis comes first, and takes weights and partners as further arguments.
-    Without a memory, the loss is bare.
+    With weights and partners as further arguments the step applies Proxy Synthesis. With None as
+    the memory it applies the loss alone.
     """
-    chex.clear_trace_counter()  # It counts by the code, not by the function made here.
+    chex.clear_trace_counter()  # It counts per line of code, not per function object.
 
     def objective(embeddings, proxies, memory, labels, *mixing):
         problem = {"embeddings": embeddings, "proxies": proxies, "labels": labels}
@@ -45,13 +45,13 @@ def make_step(loss, ratio=0.0):
 
 
 def close(ours, expected):
-    """Within 1e-5 of the size of what is expected, or of 1 where that is smaller."""
+    """Whether the distance is within 1e-5 of the expected norm, or of 1 if that is larger."""
     distance = np.linalg.norm(np.asarray(ours) - np.asarray(expected))
     return distance <= 1e-5 * max(1, np.linalg.norm(expected))
 
 
 @pytest.mark.parametrize("name", ["norm_softmax", "proxy_nca"])
-def test_official_trajectory(name):
+def test_trajectory_matches_the_official_implementation(name):
     golden = np.load(GOLDEN / f"memvir_{name}.npz")
     steps, batch, dim = golden["embeddings"].shape
     memory = memvir.init(
@@ -80,7 +80,7 @@ def test_official_trajectory(name):
 
 
 def run_against_dense(name, *, num_steps, step_gap, batch, classes, dim, steps, **options):
-    """A run in both forms, compared step by step; `options`: seed, synthetic, dtype."""
+    """Compares every step of a run with `DenseMemVir`; `options`: seed, synthetic, dtype."""
     rng = np.random.default_rng(options.get("seed", 0))
     synthetic, dtype = options.get("synthetic", 0), options.get("dtype", jnp.float32)
     hyperparameters = HYPERPARAMETERS.get(name, {})
@@ -105,14 +105,14 @@ def run_against_dense(name, *, num_steps, step_gap, batch, classes, dim, steps, 
         assert close(value, expected), t
         assert close(gradients[0], expected_gradients[0]), t
         assert close(gradients[1], expected_gradients[1]), t
-        if dtype != jnp.float32:  # The last bit before rounding decides; take it as it fell.
+        if dtype != jnp.float32:  # Rounding may differ by the last bit: copy ours.
             dense.steps[-1] = jax.tree.map(lambda x: x.astype(jnp.float32), memory.pending[:2]) + (
                 memory.pending.labels,
             )
         proxies = proxies - 0.5 * gradients[1]
 
 
-# No memory at all is Proxy Synthesis alone.
+# num_steps=0 is Proxy Synthesis alone.
 @pytest.mark.parametrize(
     ("num_steps", "step_gap", "synthetic"), [(0, 0, 3), (4, 0, 0), (3, 2, 3), (5, 7, 0), (5, 7, 3)]
 )
@@ -131,7 +131,7 @@ def test_equals_the_dense_form(name, num_steps, step_gap, synthetic):
 
 
 @pytest.mark.parametrize("name", ["norm_softmax", "proxy_anchor"])
-def test_a_memory_of_no_particular_loss_gives_the_same(name):
+def test_a_memory_made_without_a_loss_gives_the_same_values(name):
     rng = np.random.default_rng(0)
     loss = losses.create(name)
     sizes = {"num_steps": 2, "step_gap": 0, "batch_size": 3, "num_classes": 4, "dim": 5}
@@ -148,7 +148,7 @@ def test_a_memory_of_no_particular_loss_gives_the_same(name):
         assert values[0] == values[1]
 
 
-# An example compiles twice, so that shrinking a failure would take minutes.
+# No shrinking: every example compiles twice, so it would take minutes.
 @settings(max_examples=6, phases=[Phase.explicit, Phase.generate])
 @given(
     num_steps=st.integers(1, 4),
@@ -160,7 +160,7 @@ def test_a_memory_of_no_particular_loss_gives_the_same(name):
     seed=st.integers(0, 99),
     name=st.sampled_from(losses.names()),
 )
-def test_equals_the_dense_form_at_any_shape(num_steps, step_gap, **shape):
+def test_equals_the_dense_form_for_any_shape(num_steps, step_gap, **shape):
     run_against_dense(
         num_steps=num_steps,
         step_gap=step_gap,
@@ -170,7 +170,7 @@ def test_equals_the_dense_form_at_any_shape(num_steps, step_gap, **shape):
 
 
 @pytest.mark.parametrize("name", ["norm_softmax", "proxy_anchor"])
-def test_rounded_memory_is_consistent_with_what_it_stores(name):
+def test_the_cache_of_a_bfloat16_memory_matches_the_rounded_vectors(name):
     run_against_dense(
         name,
         num_steps=3,
@@ -185,7 +185,7 @@ def test_rounded_memory_is_consistent_with_what_it_stores(name):
 
 
 @pytest.mark.parametrize("name", ["norm_softmax", "proxy_anchor"])
-def test_masked_rows_and_classes_take_no_part(name):
+def test_masked_rows_and_classes_have_no_effect(name):
     rng = np.random.default_rng(0)
     loss = losses.create(name)
     memory = memvir.init(num_steps=2, step_gap=0, batch_size=3, num_classes=4, dim=5)
@@ -209,7 +209,7 @@ def test_masked_rows_and_classes_take_no_part(name):
         chex.assert_trees_all_close(other, memory, rtol=1e-5, atol=1e-5)
 
 
-def test_remembers_unit_vectors_and_proxies_of_before_the_update():
+def test_stores_unit_vectors_and_proxies_before_the_update():
     rng = np.random.default_rng(0)
     memory = memvir.init(num_steps=1, step_gap=0, batch_size=3, num_classes=2, dim=4)
     embeddings = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
@@ -225,7 +225,7 @@ def test_remembers_unit_vectors_and_proxies_of_before_the_update():
 
 
 @pytest.mark.parametrize("name", losses.names())
-def test_classes_that_pad_a_memory_of_many_devices_change_nothing(name):
+def test_padded_classes_of_a_sharded_memory_have_no_effect(name):
     loss = losses.create(name, **HYPERPARAMETERS.get(name, {}))
 
     def run(shards):
@@ -248,9 +248,11 @@ def test_classes_that_pad_a_memory_of_many_devices_change_nothing(name):
         chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_memory_for_other_sizes_is_refused():
+def test_a_memory_of_another_size_raises():
     memory = memvir.init(num_steps=1, step_gap=0, batch_size=2, num_classes=3, dim=4)
-    with pytest.raises(ValueError, match=r"of 2 rows .* and 3 classes .* take .* proxies \(6, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"embeddings \(2, 4\) and proxies \(3, 4\) cannot .* proxies \(6, 4\)"
+    ):
         memvir.loss_and_update(
             losses.create("norm_softmax"),
             memory,
@@ -260,12 +262,12 @@ def test_a_memory_for_other_sizes_is_refused():
         )
 
 
-def test_an_impossible_size_is_refused():
+def test_an_invalid_size_raises():
     with pytest.raises(ValueError, match="num_steps of at least 1, got 0"):
         memvir.init(num_steps=0, step_gap=0, batch_size=1, num_classes=1, dim=1)
 
 
-def test_a_step_neither_copies_the_ring_nor_grows():
+def test_a_step_does_not_copy_the_ring():
     memory = memvir.init(num_steps=20, step_gap=9, batch_size=32, num_classes=24, dim=64)
     loss = losses.create("norm_softmax")
 

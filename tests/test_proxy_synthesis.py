@@ -23,7 +23,7 @@ def synthetic_loss(name, embeddings, proxies, labels, **mixing):
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("name", ["norm_softmax", "proxy_nca"])
-def test_official_losses_and_gradients(name, ratio):
+def test_losses_and_gradients_match_the_official_implementation(name, ratio):
     labels = jnp.asarray(GOLDEN["labels"])
     value, gradients = jax.value_and_grad(
         lambda e, p: synthetic_loss(
@@ -39,44 +39,48 @@ def test_official_losses_and_gradients(name, ratio):
     )(jnp.asarray(GOLDEN["embeddings"]), jnp.asarray(GOLDEN["proxies"]))
     key = f"{name}_mu{ratio}"
     np.testing.assert_allclose(value, GOLDEN[f"{key}_loss"], rtol=1e-5)
-    for gradient, of in zip(gradients, ("embeddings", "proxies"), strict=True):
-        expected = GOLDEN[f"{key}_grad_{of}"]
+    for gradient, argument in zip(gradients, ("embeddings", "proxies"), strict=True):
+        expected = GOLDEN[f"{key}_grad_{argument}"]
         assert np.linalg.norm(gradient - expected) < 1e-5 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("name", losses.names())
-def test_every_loss_equals_its_definition_on_the_mixtures(name):
+def test_every_loss_equals_its_definition_with_synthetic_classes(name):
     hyperparameters = {"centers_per_class": 3} if name == "soft_triple" else {}
     loss = losses.create(name, **hyperparameters)
     per_class = loss.proxies_per_class
     embeddings, proxies, labels = make_problem([2, 0, 1, 2], classes=4 * per_class)
     lam, partner = jnp.asarray(0.3), jnp.asarray([1, 3, 0, 2])
 
-    def ours(e, p):
+    def loss_with_ps(e, p):
         mixed = proxy_synthesis.synthesize(
             e, p, labels, lam=lam, partner=partner, ratio=0.75, loss=loss
         )
         return loss(**mixed._asdict())
 
-    def defined(e, p):
+    def definition(e, p):
         e, p = prepared(name, e, p)
-        of_class = [p[per_class * label : per_class * (label + 1)] for label in range(4)]
+        class_proxies = [p[per_class * label : per_class * (label + 1)] for label in range(4)]
         for i in range(3):
             j = int(partner[i])
             e = jnp.concatenate([e, (lam * e[i] + (1 - lam) * e[j])[None]])
-            own = lam * of_class[int(labels[i])] + (1 - lam) * of_class[int(labels[j])]
-            p = jnp.concatenate([p, own])
+            mixture = (
+                lam * class_proxies[int(labels[i])] + (1 - lam) * class_proxies[int(labels[j])]
+            )
+            p = jnp.concatenate([p, mixture])
         e, p = prepared(name, e, p)
         all_labels = jnp.concatenate([labels, jnp.arange(4, 7)])
         return LOSSES[name](
             e, p, all_labels, jnp.ones(7, bool), jnp.ones(7, bool), **hyperparameters
         )
 
-    value, gradients = jax.value_and_grad(ours, argnums=(0, 1))(embeddings, proxies)
-    expected, expected_gradients = jax.value_and_grad(defined, argnums=(0, 1))(embeddings, proxies)
+    value, gradients = jax.value_and_grad(loss_with_ps, argnums=(0, 1))(embeddings, proxies)
+    expected, expected_gradients = jax.value_and_grad(definition, argnums=(0, 1))(
+        embeddings, proxies
+    )
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
-        assert np.linalg.norm(gradient - wanted) < 1e-5 * np.linalg.norm(wanted)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
 
 
 def make_problem(labels, classes, dim=4):
@@ -86,7 +90,7 @@ def make_problem(labels, classes, dim=4):
     return embeddings, proxies, jnp.asarray(labels)
 
 
-def test_mixes_sample_and_class_by_the_same_weight():
+def test_mixes_embeddings_and_proxies_with_the_same_weight():
     embeddings, proxies, labels = make_problem([2, 0, 1], classes=3)
     mixed = proxy_synthesis.synthesize(
         embeddings,
@@ -104,7 +108,7 @@ def test_mixes_sample_and_class_by_the_same_weight():
     assert mixed.labels.tolist() == [2, 0, 1, 3, 4, 5]
 
 
-def test_pairs_within_a_class_change_nothing():
+def test_pairs_of_one_class_are_masked_out():
     embeddings, proxies, labels = make_problem([0, 0, 0, 1], classes=2)
     lam, partner = jnp.asarray(0.4), jnp.asarray([1, 2, 3, 0])
     value = synthetic_loss(
@@ -122,7 +126,7 @@ def test_pairs_within_a_class_change_nothing():
 
 
 @given(labels=st.lists(st.integers(0, 4), min_size=1, max_size=24), seed=st.integers(0, 99))
-def test_partners_are_a_permutation_and_differ_wherever_that_is_possible(labels, seed):
+def test_partners_are_a_permutation_with_the_fewest_possible_pairs_of_one_class(labels, seed):
     labels = np.asarray(labels + [0] * (24 - len(labels)))
     _, partner = proxy_synthesis.draw(
         jax.random.key(seed), jnp.asarray(labels), alpha=0.4, ratio=1.0
@@ -130,27 +134,27 @@ def test_partners_are_a_permutation_and_differ_wherever_that_is_possible(labels,
     (partner,) = np.asarray(partner)
     assert sorted(partner) == list(range(len(labels)))
     largest = np.bincount(labels).max()
-    # The most pairs that can differ: all, or each of the others twice, once on either side.
+    # At most all pairs, or two for each sample outside the largest class, can be of two classes.
     possible = min(len(labels), 2 * (len(labels) - largest))
     assert np.sum(labels != labels[partner]) == possible
 
 
 def partners(labels, seed=0):
-    """One draw of partners for each row of labels `[draws, batch]`."""
+    """Returns a draw of partners for each row of labels `[draws, batch]`."""
     keys = jax.random.split(jax.random.key(seed), len(labels))
     draw = jax.vmap(lambda key, row: proxy_synthesis.draw(key, row, alpha=0.4, ratio=1.0)[1][0])
     return np.asarray(jax.jit(draw)(keys, jnp.asarray(labels)))
 
 
 def twins(labels, partner):
-    """Rows of which another row has the same class and the same class of partner."""
+    """Returns the number of samples that share their pair of classes with another sample."""
     pairs = np.stack([labels, labels[partner]])
     _, counts = np.unique(pairs, axis=1, return_counts=True)
     return counts[counts > 1].sum()
 
 
-def batches_of(classes, n_instance):
-    """200 batches of 128 samples, as the samplers of training draw them."""
+def draw_batches(classes, n_instance):
+    """Returns labels of 200 batches of 128, distributed as in training."""
     rng = np.random.default_rng(0)
     if n_instance == 1:
         return rng.integers(0, classes, (200, 128))
@@ -159,31 +163,31 @@ def batches_of(classes, n_instance):
 
 
 @pytest.mark.parametrize(
-    ("classes", "n_instance", "most"), [(98, 1, 2.5), (64, 2, 2.0), (98, 2, 2.0), (11_318, 1, 0.1)]
+    ("classes", "n_instance", "limit"), [(98, 1, 2.5), (64, 2, 2.0), (98, 2, 2.0), (11_318, 1, 0.1)]
 )
-def test_synthetic_classes_seldom_have_twins(classes, n_instance, most):
-    labels = batches_of(classes, n_instance)
+def test_few_synthetic_classes_share_a_pair_of_classes(classes, n_instance, limit):
+    labels = draw_batches(classes, n_instance)
     drawn = partners(labels)
     mean = np.mean([twins(*pair) for pair in zip(labels, drawn, strict=True)])
-    # Partners that are independent of one another have this many twins or a few more.
+    # The expected number for independent partners.
     independent = np.random.default_rng(1).permuted(np.tile(np.arange(128), (200, 1)), axis=1)
     expected = np.mean([twins(*pair) for pair in zip(labels, independent, strict=True)])
-    assert mean <= most
+    assert mean <= limit
     assert mean <= 1.25 * expected + 0.1
     assert (np.take_along_axis(labels, drawn, axis=1) != labels).all()
 
 
 @pytest.mark.parametrize("n_instance", [1, 2])
-def test_a_partner_is_any_sample_of_another_class_with_the_same_probability(n_instance):
+def test_partners_are_uniform_over_the_other_classes(n_instance):
     labels = np.arange(12) // n_instance
     draws = 6000
     counts = np.zeros((12, 12))
     for partner in partners(np.tile(labels, (draws, 1))):
         counts[np.arange(12), partner] += 1
-    other = labels[:, None] != labels[None]
-    assert not counts[~other].any()
+    allowed = labels[:, None] != labels[None]
+    assert not counts[~allowed].any()
     p_values = [
-        scipy.stats.chisquare(row[of]).pvalue for row, of in zip(counts, other, strict=True)
+        scipy.stats.chisquare(row[mask]).pvalue for row, mask in zip(counts, allowed, strict=True)
     ]
     assert min(p_values) > 1e-3
 
@@ -193,7 +197,7 @@ def test_partners_of_two_samples_are_nearly_independent():
     counts = np.zeros((10, 10))
     for first, second in partners(np.tile(labels, (20_000, 1)))[:, :2]:
         counts[first, second] += 1
-    # All samples form one cycle, so two partners differ, and two samples are not each other's.
+    # Partners form one cycle: two samples differ in their partners, and no two are each other's.
     possible = ~np.eye(10, dtype=bool)
     possible[0] = possible[:, 1] = possible[1, 0] = False
     assert not counts[~possible].any()
@@ -210,7 +214,7 @@ def test_weights_follow_the_beta_distribution():
     np.testing.assert_allclose(jnp.var(lam), 1 / (4 * (2 * 0.4 + 1)), atol=0.01)
 
 
-def test_more_than_one_synthetic_class_a_sample_takes_further_draws():
+def test_a_ratio_above_one_uses_further_draws():
     embeddings, proxies, labels = make_problem(list(range(6)), classes=6)
     lam, partner = proxy_synthesis.draw(jax.random.key(3), labels, alpha=0.4, ratio=1.5)
     assert lam.shape == (2,) and partner.shape == (2, 6)
@@ -224,9 +228,9 @@ def test_more_than_one_synthetic_class_a_sample_takes_further_draws():
     chex.assert_trees_all_close(mixed.embeddings[12], mixture, atol=1e-6)
 
 
-def test_too_few_draws_are_refused():
+def test_too_few_draws_raise():
     embeddings, proxies, labels = make_problem([0, 1], classes=2)
-    with pytest.raises(ValueError, match="ratio=2.0 asks for 4 synthetic classes"):
+    with pytest.raises(ValueError, match="ratio=2.0 needs 4 synthetic classes"):
         proxy_synthesis.synthesize(
             embeddings,
             proxies,
@@ -237,7 +241,7 @@ def test_too_few_draws_are_refused():
         )
 
 
-def test_a_ratio_that_floats_cannot_hold_still_counts_whole_samples():
+def test_the_number_of_synthetic_classes_is_robust_to_rounding():
     labels = list(range(100))
     mixed = proxy_synthesis.synthesize(
         *make_problem(labels, classes=100),

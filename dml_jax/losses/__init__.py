@@ -1,9 +1,10 @@
-"""Proxy losses: how an embedding is pulled to its class's proxy and pushed from the others.
+"""Proxy losses, which attract embeddings to their class's proxy and repel them from the others.
 
 A loss is a callable `loss(embeddings, proxies, labels) -> scalar` of raw (unnormalised) vectors.
-Losses of unit vectors are finite, with finite gradients, for all finite vectors. Those whose logits
-grow with the embedding's length, `softmax` and `sphereface`, are so for entries up to 1e30
-(`softmax` beside proxies of about 1); beyond 1e37 their logits overflow float32.
+
+Losses of unit vectors, and their gradients, are finite for all finite inputs. The logits of
+`softmax` and `sphereface` grow with the length of the embeddings: these two are finite for entries
+up to 1e30 (`softmax` with proxies of about 1), and their logits overflow float32 beyond 1e37.
 """
 
 from dml_jax.losses.base import ProxyLoss

@@ -1,4 +1,4 @@
-"""The interface of a proxy loss, which Proxy Synthesis and MemVir work with."""
+"""The interface of proxy losses, as Proxy Synthesis and MemVir use it, and array types."""
 
 import abc
 import dataclasses
@@ -9,114 +9,126 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dml_jax._utils import numerics
 
+Scalar = Float[Array, ""]
+Embeddings = Float[Array, "rows dim"]
+Proxies = Float[Array, "proxies dim"]
+Logits = Float[Array, "rows classes"]
+Labels = Int[Array, " rows"]
+RowMask = Bool[Array, " rows"]
+ClassMask = Bool[Array, " classes"]
+
+RawProxies = Float[Array, "proxies pdim"]
+"""Proxies before `ProxyLoss.prepare`; they may have a column more than the embeddings."""
+Prepared = tuple[Float[Array, "rows pdim"], Float[Array, "proxies pdim"]]
+"""Prepared embeddings and proxies."""
+
+RowLogits = Float[Array, " rows"]
+AnchorTerms = Float[Array, " anchors"]
+AnchorMask = Bool[Array, " anchors"]
+
 
 @dataclasses.dataclass(frozen=True)
 class ProxyLoss(abc.ABC):
-    """A mean over units, each of which sums exponentials of its logits against all others.
+    """A mean over anchors of a term that depends on the log-sum-exp of the anchor's logits.
 
-    The units of a softmax are the rows, which sum over classes; those of Proxy-Anchor are the
-    classes, which sum over rows. MemVir sums `logits` in parts, over some of the others at a time.
+    In a softmax loss each row of the batch is an anchor, and its log-sum-exp is over classes. In
+    Proxy-Anchor each class is an anchor, and its log-sum-exp is over rows. MemVir computes these
+    log-sum-exps in parts, from `logits`.
     """
 
-    per_class: ClassVar[bool] = False
-    """Whether the units are the classes, not the rows."""
+    class_anchors: ClassVar[bool] = False
+    """Whether the anchors are the classes rather than the rows."""
 
     def proxy_shape(self, num_classes: int, dim: int) -> tuple[int, int]:
-        """The shape of the proxies of so many classes, for embeddings of `dim` numbers."""
+        """Returns the shape of the proxies for embeddings of size `dim`."""
         return num_classes * self.proxies_per_class, dim
 
     @property
     def proxies_per_class(self) -> int:
-        """How many rows of the proxies belong to each class, one after the other."""
+        """Number of proxies of each class. They are consecutive rows of the proxies."""
         return 1
 
-    def prepare(
-        self, embeddings: Float[Array, "rows dim"], proxies: Float[Array, "proxies pdim"]
-    ) -> tuple[Float[Array, "rows pdim"], Float[Array, "proxies pdim"]]:
-        """What is mixed, remembered and multiplied: by default unit vectors, in float32."""
+    def prepare(self, embeddings: Embeddings, proxies: RawProxies) -> Prepared:
+        """Returns the float32 vectors that logits are computed from; by default unit vectors.
+
+        Proxy Synthesis mixes these vectors, and MemVir stores them.
+        """
         return numerics.normalize(embeddings), numerics.normalize(proxies)
 
     @abc.abstractmethod
-    def logits(
-        self, embeddings: Float[Array, "rows dim"], proxies: Float[Array, "proxies dim"]
-    ) -> Float[Array, "rows classes"]:
-        """The logits of prepared embeddings against prepared proxies, without any margin.
+    def logits(self, embeddings: Embeddings, proxies: Proxies) -> Logits:
+        """Returns the logits, without a margin, of prepared embeddings and proxies.
 
-        Each depends on its own row and its own class's proxies alone.
+        A logit must depend on its own row and on the proxies of its own class alone.
         """
 
     @abc.abstractmethod
-    def within(
+    def anchor_terms(
         self,
-        embeddings: Float[Array, "rows dim"],
-        proxies: Float[Array, "proxies dim"],
-        labels: Int[Array, " rows"],
-        row_mask: Bool[Array, " rows"],
-        class_mask: Bool[Array, " classes"],
-    ) -> tuple[Float[Array, " units"], Float[Array, " units"]]:
-        """What prepared rows and their own classes have to do with one another.
+        embeddings: Embeddings,
+        proxies: Proxies,
+        labels: Labels,
+        row_mask: RowMask,
+        class_mask: ClassMask,
+    ) -> tuple[AnchorTerms, AnchorTerms]:
+        """Returns the log-sum-exp and the positive term of each anchor.
 
-        Returns:
-            `[units]` the log-sum-exp of each unit, and `[units]` what it has with its own class.
+        The positive term is the part of an anchor's loss that depends on rows of its own class
+        only; `mean` combines the two. Vectors are prepared ones.
         """
 
     @abc.abstractmethod
     def mean(
-        self,
-        sums: Float[Array, " units"],
-        own: Float[Array, " units"],
-        counts: Bool[Array, " units"],
-    ) -> Float[Array, ""]:
-        """The loss of units whose sums are complete.
+        self, log_sums: AnchorTerms, positives: AnchorTerms, anchor_mask: AnchorMask
+    ) -> Scalar:
+        """Returns the mean loss of anchors.
 
         Args:
-            sums: the log-sum-exp of each unit over all others.
-            own: as `within` gives it.
-            counts: which units count.
+            log_sums: log-sum-exp of each anchor, over this step and the memory.
+            positives: positive term of each anchor, as `anchor_terms` returns it.
+            anchor_mask: anchors to include.
         """
 
-    def penalty(
-        self, proxies: Float[Array, "proxies dim"], class_mask: Bool[Array, " classes"]
-    ) -> Float[Array, ""]:
-        """What is added to the loss for the prepared proxies alone; by default nothing."""
+    def penalty(self, proxies: Proxies, class_mask: ClassMask) -> Scalar:
+        """Returns a regulariser of the prepared proxies, added to the loss; 0 by default."""
         del proxies, class_mask
         return jnp.zeros(())
 
     def __call__(
         self,
-        embeddings: Float[Array, "rows dim"],
-        proxies: Float[Array, "proxies pdim"],
-        labels: Int[Array, " rows"],
+        embeddings: Embeddings,
+        proxies: RawProxies,
+        labels: Labels,
         *,
-        row_mask: Bool[Array, " rows"] | None = None,
-        class_mask: Bool[Array, " classes"] | None = None,
-    ) -> Float[Array, ""]:
-        """The mean loss of a batch.
+        row_mask: RowMask | None = None,
+        class_mask: ClassMask | None = None,
+    ) -> Scalar:
+        """Returns the mean loss of a batch.
 
         Args:
             embeddings: `[rows, dim]`, raw.
-            proxies: raw, `[classes, dim]` or as `proxy_shape` has it.
+            proxies: raw, `[classes, dim]` or the shape that `proxy_shape` returns.
             labels: `[rows]`, in `0..classes - 1`.
-            row_mask: rows that count; None counts all.
-            class_mask: classes that exist; None takes all.
+            row_mask: rows to include; None includes all.
+            class_mask: classes to include; None includes all.
 
         Returns:
             A float32 scalar.
         """
-        rows, columns = self.prepare(embeddings, proxies)
-        row_mask, class_mask = self.masks(rows, columns, row_mask, class_mask)
-        sums, own = self.within(rows, columns, labels, row_mask, class_mask)
-        counts = class_mask if self.per_class else row_mask
-        return self.mean(sums, own, counts) + self.penalty(columns, class_mask)
+        embeddings, proxies = self.prepare(embeddings, proxies)
+        row_mask, class_mask = self.fill_masks(embeddings, proxies, row_mask, class_mask)
+        log_sums, positives = self.anchor_terms(embeddings, proxies, labels, row_mask, class_mask)
+        anchor_mask = class_mask if self.class_anchors else row_mask
+        return self.mean(log_sums, positives, anchor_mask) + self.penalty(proxies, class_mask)
 
-    def masks(
+    def fill_masks(
         self,
-        embeddings: Float[Array, "rows dim"],
-        proxies: Float[Array, "proxies dim"],
-        row_mask: Bool[Array, " rows"] | None,
-        class_mask: Bool[Array, " classes"] | None,
-    ) -> tuple[Bool[Array, " rows"], Bool[Array, " classes"]]:
-        """The masks, of which None stands for all that there is."""
+        embeddings: Embeddings,
+        proxies: Proxies,
+        row_mask: RowMask | None,
+        class_mask: ClassMask | None,
+    ) -> tuple[RowMask, ClassMask]:
+        """Returns the masks, with None replaced by a mask that includes all."""
         if row_mask is None:
             row_mask = jnp.ones(len(embeddings), bool)
         if class_mask is None:

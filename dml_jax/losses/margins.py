@@ -4,19 +4,19 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from dml_jax._utils import numerics
+from dml_jax.losses.base import Embeddings, Prepared, RawProxies, RowLogits
 from dml_jax.losses.softmax import NormSoftmax
 from dml_jax.settings import number, setting
 
-_LEAST_SQUARED_SINE = 1e-7
-"""Below it an angle's slope by its cosine, which is infinite at 0 and pi, is taken for zero."""
+_MIN_SQUARED_SINE = 1e-7
+"""Clips the derivative of the angle by its cosine, which is infinite at 0 and pi."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CosFace(NormSoftmax):
-    """Norm-SoftMax with the target's cosine lowered by `margin`.
+    """Norm-SoftMax with `margin` subtracted from the target's cosine.
 
     Source: Wang et al., CosFace: Large margin cosine loss for deep face recognition, CVPR 2018,
     equation 4.
@@ -25,19 +25,17 @@ class CosFace(NormSoftmax):
     scale: float = setting(64.0, number(above=0.0), help="Factor of the cosines.")
     margin: float = setting(0.35, number(least=0.0), help="Lowers the cosine with the own proxy.")
 
-    def target(
-        self, logits: Float[Array, " rows"], embeddings: Float[Array, "rows dim"]
-    ) -> Float[Array, " rows"]:
-        """`scale * (cos - margin)`."""
+    def target(self, logits: RowLogits, embeddings: Embeddings) -> RowLogits:
+        """Returns `scale * (cos - margin)`."""
         return logits - self.scale * self.margin
 
 
 @dataclasses.dataclass(frozen=True)
 class ArcFace(NormSoftmax):
-    """Norm-SoftMax with the target's angle raised by `margin` radians.
+    """Norm-SoftMax with `margin`, in radians, added to the target's angle.
 
-    Where the raised angle would pass pi, the cosine is lowered by `margin * sin(margin)` instead,
-    so that the loss keeps falling with the angle.
+    Where the angle with the margin would exceed pi, `margin * sin(margin)` is subtracted from the
+    cosine instead, so that the target logit stays monotone in the angle.
 
     Source: Deng et al., ArcFace: Additive angular margin loss for deep face recognition, CVPR 2019,
     equation 3.
@@ -50,24 +48,21 @@ class ArcFace(NormSoftmax):
         help="Raises the angle to the own proxy, in radians.",
     )
 
-    def target(
-        self, logits: Float[Array, " rows"], embeddings: Float[Array, "rows dim"]
-    ) -> Float[Array, " rows"]:
-        """`scale * cos(angle + margin)`."""
+    def target(self, logits: RowLogits, embeddings: Embeddings) -> RowLogits:
+        """Returns `scale * cos(angle + margin)`."""
         cosine = logits / self.scale
-        sine = jnp.sqrt(jnp.maximum(1 - cosine**2, _LEAST_SQUARED_SINE))
-        raised = cosine * math.cos(self.margin) - sine * math.sin(self.margin)
-        lowered = cosine - self.margin * math.sin(self.margin)
-        return self.scale * jnp.where(cosine >= -math.cos(self.margin), raised, lowered)
+        sine = jnp.sqrt(jnp.maximum(1 - cosine**2, _MIN_SQUARED_SINE))
+        with_margin = cosine * math.cos(self.margin) - sine * math.sin(self.margin)
+        fallback = cosine - self.margin * math.sin(self.margin)
+        return self.scale * jnp.where(cosine >= -math.cos(self.margin), with_margin, fallback)
 
 
 @dataclasses.dataclass(frozen=True)
 class SphereFace(NormSoftmax):
-    """Cross-entropy on `scale * |x| * cos`, the target's angle multiplied by `margin`.
+    """Cross-entropy on `scale * |x| * cos`, with the target's angle multiplied by `margin`.
 
-    `(-1)^k cos(margin * angle) - 2k` with `k = floor(margin * angle / pi)` makes the multiplied
-    angle's cosine fall all the way. Proxies are unit vectors, embeddings keep their length: it is
-    mixed and remembered with them.
+    `(-1)^k cos(margin * angle) - 2k` with `k = floor(margin * angle / pi)` is monotone in the
+    angle. Proxies are unit vectors; embeddings are raw, also in Proxy Synthesis and MemVir.
 
     Source: Liu et al., SphereFace: Deep hypersphere embedding for face recognition, CVPR 2017,
     equation 7.
@@ -76,19 +71,15 @@ class SphereFace(NormSoftmax):
     scale: float = setting(1.0, number(above=0.0), help="Factor of the logits.")
     margin: float = setting(4.0, number(least=1.0), help="Multiplies the angle to the own proxy.")
 
-    def prepare(
-        self, embeddings: Float[Array, "rows dim"], proxies: Float[Array, "proxies pdim"]
-    ) -> tuple[Float[Array, "rows pdim"], Float[Array, "proxies pdim"]]:
-        """Raw embeddings, unit proxies."""
+    def prepare(self, embeddings: Embeddings, proxies: RawProxies) -> Prepared:
+        """Returns raw embeddings and unit proxies."""
         return embeddings.astype(jnp.float32), numerics.normalize(proxies)
 
-    def target(
-        self, logits: Float[Array, " rows"], embeddings: Float[Array, "rows dim"]
-    ) -> Float[Array, " rows"]:
-        """`scale * |x| * ((-1)^k cos(margin * angle) - 2k)`."""
+    def target(self, logits: RowLogits, embeddings: Embeddings) -> RowLogits:
+        """Returns `scale * |x| * ((-1)^k cos(margin * angle) - 2k)`."""
         length = self.scale * numerics.lengths(embeddings)
         cosine = logits / jnp.where(length > 0, length, 1.0)
-        bound = 1 - _LEAST_SQUARED_SINE / 2
+        bound = 1 - _MIN_SQUARED_SINE / 2
         angle = self.margin * jnp.arccos(jnp.clip(cosine, -bound, bound))
-        turns = jnp.floor(angle / math.pi)
-        return length * ((1 - 2 * (turns % 2)) * jnp.cos(angle) - 2 * turns)
+        k = jnp.floor(angle / math.pi)
+        return length * ((1 - 2 * (k % 2)) * jnp.cos(angle) - 2 * k)

@@ -31,21 +31,21 @@ for _name, _loss in _BUILT_IN.items():
 
 
 def create(name: str, **hyperparameters: Any) -> ProxyLoss:
-    """Makes a loss by name.
+    """Returns the loss of a name.
 
     >>> create("norm_softmax", scale=16.0)
     NormSoftmax(scale=16.0)
 
     Args:
         name: one of `names()`, or the import path of a loss of your own.
-        **hyperparameters: the fields of the loss's class, which have defaults; a tuple may come as
-            a list, as it does out of a JSON file.
+        **hyperparameters: fields of the loss's class; all have defaults. A list stands for a
+            tuple, since JSON has no tuples.
 
     Returns:
         A callable `loss(embeddings, proxies, labels) -> scalar`.
 
     Raises:
-        ValueError: unknown name or hyper-parameter.
+        ValueError: the name or a hyper-parameter is unknown.
     """
     loss = LOSSES.get(name)
     known = {field.name for field in dataclasses.fields(loss)}

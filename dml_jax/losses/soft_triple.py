@@ -1,26 +1,27 @@
-"""SoftTriple: a softmax over classes that have several centres each."""
+"""SoftTriple: a softmax loss with several centres per class."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
 
 from dml_jax._utils import numerics
+from dml_jax.losses.base import ClassMask, Embeddings, Logits, Proxies, RowLogits, Scalar
 from dml_jax.losses.softmax import SoftmaxLoss
 from dml_jax.settings import integer, number, setting
 
 
 @dataclasses.dataclass(frozen=True)
 class SoftTriple(SoftmaxLoss):
-    """Cross-entropy on `la * (similarity - margin at the target)`, classes having several centres.
+    """Cross-entropy on `la * (similarity - margin at the target)`, with several centres per class.
 
-    The similarity of a class is the mean of the cosines with its centres, weighted by the softmax
-    of the cosines over `gamma`. Proxies are `[classes * centers_per_class, dim]`, class by class.
-    `tau` weighs a regulariser that merges centres that a class does not need (equation 9): half the
-    mean distance between two centres of a class, as in its authors' program, which divides the sum
-    over unordered pairs by the number of ordered ones. It takes the classes of the step, including
-    the synthetic ones, but not the virtual classes of MemVir.
+    The similarity to a class is the mean of the cosines to its centres, weighted by the softmax of
+    `cosine / gamma`. Proxies are `[classes * centers_per_class, dim]`, class-major.
+
+    `tau` weights the regulariser of equation 9, which merges centres that a class does not need:
+    half the mean distance between two centres of a class. This is the authors' implementation,
+    which divides the sum over unordered pairs by the number of ordered ones. It includes the
+    synthetic classes of Proxy Synthesis, but not the virtual classes of MemVir.
 
     Source: Qian et al., SoftTriple loss: Deep metric learning without triplet sampling, ICCV 2019,
     equations 7 to 9.
@@ -38,27 +39,21 @@ class SoftTriple(SoftmaxLoss):
 
     @property
     def proxies_per_class(self) -> int:
-        """All of a class's centres."""
+        """Number of centres of each class."""
         return self.centers_per_class
 
-    def logits(
-        self, embeddings: Float[Array, "rows dim"], proxies: Float[Array, "proxies dim"]
-    ) -> Float[Array, "rows classes"]:
-        """`la` times the similarity."""
+    def logits(self, embeddings: Embeddings, proxies: Proxies) -> Logits:
+        """Returns `la` times the similarities."""
         cosines = numerics.inner_products(embeddings, proxies)
         cosines = cosines.reshape(len(embeddings), -1, self.centers_per_class)
         return self.la * jnp.sum(jax.nn.softmax(cosines / self.gamma) * cosines, axis=-1)
 
-    def target(
-        self, logits: Float[Array, " rows"], embeddings: Float[Array, "rows dim"]
-    ) -> Float[Array, " rows"]:
-        """`la * (similarity - margin)`."""
+    def target(self, logits: RowLogits, embeddings: Embeddings) -> RowLogits:
+        """Returns `la * (similarity - margin)`."""
         return logits - self.la * self.margin
 
-    def penalty(
-        self, proxies: Float[Array, "proxies dim"], class_mask: Bool[Array, " classes"]
-    ) -> Float[Array, ""]:
-        """`tau` times half the mean distance between two centres of a class."""
+    def penalty(self, proxies: Proxies, class_mask: ClassMask) -> Scalar:
+        """Returns `tau` times half the mean distance between two centres of a class."""
         if self.tau == 0 or self.centers_per_class == 1:
             return jnp.zeros(())
         centers = proxies.reshape(-1, self.centers_per_class, proxies.shape[-1])

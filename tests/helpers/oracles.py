@@ -1,4 +1,4 @@
-"""The methods once more, written as their definitions read, to hold the fast forms against."""
+"""Direct implementations of the losses and of MemVir, as references for the efficient ones."""
 
 import math
 
@@ -16,9 +16,9 @@ def cross_entropy(logits, labels, rows, classes):
 
 
 def at_labels(logits, labels, function):
-    """Logits with a function applied to each row's own label's."""
-    own = jax.nn.one_hot(labels, logits.shape[1])
-    return own * function(logits) + (1 - own) * logits
+    """Returns the logits with a function applied to the target logits."""
+    is_target = jax.nn.one_hot(labels, logits.shape[1])
+    return is_target * function(logits) + (1 - is_target) * logits
 
 
 def softmax(e, p, labels, rows, classes):
@@ -30,8 +30,8 @@ def norm_softmax(e, p, labels, rows, classes, *, scale=23.0):
 
 
 def proxy_nca(e, p, labels, rows, classes, *, scale=12.0):
-    gaps = e[:, None] - p[None]
-    return cross_entropy(-scale * (gaps**2).sum(-1), labels, rows, classes)
+    differences = e[:, None] - p[None]
+    return cross_entropy(-scale * (differences**2).sum(-1), labels, rows, classes)
 
 
 def cosface(e, p, labels, rows, classes, *, scale=64.0, margin=0.35):
@@ -40,33 +40,33 @@ def cosface(e, p, labels, rows, classes, *, scale=64.0, margin=0.35):
 
 
 def arcface(e, p, labels, rows, classes, *, scale=64.0, margin=0.5):
-    def raised(cosine):
+    def with_margin(cosine):
         angle = jnp.arccos(jnp.clip(cosine, -0.9999999, 0.9999999))
-        lowered = cosine - margin * math.sin(margin)
-        return jnp.where(angle + margin <= math.pi, jnp.cos(angle + margin), lowered)
+        fallback = cosine - margin * math.sin(margin)
+        return jnp.where(angle + margin <= math.pi, jnp.cos(angle + margin), fallback)
 
-    logits = scale * at_labels(e @ p.T, labels, raised)
+    logits = scale * at_labels(e @ p.T, labels, with_margin)
     return cross_entropy(logits, labels, rows, classes)
 
 
 def sphereface(e, p, labels, rows, classes, *, scale=1.0, margin=4):
-    def multiplied(cosine):
+    def with_margin(cosine):
         angle = jnp.arccos(jnp.clip(cosine, -0.9999999, 0.9999999))
         k = jax.lax.stop_gradient(jnp.floor(margin * angle / math.pi))
         return (-1) ** k * jnp.cos(margin * angle) - 2 * k
 
     length = jnp.linalg.norm(e, axis=1, keepdims=True)
-    logits = scale * length * at_labels(e @ p.T / length, labels, multiplied)
+    logits = scale * length * at_labels(e @ p.T / length, labels, with_margin)
     return cross_entropy(logits, labels, rows, classes)
 
 
 def soft_triple(
     e, p, labels, rows, classes, *, la=20.0, gamma=0.1, margin=0.01, centers_per_class=10
 ):
-    similar = (e @ p.T).reshape(len(e), -1, centers_per_class)
-    weights = jnp.exp(similar / gamma) / jnp.exp(similar / gamma).sum(-1, keepdims=True)
-    similarity = (weights * similar).sum(-1)
-    logits = la * at_labels(similarity, labels, lambda own: own - margin)
+    cosines = (e @ p.T).reshape(len(e), -1, centers_per_class)
+    weights = jnp.exp(cosines / gamma) / jnp.exp(cosines / gamma).sum(-1, keepdims=True)
+    similarity = (weights * cosines).sum(-1)
+    logits = la * at_labels(similarity, labels, lambda target: target - margin)
     return cross_entropy(logits, labels, rows, classes)
 
 
@@ -82,7 +82,7 @@ def proxy_anchor(e, p, labels, rows, classes, *, alpha=32.0, margin=0.1):
     )
 
 
-# Each of vectors as `prepared` gives them.
+# The arguments are prepared vectors, as `prepared` returns them.
 LOSSES = {
     function.__name__: function
     for function in (
@@ -99,9 +99,7 @@ LOSSES = {
 
 
 def prepared(name, embeddings, proxies):
-    """What is mixed and remembered: unit vectors, but raw ones of plain softmax, and SphereFace's
-    embeddings with their lengths.
-    """
+    """Returns unit vectors; raw ones for plain softmax, and raw embeddings for SphereFace."""
     raw = name == "softmax"
     return (
         embeddings if raw or name == "sphereface" else normalized(embeddings),
@@ -109,15 +107,15 @@ def prepared(name, embeddings, proxies):
     )
 
 
-# Weights and partners of Proxy Synthesis, where it adds nothing.
-NOTHING = jnp.zeros(0), jnp.zeros((0, 0), int)
+# Weights and partners for no synthetic class.
+NO_MIXING = jnp.zeros(0), jnp.zeros((0, 0), int)
 
 
 class DenseMemVir:
-    """MemVir as published: a list of all that was, and one matrix of all rows and all proxies.
+    """MemVir as published: a list of all earlier steps, and one matrix of all logits.
 
-    Calling it gives a step's loss and its gradients by embeddings and proxies; then the step is
-    remembered. Proxy Synthesis may add `synthetic` classes to a step, which are in no memory.
+    A call returns the loss of a step and its gradients with respect to embeddings and proxies, and
+    stores the step. Proxy Synthesis may add `synthetic` classes to a step, which are not stored.
     """
 
     def __init__(
@@ -140,21 +138,21 @@ class DenseMemVir:
             rows, columns = prepared(name, embeddings, proxies)
             first = jnp.arange(synthetic) % batch
             second, lam = partner.reshape(-1)[:synthetic], jnp.repeat(lam, batch)[:synthetic, None]
-            own = columns.reshape(classes, -1)[labels]
+            targets = columns.reshape(classes, -1)[labels]
             mixed = prepared(
                 name,
                 lam * rows[first] + (1 - lam) * rows[second],
-                (lam * own[first] + (1 - lam) * own[second]).reshape(-1, columns.shape[1]),
+                (lam * targets[first] + (1 - lam) * targets[second]).reshape(-1, columns.shape[1]),
             )
-            differ = labels[first] != labels[second]
+            valid = labels[first] != labels[second]
             rows = jnp.concatenate([rows, mixed[0], *[old for old, _, _ in virtual]])
             columns = jnp.concatenate([columns, mixed[1], *[old for _, old, _ in virtual]])
             present = classes + synthetic
             labels = [labels, classes + jnp.arange(synthetic)] + [
                 present + k * classes + old for k, (_, _, old) in enumerate(virtual)
             ]
-            row_exists = [jnp.ones(batch, bool), differ, jnp.repeat(exist, batch)]
-            class_exists = [jnp.ones(classes, bool), differ, jnp.repeat(exist, classes)]
+            row_exists = [jnp.ones(batch, bool), valid, jnp.repeat(exist, batch)]
+            class_exists = [jnp.ones(classes, bool), valid, jnp.repeat(exist, classes)]
             problem = map(jnp.concatenate, (labels, row_exists, class_exists))
             return LOSSES[name](rows, columns, *problem, **hyperparameters)
 
@@ -168,9 +166,9 @@ class DenseMemVir:
         step = rows, columns, labels
         ages = [(k + 1) * (self.step_gap + 1) for k in range(self.num_steps)]
         exist = jnp.asarray([age <= len(self.steps) for age in ages], bool)
-        # Steps that are not there yet are filled in, and masked out.
+        # Steps that do not exist yet are replaced by this one and masked out.
         virtual = [self.steps[-age] if age <= len(self.steps) else step for age in ages]
         problem = embeddings, proxies, labels, virtual, exist
-        result = self.value_and_grad(*problem, *(mixing or NOTHING))
+        result = self.value_and_grad(*problem, *(mixing or NO_MIXING))
         self.steps.append(step)
         return result

@@ -1,4 +1,4 @@
-"""The weights that the reference features of the backbones were computed with."""
+"""The weights of the golden backbone features, generated from the names of the tensors."""
 
 import json
 import zlib
@@ -11,12 +11,12 @@ SHAPES = json.loads((GOLDEN / "backbone_state_dicts.json").read_text())
 
 
 def state_dict(name):
-    """All tensors of a backbone under PyTorch's names."""
+    """Returns all tensors of a backbone by PyTorch name."""
     return {key: _tensor(key, shape) for key, shape in SHAPES[name].items()}
 
 
 def port(name):
-    """The same as old ports wrote it: of a parallel model, by PyTorch before 0.2."""
+    """Returns the state dict in the form of old ports: a parallel model's, before PyTorch 0.2."""
     tensors = state_dict(name)
     old = {k: x[None] if x.ndim == 1 and "bn" in k else x for k, x in tensors.items()}
     size = {"bninception": 1024, "resnet18": 512}[name]
@@ -26,13 +26,13 @@ def port(name):
 
 
 def backbone(name):
-    """The tensors without the classifier's."""
+    """Returns the tensors without the classifier."""
     return {k: x for k, x in state_dict(name).items() if not k.startswith("fc.")}
 
 
 def _tensor(key, shape):
-    seed = np.random.RandomState(zlib.crc32(key.encode()))
-    x = seed.standard_normal(shape).astype("float32")
+    rng = np.random.RandomState(zlib.crc32(key.encode()))
+    x = rng.standard_normal(shape).astype("float32")
     if key.endswith("running_var"):
         return 1 + 0.1 * abs(x)
     if key.endswith(("running_mean", "bias")):

@@ -11,7 +11,7 @@ import pytest
 from dml_jax import losses, memvir, proxy_synthesis
 from tests.helpers.oracles import LOSSES, prepared
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "peer_losses.npz")
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "peer_losses.npz")
 BATCH, CLASSES, DIM = 6, 5, 8
 HYPERPARAMETERS = {"soft_triple": {"centers_per_class": 3}}
 PEERS = {
@@ -29,22 +29,22 @@ PEERS = {
 
 
 @pytest.mark.parametrize("peer", PEERS)
-def test_losses_and_gradients_of_another_library(peer):
+def test_losses_and_gradients_match_pytorch_metric_learning(peer):
     name, hyperparameters = PEERS[peer]
     kind = "centers" if name == "soft_triple" else "proxies"
     value, gradients = jax.value_and_grad(losses.create(name, **hyperparameters), argnums=(0, 1))(
         jnp.asarray(GOLDEN["embeddings"]), jnp.asarray(GOLDEN[kind]), jnp.asarray(GOLDEN["labels"])
     )
     np.testing.assert_allclose(value, GOLDEN[f"{peer}_loss"], rtol=1e-5)
-    for gradient, of in zip(gradients, ("embeddings", kind), strict=True):
-        expected = GOLDEN[f"{peer}_grad_{of}"]
+    for gradient, argument in zip(gradients, ("embeddings", kind), strict=True):
+        expected = GOLDEN[f"{peer}_grad_{argument}"]
         assert np.linalg.norm(gradient - expected) < 1e-5 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_plain_softmax_is_pytorchs_linear_layer_and_cross_entropy(bias):
-    """PyTorch 2.13's, of the vectors of the other golden losses and a bias of its own."""
-    golden = np.load(Path(__file__).parent / "golden" / "softmax.npz")
+def test_softmax_matches_pytorchs_linear_layer_and_cross_entropy(bias):
+    """PyTorch 2.13, with the vectors of the other golden losses."""
+    golden = np.load(Path(__file__).parents[1] / "golden" / "softmax.npz")
     key, proxies = "softmax_bias" if bias else "softmax", GOLDEN["proxies"]
     if bias:
         proxies = np.concatenate([proxies, golden["bias"][:, None]], axis=1)
@@ -52,8 +52,8 @@ def test_plain_softmax_is_pytorchs_linear_layer_and_cross_entropy(bias):
         jnp.asarray(GOLDEN["embeddings"]), jnp.asarray(proxies), jnp.asarray(GOLDEN["labels"])
     )
     np.testing.assert_allclose(value, golden[f"{key}_loss"], rtol=1e-5)
-    for gradient, of in zip(gradients, ("embeddings", "proxies"), strict=True):
-        expected = golden[f"{key}_grad_{of}"]
+    for gradient, argument in zip(gradients, ("embeddings", "proxies"), strict=True):
+        expected = golden[f"{key}_grad_{argument}"]
         assert np.linalg.norm(gradient - expected) < 1e-5 * np.linalg.norm(expected)
 
 
@@ -72,52 +72,52 @@ def problem(name):
 
 @pytest.mark.parametrize("name", losses.names())
 class TestEveryLoss:
-    def test_is_its_definition(self, name, problem):
+    def test_equals_its_definition(self, name, problem):
         masks = jnp.ones(BATCH, bool), jnp.ones(CLASSES, bool)
         embeddings, proxies, labels = problem
         vectors = prepared(name, embeddings, proxies)
         expected = LOSSES[name](*vectors, labels, *masks, **HYPERPARAMETERS.get(name, {}))
         chex.assert_trees_all_close(create(name)(*problem), expected, rtol=1e-5)
 
-    def test_ignores_the_lengths_of_vectors(self, name, problem):
+    def test_is_invariant_to_the_length_of_normalised_vectors(self, name, problem):
         embeddings, proxies, labels = problem
         loss = create(name)
-        longer = {
-            "softmax": (1.0, 1.0),  # Whose vectors are raw ones,
-            "sphereface": (1.0, 1e-3),  # and here the embeddings are.
+        factors = {
+            "softmax": (1.0, 1.0),  # Normalises neither,
+            "sphereface": (1.0, 1e-3),  # and this one only the proxies.
         }.get(name, (1e3, 1e-3))
-        scaled = loss(longer[0] * embeddings, longer[1] * proxies, labels)
+        scaled = loss(factors[0] * embeddings, factors[1] * proxies, labels)
         chex.assert_trees_all_close(scaled, loss(*problem), rtol=1e-5)
 
-    def test_leaves_out_what_the_masks_leave_out(self, name, problem):
+    def test_excludes_masked_rows_and_classes(self, name, problem):
         embeddings, proxies, labels = problem
         loss = create(name)
         rng = np.random.default_rng(1)
-        more = jnp.asarray(rng.normal(size=(2, DIM)), jnp.float32)
-        more_proxies = jnp.asarray(rng.normal(size=loss.proxy_shape(2, DIM)), jnp.float32)
+        extra = jnp.asarray(rng.normal(size=(2, DIM)), jnp.float32)
+        extra_proxies = jnp.asarray(rng.normal(size=loss.proxy_shape(2, DIM)), jnp.float32)
         value = loss(
-            jnp.concatenate([embeddings, more]),
-            jnp.concatenate([proxies, more_proxies]),
+            jnp.concatenate([embeddings, extra]),
+            jnp.concatenate([proxies, extra_proxies]),
             jnp.concatenate([labels, CLASSES + jnp.arange(2)]),
             row_mask=jnp.arange(BATCH + 2) < BATCH,
             class_mask=jnp.arange(CLASSES + 2) < CLASSES,
         )
         chex.assert_trees_all_close(value, loss(*problem), rtol=1e-6)
 
-    def test_takes_bfloat16_and_answers_in_float32(self, name, problem):
+    def test_accepts_bfloat16_and_returns_float32(self, name, problem):
         embeddings, proxies, labels = problem
         assert create(name)(embeddings.astype(jnp.bfloat16), proxies, labels).dtype == jnp.float32
 
-    def test_is_nan_where_a_number_is(self, name, problem):
+    def test_propagates_nan(self, name, problem):
         embeddings, proxies, labels = problem
         assert np.isnan(create(name)(embeddings.at[2, 3].set(np.nan), proxies, labels))
 
-    def test_gradient_is_that_of_finite_differences(self, name, problem):
+    def test_gradient_matches_finite_differences(self, name, problem):
         embeddings, proxies, labels = problem
-        soft = {"la": 2.0, "alpha": 2.0, "scale": 2.0}
+        smooth = {"la": 2.0, "alpha": 2.0, "scale": 2.0}
         loss = create(name)
         fields = {field.name for field in dataclasses.fields(loss)}
-        loss = dataclasses.replace(loss, **{k: v for k, v in soft.items() if k in fields})
+        loss = dataclasses.replace(loss, **{k: v for k, v in smooth.items() if k in fields})
         chex.assert_numerical_grads(
             lambda e, p: loss(jnp.asarray(e), jnp.asarray(p), labels),
             (embeddings, proxies),
@@ -127,31 +127,31 @@ class TestEveryLoss:
 
 
 def degenerate(name, embeddings, proxies, labels):
-    """Embeddings and proxies that could go wrong."""
-    own = proxies.reshape(CLASSES, -1, DIM)[labels, 0]
-    one = jnp.zeros(BATCH, int)
+    """Yields embeddings and proxies that could break the numerics."""
+    targets = proxies.reshape(CLASSES, -1, DIM)[labels, 0]
+    zeros = jnp.zeros(BATCH, int)
     embeddings, proxies = (x / jnp.max(jnp.abs(x)) for x in (embeddings, proxies))
     yield "zero", 0 * embeddings, proxies
     yield "zero proxies", embeddings, 0 * proxies
     yield "all zero", 0 * embeddings, 0 * proxies
-    yield "identical", embeddings[one], proxies
-    yield "all identical", embeddings[one], jnp.ones_like(proxies) * embeddings[:1]
-    yield "each its proxy", own, proxies
-    yield "each opposite to its proxy", -own, proxies
-    yield "opposite", embeddings * jnp.where(one.at[::2].set(1), 1.0, -1.0)[:, None], proxies
+    yield "identical", embeddings[zeros], proxies
+    yield "all identical", embeddings[zeros], jnp.ones_like(proxies) * embeddings[:1]
+    yield "each its proxy", targets, proxies
+    yield "each opposite to its proxy", -targets, proxies
+    yield "opposite", embeddings * jnp.where(zeros.at[::2].set(1), 1.0, -1.0)[:, None], proxies
     yield "tiny", 1e-38 * embeddings, 1e-38 * proxies
     yield "large", 1e30 * embeddings, proxies
-    if name != "softmax":  # Whose logits of huge proxies are beyond float32,
+    if name != "softmax":  # Its logits of huge proxies overflow float32,
         yield "huge proxies", embeddings, 1e38 * proxies
-    if name not in ("softmax", "sphereface"):  # and these two's of huge embeddings.
+    if name not in ("softmax", "sphereface"):  # as do theirs of huge embeddings.
         yield "huge", 1e38 * embeddings, proxies
         yield "all huge", 1e38 * embeddings, 1e38 * proxies
 
 
-@pytest.mark.parametrize("remembers", [False, True], ids=["", "memvir"])
-@pytest.mark.parametrize("mixes", [False, True], ids=["", "ps"])
+@pytest.mark.parametrize("with_memvir", [False, True], ids=["", "memvir"])
+@pytest.mark.parametrize("with_ps", [False, True], ids=["", "ps"])
 @pytest.mark.parametrize("name", losses.names())
-def test_degenerate_vectors_leave_loss_and_gradients_finite(name, mixes, remembers, problem):
+def test_degenerate_vectors_leave_loss_and_gradients_finite(name, with_ps, with_memvir, problem):
     loss = create(name)
     labels = problem[2]
     lam, partner = proxy_synthesis.draw(jax.random.key(0), labels, alpha=0.4, ratio=1.0)
@@ -161,19 +161,22 @@ def test_degenerate_vectors_leave_loss_and_gradients_finite(name, mixes, remembe
 
     def objective(vectors, memory):
         step = {"embeddings": vectors[0], "proxies": vectors[1], "labels": labels}
-        if mixes:
+        if with_ps:
             step = proxy_synthesis.synthesize(
                 **step, lam=lam, partner=partner, ratio=1.0, loss=loss
             )._asdict()
-        if remembers:
+        if with_memvir:
             return memvir.loss_and_update(loss, memory, **step)
         return loss(**step), memory
 
-    quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    compiled = jax.jit(jax.value_and_grad(objective, has_aux=True), compiler_options=quickly)
+    options = {
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    }
+    compiled = jax.jit(jax.value_and_grad(objective, has_aux=True), compiler_options=options)
     for kind, *vectors in degenerate(name, *problem):
         memory = empty
-        for _ in range(4 if remembers else 1):  # Until it is full, and what is in it as bad.
+        for _ in range(4 if with_memvir else 1):  # Until the memory is full of these vectors.
             (value, memory), gradients = compiled(vectors, memory)
             assert all(np.isfinite(x).all() for x in (value, *gradients)), kind
 
@@ -190,8 +193,8 @@ def test_a_bias_is_the_last_column_of_the_proxies(problem):
     chex.assert_trees_all_close(value, expected, rtol=1e-6)
 
 
-def run_of_both(loss, *, steps):
-    """Steps with half as many synthetic classes as samples: what they were given, and memories."""
+def run_ps_and_memvir(loss, *, steps):
+    """Yields the inputs, the loss and the gradients of steps with both regularisers."""
     keys = jax.random.split(jax.random.key(0), 2 * steps)
     memory = memvir.init(
         num_steps=2, step_gap=0, batch_size=BATCH, num_classes=CLASSES, dim=DIM, loss=loss
@@ -215,55 +218,55 @@ def run_of_both(loss, *, steps):
         yield (embeddings, proxies, labels, partner), (loss_value, gradients)
 
 
-def test_a_bias_goes_through_both_regularisers():
-    """The definition, with the bias apart: it is mixed and remembered as a part of its proxy."""
+def test_the_bias_is_mixed_and_stored_with_its_proxy():
+    """Compares with the definition, which adds the bias separately."""
 
-    def defined(e, p, labels, partner, past):
+    def definition(e, p, labels, partner, past):
         def mixed(x):
             return 0.3 * x[:3] + 0.7 * x[partner[:3]]
 
         rows = jnp.concatenate([e, mixed(e), *[old for old, _, _ in past]])
         columns = jnp.concatenate([p, mixed(p[labels]), *[old for _, old, _ in past]])
         logits = rows @ columns[:, :DIM].T + columns[:, DIM][None]
-        behind = [CLASSES + 3 + k * CLASSES + old for k, (_, _, old) in enumerate(past)]
-        own = jnp.concatenate([labels, CLASSES + jnp.arange(3), *behind])
-        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(own)), own])
+        virtual = [CLASSES + 3 + k * CLASSES + old for k, (_, _, old) in enumerate(past)]
+        targets = jnp.concatenate([labels, CLASSES + jnp.arange(3), *virtual])
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(targets)), targets])
 
-    past = []
-    for given, (value, gradients) in run_of_both(losses.create("softmax", bias=True), steps=4):
-        expected, wanted = jax.value_and_grad(defined, argnums=(0, 1))(*given, past)
+    loss, past = losses.create("softmax", bias=True), []
+    for inputs, (value, gradients) in run_ps_and_memvir(loss, steps=4):
+        expected, expected_gradients = jax.value_and_grad(definition, argnums=(0, 1))(*inputs, past)
         np.testing.assert_allclose(value, expected, rtol=1e-5)
-        for ours, theirs in zip(gradients, wanted, strict=True):
+        for ours, theirs in zip(gradients, expected_gradients, strict=True):
             assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
-        past = [given[:3], *past[:1]]
+        past = [inputs[:3], *past[:1]]
 
 
-def test_tau_takes_the_classes_of_the_step_and_the_synthetic_ones():
+def test_tau_includes_synthetic_but_not_virtual_classes():
     def distance(centers):
         unit = centers / jnp.linalg.norm(centers, axis=-1, keepdims=True)
         return jnp.linalg.norm(unit[:, 0] - unit[:, 1], axis=-1)
 
-    plain, pulled = (
-        run_of_both(losses.create("soft_triple", centers_per_class=2, tau=tau), steps=3)
+    plain, regularised = (
+        run_ps_and_memvir(losses.create("soft_triple", centers_per_class=2, tau=tau), steps=3)
         for tau in (0.0, 0.2)
     )
-    for (given, (value, _)), (_, (with_tau, _)) in zip(plain, pulled, strict=True):
-        _, proxies, labels, partner = given
+    for (inputs, (value, _)), (_, (with_tau, _)) in zip(plain, regularised, strict=True):
+        _, proxies, labels, partner = inputs
         unit = proxies / jnp.linalg.norm(proxies, axis=-1, keepdims=True)
-        of_class = unit.reshape(CLASSES, 2, DIM)
-        own = of_class[labels]
-        synthetic = 0.3 * own[:3] + 0.7 * own[partner[:3]]
-        expected = 0.1 * jnp.mean(distance(jnp.concatenate([of_class, synthetic])))
+        centers = unit.reshape(CLASSES, 2, DIM)
+        targets = centers[labels]
+        synthetic = 0.3 * targets[:3] + 0.7 * targets[partner[:3]]
+        expected = 0.1 * jnp.mean(distance(jnp.concatenate([centers, synthetic])))
         np.testing.assert_allclose(with_tau - value, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["soft_triple"])
-def test_tau_pulls_the_centres_of_a_class_together(problem):
+def test_tau_regularises_the_distances_of_centres(problem):
     embeddings, centers, labels = problem
     centers = centers.reshape(CLASSES, 3, DIM)
     unit = centers / jnp.linalg.norm(centers, axis=-1, keepdims=True)
     pairs = [(0, 1), (0, 2), (1, 2)]
-    # Equation 9 as its authors compute it: a sum over unordered pairs of sqrt(2 - 2 cos), divided
+    # Equation 9 as in the authors' code: the sum over unordered pairs of sqrt(2 - 2 cos), divided
     # by classes * K * (K - 1), the number of ordered pairs.
     distances = [jnp.sqrt(2 - 2 * (unit[:, i] * unit[:, j]).sum(-1)) for i, j in pairs]
     expected = 0.2 * jnp.sum(jnp.asarray(distances)) / (CLASSES * 3 * 2)
@@ -275,7 +278,7 @@ def test_tau_pulls_the_centres_of_a_class_together(problem):
 
 
 @pytest.mark.parametrize("name", ["arcface", "sphereface"])
-def test_the_margin_makes_a_loss_that_grows_with_the_angle(name):
+def test_the_loss_is_monotone_in_the_angle(name):
     angles = jnp.linspace(0, math.pi, 200)
     proxies = jnp.asarray([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
     embeddings = jnp.stack([jnp.cos(angles), jnp.sin(angles), jnp.zeros(200)], axis=1)
@@ -286,8 +289,8 @@ def test_the_margin_makes_a_loss_that_grows_with_the_angle(name):
 
 
 @pytest.mark.parametrize(("official", "factor"), [("norm_softmax", 1), ("proxy_nca", 2)])
-def test_sphereface_without_margin_takes_raw_embeddings_and_unit_proxies(official, factor):
-    """What the official MemVir program's losses become by --train_with_l2norm=False."""
+def test_sphereface_without_margin_matches_the_official_losses_of_raw_embeddings(official, factor):
+    """The official MemVir losses with --train_with_l2norm=False."""
     embeddings, proxies, labels = (
         jnp.asarray(GOLDEN[x]) for x in ("embeddings", "proxies", "labels")
     )
@@ -306,11 +309,11 @@ def test_sphereface_without_margin_takes_raw_embeddings_and_unit_proxies(officia
     chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_unknown_loss_is_refused_with_the_known_ones():
+def test_an_unknown_loss_raises_and_lists_the_known_ones():
     with pytest.raises(ValueError, match="unknown loss 'norm'.*norm_softmax"):
         losses.create("norm")
 
 
-def test_unknown_hyperparameter_is_refused_with_the_known_ones():
+def test_an_unknown_hyperparameter_raises_and_lists_the_known_ones():
     with pytest.raises(ValueError, match="'proxy_nca' has no hyper-parameter margin; it has scale"):
         losses.create("proxy_nca", margin=0.1)
