@@ -1,39 +1,66 @@
-"""Atomic writes of text and JSON files, and reading them back."""
+"""Atomic writes of files and folders, and readers of JSON files."""
 
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-PARTIAL = ".part"
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + PARTIAL)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    part = _partial(path)
-    with naming_the_file(path), part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # Or after a power failure the name might be there without it.
-    os.replace(part, path)
+PART_SUFFIX = ".part"
+"""Suffix of a file or folder that is being written."""
 
 
 @contextlib.contextmanager
-def naming_the_file(path: Path) -> Iterator[None]:
-    """Names the file that could not be written, as where the disk is full Python does not.
+def atomic_write(path: Path, *, keep_part: bool = False) -> Iterator[Path]:
+    """Yields a temporary path, and renames what the caller creates there to `path` at the end.
+
+    The temporary path is `path` with `PART_SUFFIX`. Nothing exists there at first: what an earlier
+    process left is removed. The caller creates a file or a folder. After an error, `path` is
+    unchanged. Two processes must not write the same path at the same time.
 
     Args:
-        path: the file's.
+        path: the file or folder to write. A file is replaced; a folder must be absent or empty.
+        keep_part: whether to keep the temporary file or folder after an error.
+    """
+    part = path.absolute().with_name(path.absolute().name + PART_SUFFIX)
+    _remove(part)
+    try:
+        yield part
+        with errors_with_path(path):
+            # Without this, a power failure could leave an empty file of the final name.
+            for file in part.rglob("*") if part.is_dir() else [part]:
+                _flush_to_disk(file)
+            os.replace(part, path)
+    except BaseException:
+        if not keep_part:
+            _remove(part)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically.
 
     Raises:
-        OSError: as what is raised within, with the path.
+        OSError: the file cannot be written; the error names it.
     """
+    with errors_with_path(path), atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file atomically.
+
+    Raises:
+        OSError: the file cannot be written; the error names it.
+    """
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def errors_with_path(path: Path) -> Iterator[None]:
+    """Adds a path to each `OSError` of the body that has none, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -42,12 +69,12 @@ def naming_the_file(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
 def read_json(path: Path) -> dict[str, Any] | None:
+    """Returns the contents of a JSON file, or None if the file does not exist.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except ValueError as error:
@@ -55,9 +82,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads a file of one JSON object a line; none if there is no file.
+    """Returns the objects of a file with one JSON object per line, or [] if it does not exist.
 
-    A last line that was cut short, as by a kill, is left out.
+    Ignores an incomplete last line, which a killed process may leave.
+
+    Raises:
+        ValueError: the file is damaged.
     """
     if not path.exists():
         return []
@@ -66,3 +96,16 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines if line.endswith("\n")]
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

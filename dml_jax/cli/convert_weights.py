@@ -6,7 +6,6 @@ A file that is named as PyTorch's hub names them, NAME-DIGITS.pth with the first
 SHA-256, is held against these digits before anything in it is read.
 """
 
-import os
 import pickle
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import safetensors.numpy
 from absl import flags
 
+from dml_jax._utils import files
 from dml_jax.cli import command_line
 from dml_jax.models import BACKBONES, pretrained
 
@@ -36,9 +36,8 @@ def main() -> None:
             pretrained.convert(_BACKBONE.value, tensors)
         except ValueError as error:
             raise ValueError(f"{_SOURCE.value}: {error}") from None
-        partial = out.with_name(out.name + ".part")
-        safetensors.numpy.save_file(tensors, partial)
-        os.replace(partial, out)
+        with files.atomic_write(out) as part:
+            safetensors.numpy.save_file(tensors, part)
     print(f"{len(tensors)} tensors of {_BACKBONE.value}: {out}")
 
 

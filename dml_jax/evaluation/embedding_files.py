@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Integer
 
+from dml_jax._utils import files
+
 _RATIO = 100  # No file of embeddings unpacks to as many times its size.
 
 _HARMLESS = 1 << 28  # Bytes that it may unpack to in any case.
@@ -58,14 +60,12 @@ def save_embeddings(
         "class_names": np.asarray(class_names, dtype=str),
     }
     _check(arrays, path)
-    # Not tempfile: its files are readable by their owner alone.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        files.errors_with_path(path),
+        files.atomic_write(path) as part,
+        part.open("wb") as file,
+    ):
+        np.savez(file, **arrays)
 
 
 def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:

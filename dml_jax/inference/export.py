@@ -1,8 +1,6 @@
 """A run's embedding function in files that need no dml_jax: JAX reads them by itself."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +39,6 @@ def write(run: Path, out: Path, checkpoint: str) -> None:
     network, variables, step = trained.load(run, checkpoint, device)
     weights = traverse_util.flatten_dict(jax.device_get(variables), sep="/")
     published = _without_places(run_directory.read_config(run))
-    part = out.absolute().with_name(f".{out.absolute().name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    (part / FUNCTION).write_bytes(serialize(network, weights))
-    save_file(weights, part / WEIGHTS)
-    files.write_json(part / run_directory.CONFIG, published)
     card = model_card.write(
         published,
         run_directory.read_result(run),
@@ -55,8 +47,12 @@ def write(run: Path, out: Path, checkpoint: str) -> None:
         checkpoint=checkpoint,
         platforms=PLATFORMS,
     )
-    files.write_text(part / CARD, card)
-    os.replace(part, out)
+    with files.atomic_write(out) as part:
+        part.mkdir(parents=True)
+        (part / FUNCTION).write_bytes(serialize(network, weights))
+        save_file(weights, part / WEIGHTS)
+        files.write_json(part / run_directory.CONFIG, published)
+        files.write_text(part / CARD, card)
 
 
 def serialize(network: Network, weights: dict[str, Any]) -> bytes:

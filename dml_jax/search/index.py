@@ -8,7 +8,6 @@ of a k-means that lie nearest. How far these two look is chosen by measurement: 
 
 import json
 import os
-import shutil
 import time
 import zlib
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import faiss
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from dml_jax._utils import files
 from dml_jax.evaluation.embedding_files import Embeddings
 from dml_jax.retrieval import exact
 
@@ -252,22 +252,18 @@ def _milliseconds(vectors: Any, queries: Float32[np.ndarray, "q d"], k: int) -> 
 
 
 def save(gallery: Gallery, folder: Path) -> None:
-    """Writes a gallery into a new folder, all of it or nothing.
+    """Writes a gallery into a new folder, atomically.
 
     Raises:
         FileExistsError: there is something of that name.
     """
     check_new(folder)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
-        faiss.write_index(gallery.vectors, str(partial / VECTORS))
+    with files.atomic_write(folder) as part:
+        part.mkdir(parents=True)
+        faiss.write_index(gallery.vectors, str(part / VECTORS))
         about = {name: value for name, value in gallery._asdict().items() if name != "vectors"}
-        about["checksum"] = _checksum(partial / VECTORS)
-        (partial / IMAGES).write_text(json.dumps(about), encoding="utf-8")
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        about["checksum"] = _checksum(part / VECTORS)
+        (part / IMAGES).write_text(json.dumps(about), encoding="utf-8")
 
 
 def check_new(folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dml_jax._utils import processes
-from dml_jax._utils.files import naming_the_file, write_json
+from dml_jax._utils.files import write_json
 from dml_jax.evaluation import embedding_files
 from dml_jax.training import checkpoint, run_directory
 from dml_jax.training.builder import Experiment
@@ -73,14 +73,13 @@ def _export(experiment: Experiment, folder: Path, embeddings: Mapping[str, np.nd
     for split, file in (("test", run_directory.EMBEDDINGS), ("gallery", run_directory.GALLERY)):
         if split in embeddings:
             source = experiment.sources[split]
-            with naming_the_file(folder / file):
-                embedding_files.save_embeddings(
-                    folder / file,
-                    embeddings[split],
-                    source.labels,
-                    source.names,
-                    source.class_names,
-                )
+            embedding_files.save_embeddings(
+                folder / file,
+                embeddings[split],
+                source.labels,
+                source.names,
+                source.class_names,
+            )
     projector.write(folder, experiment.sources["test"], embeddings["test"])
 
 

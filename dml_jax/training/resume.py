@@ -8,7 +8,7 @@ from typing import Any
 from absl import logging
 
 from dml_jax import data
-from dml_jax._utils.files import PARTIAL, read_json, write_json
+from dml_jax._utils.files import PART_SUFFIX, read_json, write_json
 from dml_jax.settings import describe
 from dml_jax.training.config import Config, to_dict
 from dml_jax.training.run_directory import (
@@ -41,7 +41,8 @@ def check(workdir: Path, config: Config) -> list[str]:
     path = workdir / CONFIG
     if not path.exists():
         # A run that was killed when it began leaves at most these.
-        if workdir.exists() and {x.name.removesuffix(PARTIAL) for x in workdir.iterdir()} - _FIRST:
+        names = {x.name for x in workdir.iterdir()} if workdir.exists() else set()
+        if {name.removesuffix(PART_SUFFIX) for name in names} - _FIRST:
             raise ValueError(
                 f"{workdir} holds files but no {CONFIG}, so it is not a run to resume; "
                 "choose a new folder for --workdir"

@@ -14,7 +14,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from dml_jax import data
-from dml_jax._utils.files import naming_the_file, read_json, read_json_lines
+from dml_jax._utils.files import errors_with_path, read_json, read_json_lines
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -100,7 +100,7 @@ def locked(workdir: Path) -> Iterator[None]:
             ) from None
         except OSError as error:
             logging.warning("%s cannot be locked (%s): start one process in it", workdir, error)
-        with naming_the_file(workdir / LOCK):
+        with errors_with_path(workdir / LOCK):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()

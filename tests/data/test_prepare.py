@@ -263,7 +263,7 @@ prepare.prepare("cub200", source=Path({str(cub)!r}), out=Path({str(tmp_path / "o
                 allow_different_counts=True)
 """
     assert subprocess.run([sys.executable, "-c", program]).returncode == 9
-    assert list((tmp_path / ".out.incomplete/dataset").glob("*.array_record-*"))
+    assert list((tmp_path / "out.part").glob("*.array_record-*"))
     with pytest.raises(FileNotFoundError, match="out holds no prepared data set"):
         data.create("cub200", root=tmp_path / "out")
     prepare("cub200", cub, tmp_path / "out", public_data.CUB_COUNTS)

@@ -168,7 +168,7 @@ def test_a_file_for_which_there_is_no_room_is_named(tmp_path):
         files.write_text(path, "x" * 101)
     assert path.read_text() == "{}"
     (tmp_path / "elsewhere").mkdir()
-    with pytest.raises(ValueError, match="mine"), files.naming_the_file(path):
+    with pytest.raises(ValueError, match="mine"), files.errors_with_path(path):
         raise ValueError("mine")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from dml_jax._utils import files
 from dml_jax.data import records
 from dml_jax.data.prepare import archives, layouts, writer
 from dml_jax.data.prepare.archives import Address
@@ -116,8 +117,7 @@ def prepare(
 ) -> records.Index:
     """Prepares a data set, unless `out` holds it already.
 
-    `out` appears when everything is in it. What an interrupted call leaves behind, in a hidden
-    directory beside `out`, the next call removes.
+    Writes `out` atomically. What an interrupted call leaves beside `out` the next call removes.
 
     Args:
         data_set: one of `DATA_SETS`.
@@ -142,13 +142,16 @@ def prepare(
     if out.exists() and any(out.iterdir()):
         return _existing(data_set, out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = out.with_name(f".{out.name}.incomplete")
-    shutil.rmtree(work, ignore_errors=True)
+    unpacked = out.with_name(f".{out.name}.unpacked")
+    shutil.rmtree(unpacked, ignore_errors=True)
     try:
-        with Progress(console=Console(stderr=True)) as progress:
+        with (
+            files.atomic_write(out) as part,
+            Progress(console=Console(stderr=True)) as progress,
+        ):
             if download:
                 _download(data_set, published, source, progress)
-            root = _opened(data_set, published, source, work / "unpacked", progress)
+            root = _opened(data_set, published, source, unpacked, progress)
             contents = layouts.read(published.layout, root)
             _check_classes(contents)
             wrong = differences(contents, published.counts)
@@ -156,12 +159,11 @@ def prepare(
             contents = contents._replace(
                 pictures=[picture for picture in contents.pictures if picture.file.is_file()]
             )
-            unreadable = writer.write(data_set, contents, work / "dataset", progress)
+            unreadable = writer.write(data_set, contents, part, progress)
             _report(data_set, unreadable, allow_different_counts, progress)
-        create(data_set, root=work / "dataset")
-        (work / "dataset").rename(out)
+            create(data_set, root=part)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(unpacked, ignore_errors=True)
     return records.read_index(out)
 
 

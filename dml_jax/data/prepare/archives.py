@@ -5,7 +5,6 @@ import gzip
 import hashlib
 import http.client
 import io
-import os
 import shutil
 import stat
 import tarfile
@@ -17,6 +16,7 @@ from typing import NamedTuple
 
 from rich.progress import Progress
 
+from dml_jax._utils import files
 from dml_jax.data import records
 
 SUFFIXES = (".zip", ".tgz", ".tar.gz", ".tar")
@@ -63,32 +63,31 @@ def download(address: Address, directory: Path, progress: Progress) -> Path:
     if path.exists():
         return path
     directory.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     digest = hashlib.sha256()
     try:
         with (
             urllib.request.urlopen(address.url, timeout=_TIMEOUT) as response,
-            part.open("wb") as file,
+            files.atomic_write(path, keep_part=True) as part,
         ):
             size = int(response.headers.get("Content-Length") or 0)
             task = progress.add_task(f"download {path.name}", total=size or None)
-            while chunk := response.read(_CHUNK):
-                file.write(chunk)
-                digest.update(chunk)
-                progress.advance(task, len(chunk))
-        if size and part.stat().st_size != size:
-            raise OSError(f"the connection ended after {part.stat().st_size} of {size} bytes")
+            with part.open("wb") as file:
+                while chunk := response.read(_CHUNK):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    progress.advance(task, len(chunk))
+            if size and part.stat().st_size != size:
+                raise OSError(f"the connection ended after {part.stat().st_size} of {size} bytes")
+            if digest.hexdigest() != address.sha256:
+                raise ValueError(
+                    f"what {address.url} sent is not what was published: its SHA-256 is "
+                    f"{digest.hexdigest()}, not {address.sha256}; it is in {part}"
+                )
     except (OSError, EOFError, http.client.HTTPException) as error:  # EOFError is ftplib's.
         raise OSError(
             f"cannot download {address.url} ({error}); run the same command again, which starts "
             f"over, or put the file from elsewhere at {path}"
         ) from error
-    if digest.hexdigest() != address.sha256:
-        raise ValueError(
-            f"what {address.url} sent is not what was published: its SHA-256 is "
-            f"{digest.hexdigest()}, not {address.sha256}; it is in {part}"
-        )
-    os.replace(part, path)
     return path
 
 

@@ -40,7 +40,7 @@ class JsonlTracker(Tracker):
             OSError: a file cannot be written; the message has its path.
         """
         for file, line in zip(self._files, (metrics, timings), strict=True):
-            with files.naming_the_file(Path(file.name)):
+            with files.errors_with_path(Path(file.name)):
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 # The line must be on disk before the checkpoint of its epoch is.
@@ -52,7 +52,7 @@ class JsonlTracker(Tracker):
 
 
 def _close(file: TextIO) -> None:
-    with files.naming_the_file(Path(file.name)):
+    with files.errors_with_path(Path(file.name)):
         file.close()
 
 

@@ -74,6 +74,6 @@ def _write_sprite(path: Path, source: data.Source, chosen: Int64[np.ndarray, " n
     except (OSError, ValueError) as error:  # It costs no result.
         logging.warning("the embedding projector shows no images: %s", error)
         return False
-    with files.naming_the_file(path):
+    with files.errors_with_path(path):
         Image.fromarray(sprite).save(path, "PNG")
     return True

@@ -39,7 +39,7 @@ class TensorBoardTracker(Tracker):
         # TensorBoard reads the files of a folder in the order of their names.
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)
         name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{nanoseconds:09d}"
-        with files.naming_the_file(folder):
+        with files.errors_with_path(folder):
             self._records = RecordWriter(str(folder / name))
         self._write(Event(file_version="brain.Event:2"))
         self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
@@ -86,14 +86,14 @@ class TensorBoardTracker(Tracker):
 
     def close(self, failed: bool) -> None:
         """Closes the event file."""
-        with files.naming_the_file(self._folder):
+        with files.errors_with_path(self._folder):
             self._records.close()
 
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
-        with files.naming_the_file(self._folder):
+        with files.errors_with_path(self._folder):
             self._records.write(event.SerializeToString())
 
     def _flush(self) -> None:
-        with files.naming_the_file(self._folder):
+        with files.errors_with_path(self._folder):
             self._records.flush()
