@@ -1,1 +1,1 @@
-"""Support code without any knowledge of metric learning."""
+"""Utilities that do not depend on metric learning."""

@@ -1,4 +1,4 @@
-"""How much memory the system leaves to this process: the host, its control groups, its limits."""
+"""Free memory of the host, of the control groups and within the limits of this process."""
 
 import re
 import resource
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _PROC = Path("/proc")
-_NAMES = {  # Of limit, use, and the part of its use that the kernel takes back, in a control group.
+_GROUP_FILES = {  # Files with the limit and the use of a control group, and its page cache's size.
     "cgroup2": ("memory.max", "memory.current", ("active_file", "inactive_file")),
     "cgroup": (
         "memory.limit_in_bytes",
@@ -17,21 +17,21 @@ _NAMES = {  # Of limit, use, and the part of its use that the kernel takes back,
 
 
 def of_host(proc: Path = _PROC) -> dict[str, int]:
-    """Free bytes that this process shares with others, by what limits them.
+    """Returns the free bytes that this process shares with others.
 
     Args:
-        proc: the file system of processes.
+        proc: the proc file system.
 
     Returns:
-        Of the host, and of every control group (version 1 or 2) that this process is in and that
-        has a limit; empty where the system does not tell.
+        The free bytes of the host, and of each control group (version 1 or 2) of this process that
+        has a limit, by description. Empty if the system does not provide them.
     """
     free = {}
     available = _fields(proc / "meminfo").get("MemAvailable")
     if available is not None:
         free["the host"] = 1024 * available
     for kind, group in _groups(proc):
-        limit_name, use_name, cached_names = _NAMES[kind]
+        limit_name, use_name, cached_names = _GROUP_FILES[kind]
         limit, use = _number(group / limit_name), _number(group / use_name)
         if limit is not None and use is not None:
             cached = _fields(group / "memory.stat")
@@ -41,13 +41,13 @@ def of_host(proc: Path = _PROC) -> dict[str, int]:
 
 
 def of_process(proc: Path = _PROC) -> dict[str, int]:
-    """Free bytes of this process alone, by its limit.
+    """Returns the free bytes within this process's own limits.
 
     Args:
-        proc: the file system of processes.
+        proc: the proc file system.
 
     Returns:
-        Of RLIMIT_AS and RLIMIT_DATA, where they are set.
+        The free bytes under RLIMIT_AS and RLIMIT_DATA, if they are set.
     """
     used = _fields(proc / "self" / "status")
     free = {}
@@ -59,7 +59,7 @@ def of_process(proc: Path = _PROC) -> dict[str, int]:
 
 
 def _groups(proc: Path) -> Iterator[tuple[str, Path]]:
-    """The control groups that count this process's memory, inner ones first, and their kind."""
+    """Yields the kind and folder of this process's memory control groups, innermost first."""
     paths = {}
     for line in _lines(proc / "self" / "cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -73,10 +73,10 @@ def _groups(proc: Path) -> Iterator[tuple[str, Path]]:
         if kind not in paths or (kind == "cgroup" and "memory" not in options.split(",")):
             continue
         root, mount = (_unescaped(x) for x in mounted.split(" ")[3:5])
-        # In a container the mounted part may begin at the container's own group.
-        below = paths[kind].removeprefix(root.rstrip("/")).strip("/")
-        here = Path(mount) / below if ".." not in Path(below).parts else Path(mount)
-        for group in (here, *here.parents):
+        # In a container, the root of the mount may be the container's own group.
+        relative = paths[kind].removeprefix(root.rstrip("/")).strip("/")
+        own = Path(mount) / relative if ".." not in Path(relative).parts else Path(mount)
+        for group in (own, *own.parents):
             yield kind, group
             if group == Path(mount):
                 break
@@ -87,19 +87,19 @@ def _unescaped(path: str) -> str:
 
 
 def _number(file: Path) -> int | None:
-    """The number in a file; None if it holds another word, such as `max`, or is not there."""
+    """Returns the number in a file; None if there is none, as for `max`, or no file."""
     word = "".join(_lines(file))
     return int(word) if word.isdecimal() else None
 
 
 def _fields(file: Path) -> dict[str, int]:
-    """The numbers in a file of lines of a name and a number, perhaps with a unit."""
+    """Returns the numbers of a file whose lines are a name, a number and perhaps a unit."""
     words = (line.replace(":", " ").split() for line in _lines(file))
     return {word[0]: int(word[1]) for word in words if len(word) > 1 and word[1].isdecimal()}
 
 
 def _lines(file: Path) -> list[str]:
-    """The lines of a file; none where it cannot be read."""
+    """Returns the lines of a file; none if it cannot be read."""
     try:
         return file.read_text(encoding="utf-8").splitlines()
     except OSError:

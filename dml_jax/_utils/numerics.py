@@ -1,14 +1,14 @@
-"""Arithmetic that the losses share, safe to differentiate at every finite input."""
+"""Functions shared by the losses, with finite gradients at every finite input."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-_SHORTEST = 1e-12
+_MIN_SCALE = 1e-12
 
 
 def normalize(vectors: Float[Array, "*n dim"]) -> Float[Array, "*n dim"]:
-    """Scales each vector to unit length, in float32; zero stays zero, with a finite gradient.
+    """Returns vectors of unit length, in float32; zero stays zero, with a finite gradient.
 
     Args:
         vectors: `[..., dim]`, any floating type.
@@ -17,34 +17,34 @@ def normalize(vectors: Float[Array, "*n dim"]) -> Float[Array, "*n dim"]:
         `[..., dim]`, float32.
     """
     vectors = vectors.astype(jnp.float32)
-    vectors = vectors / _size(vectors)
+    vectors = vectors / _scale(vectors)
     square = jnp.sum(vectors**2, axis=-1, keepdims=True)
-    # The square root's slope at zero is infinite; `where` keeps that branch out of the gradient.
+    # The derivative of the square root is infinite at zero; `where` removes it from the gradient.
     return vectors / jnp.sqrt(jnp.where(square > 0, square, 1.0))
 
 
 def lengths(vectors: Float[Array, "*n dim"]) -> Float[Array, "*n"]:
-    """The length of each vector, in float32; a zero vector's has no gradient."""
+    """Returns the length of each vector, in float32; the gradient at a zero vector is zero."""
     vectors = vectors.astype(jnp.float32)
-    size = _size(vectors)
-    square = jnp.sum((vectors / size) ** 2, axis=-1)
-    some = square != 0  # True of NaN, which stays.
-    return size[..., 0] * jnp.where(some, jnp.sqrt(jnp.where(some, square, 1.0)), 0.0)
+    scale = _scale(vectors)
+    square = jnp.sum((vectors / scale) ** 2, axis=-1)
+    nonzero = square != 0  # True for NaN, which propagates.
+    return scale[..., 0] * jnp.where(nonzero, jnp.sqrt(jnp.where(nonzero, square, 1.0)), 0.0)
 
 
-def _size(vectors: Float[Array, "*n dim"]) -> Float[Array, "*n 1"]:
-    """What to divide vectors by, so that the squares of huge and of tiny entries are in range."""
+def _scale(vectors: Float[Array, "*n dim"]) -> Float[Array, "*n 1"]:
+    """Returns divisors of the vectors that keep squares of huge and tiny entries in range."""
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(vectors), axis=-1, keepdims=True))
-    return jnp.where(largest > 0, jnp.maximum(largest, _SHORTEST), 1.0)
+    return jnp.where(largest > 0, jnp.maximum(largest, _MIN_SCALE), 1.0)
 
 
 def inner_products(
     rows: Float[Array, "rows dim"], columns: Float[Array, "columns dim"]
 ) -> Float[Array, "rows columns"]:
-    """All inner products of two sets of vectors, in full float32.
+    """Returns all inner products of two sets of vectors, in full float32.
 
-    Left to themselves, accelerators multiply float32 matrices in fewer bits, which a scaled cosine
-    shows in its third digit.
+    By default accelerators multiply float32 matrices at a lower precision, which changes the third
+    digit of a scaled cosine.
 
     Args:
         rows: `[rows, dim]`.
@@ -59,12 +59,14 @@ def inner_products(
 def log_sum_exp(
     x: Float[Array, "*n"], *, axis: int, where: Bool[Array, "*#n"] | None = None
 ) -> Float[Array, "*m"]:
-    """Log of a sum of exponentials; an empty sum's is -inf, and has no gradient. NaN stays NaN.
+    """Returns the log of a sum of exponentials; -inf, with zero gradient, for an empty sum.
+
+    NaN propagates.
 
     Args:
-        x: any array; -inf adds nothing.
-        axis: what to sum over.
-        where: which entries count, broadcast to `x`; None counts all.
+        x: any array; entries of -inf add nothing.
+        axis: the axis to sum over.
+        where: entries to include, broadcast to `x`; None includes all.
 
     Returns:
         `x` without `axis`.
@@ -74,8 +76,8 @@ def log_sum_exp(
     largest = jax.lax.stop_gradient(jnp.max(x, axis=axis, keepdims=True))
     largest = jnp.where(largest == -jnp.inf, 0.0, largest)
     total = jnp.sum(jnp.exp(x - largest), axis=axis)
-    # An empty sum would divide by zero on the way back: the logarithm is of one, and left out.
-    some = total != 0
+    # The backward pass of log would divide by zero for an empty sum: take log(1) there.
+    nonempty = total != 0
     return jnp.where(
-        some, jnp.log(jnp.where(some, total, 1.0)) + jnp.squeeze(largest, axis), -jnp.inf
+        nonempty, jnp.log(jnp.where(nonempty, total, 1.0)) + jnp.squeeze(largest, axis), -jnp.inf
     )

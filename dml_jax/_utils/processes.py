@@ -1,8 +1,4 @@
-"""Where arrays live: one mesh axis, `data`, over which batches and MemVir's memory are split.
-
-Everything else in the state is on every device. The compiled step sees the global batch, so that
-losses, synthetic pairs and batch statistics are the same on any number of devices.
-"""
+"""Communication between the processes of a run on several hosts."""
 
 import collections
 import socket
@@ -25,19 +21,19 @@ def join_processes(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Makes this process one of several that run the same program on their own devices.
+    """Connects this process to the others of a run; a no-op without arguments.
 
-    Must come before JAX is used. Without arguments it does nothing.
+    Call it before any other use of JAX.
 
     Args:
-        detect: whether to ask SLURM, the TPU pod or MPI, whichever started the processes.
-        coordinator: else, "HOST:PORT" of the first process.
-        num_processes: how many there are.
-        process_id: which of them this is, from 0.
+        detect: whether to detect the processes from SLURM, the TPU pod or MPI.
+        coordinator: otherwise, "HOST:PORT" of the first process.
+        num_processes: number of processes.
+        process_id: index of this process.
 
     Raises:
-        ValueError: only some of the last three are given, or both ways are, or the processes are
-            not to be found.
+        ValueError: the last three are not given together, or are given with `detect`, or the
+            connection fails.
     """
     explicit = (coordinator, num_processes, process_id)
     if explicit != (None, None, None) and (None in explicit or detect):
@@ -48,23 +44,23 @@ def join_processes(
         try:
             jax.distributed.initialize(coordinator, num_processes, process_id)
         except ValueError as error:
-            raise ValueError(f"the other processes cannot be joined: {error}") from error
+            raise ValueError(f"cannot connect to the other processes: {error}") from error
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes what is written once: logs, results, exports."""
+    """Returns whether this is the process that writes logs, results and exports."""
     return jax.process_index() == 0
 
 
 def from_first_process(values: Mapping[str, float]) -> dict[str, float]:
-    """The numbers that the first process has, in every process.
+    """Returns the numbers of the first process in every process.
 
     Args:
-        values: by name; the names must be the same everywhere.
+        values: numbers by name; the names must be the same in all processes.
     """
     if jax.process_count() == 1:
         return dict(values)
-    # As pairs of integers: JAX would round 64-bit numbers to 32 bits.
+    # Sent as pairs of integers, since JAX would round 64-bit numbers to 32 bits.
     bits = np.array(list(values.values()), np.float64).view(np.uint32)
     with jax.transfer_guard("allow"):
         bits = multihost_utils.broadcast_one_to_all(bits)
@@ -72,13 +68,13 @@ def from_first_process(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def in_first_process(work: Callable[[], None]) -> None:
-    """Does something in the first process, while the others wait; fails in all if it fails.
+    """Calls a function in the first process while the others wait; a failure stops all.
 
     Args:
-        work: what to do, on files that all processes share.
+        work: the function, which works on files that all processes share.
 
     Raises:
-        ValueError: in the others, when the first has failed; in the first, whatever it raised.
+        ValueError: in the other processes, if the first failed. The first raises its own error.
     """
     failure: Exception | None = None
     if is_first_process():
@@ -90,55 +86,55 @@ def in_first_process(work: Callable[[], None]) -> None:
     if failure is not None:
         raise failure
     if failed:
-        raise ValueError("the first process has stopped, and said why")
+        raise ValueError("the first process failed; see its error message")
 
 
 class Agreement:
-    """Whether one process wants all to stop; all come to know it after the same step.
+    """Lets any process stop all of them after the same step.
 
-    Every process says at every step whether it wants to. The devices find out whether any does, and
-    what they found is read a few steps later, so that nobody waits.
+    At every step each process states whether it wants to stop. The devices reduce the answers, and
+    the result is read a few steps later, so that no process waits for it.
     """
 
     def __init__(self, mesh: Mesh, steps_late: int) -> None:
-        """Begins with nobody wanting to stop.
+        """Creates an agreement without pending answers.
 
         Args:
-            mesh: of all devices.
-            steps_late: after how many steps an answer is read.
+            mesh: all devices.
+            steps_late: number of steps after which an answer is read.
         """
         self._mesh, self._steps_late = mesh, steps_late
         self._answers: collections.deque[jax.Array] = collections.deque()
         self._any = jax.jit(jnp.any, out_shardings=replicated_sharding(mesh))
 
     def after(self, step: int, wanted: bool) -> bool:
-        """Whether to stop after a step; to be asked in every process, once a step.
+        """Returns whether to stop after a step; every process must call it at every step.
 
         Args:
-            step: steps done.
+            step: number of the step.
             wanted: whether this process wants to stop.
         """
-        # A preemption that JAX was told of before, or otherwise than by a signal.
+        # JAX may know of a preemption that this process received no signal for.
         wanted = wanted or multihost_utils.reached_preemption_sync_point(step)
         if jax.process_count() == 1:
             return wanted
-        said = put_batch(self._mesh, {"": np.full(len(self._mesh.local_devices), wanted)})
-        self._answers.append(self._any(said[""]))
+        answers = put_batch(self._mesh, {"": np.full(len(self._mesh.local_devices), wanted)})
+        self._answers.append(self._any(answers[""]))
         if len(self._answers) <= self._steps_late:
             return False
         return bool(jax.device_get(self._answers.popleft()))
 
 
-def any_process(wanted: bool) -> bool:
-    """Whether any process wants something; all wait until each has said whether it does."""
+def any_process(value: bool) -> bool:
+    """Returns whether the value is true in any process; blocks until all have called it."""
     if jax.process_count() == 1:
-        return wanted
+        return value
     with jax.transfer_guard("allow"):
-        return bool(np.any(multihost_utils.process_allgather(np.bool_(wanted))))
+        return bool(np.any(multihost_utils.process_allgather(np.bool_(value))))
 
 
-def least(value: int | float) -> int | float:
-    """The smallest of the numbers that the processes give, as float32; all wait for each other."""
+def minimum(value: int | float) -> int | float:
+    """Returns the minimum of a number over the processes, as float32; blocks until all called."""
     if jax.process_count() == 1:
         return value
     with jax.transfer_guard("allow"):
@@ -146,7 +142,7 @@ def least(value: int | float) -> int | float:
 
 
 def processes_on_this_host() -> int:
-    """How many of the processes run on this host, this one included; all wait for each other."""
+    """Returns the number of processes on this host; blocks until all have called it."""
     if jax.process_count() == 1:
         return 1
     name = np.uint32(zlib.crc32(socket.gethostname().encode()))
@@ -155,20 +151,20 @@ def processes_on_this_host() -> int:
 
 
 def bytes_from_first_process(message: bytes) -> bytes:
-    """What the first process has to say, in every process; the others' own does not count."""
+    """Returns the first process's message in every process; other messages are ignored."""
     if jax.process_count() == 1:
         return message
     with jax.transfer_guard("allow"):
         size = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
-        told = np.frombuffer(message, np.uint8) if is_first_process() else np.zeros(size, np.uint8)
-        return np.asarray(multihost_utils.broadcast_one_to_all(told)).tobytes()
+        own = np.frombuffer(message, np.uint8) if is_first_process() else np.zeros(size, np.uint8)
+        return np.asarray(multihost_utils.broadcast_one_to_all(own)).tobytes()
 
 
-def wait_for_all(what: str) -> None:
-    """Waits until every process has come to the same point.
+def wait_for_all(name: str) -> None:
+    """Blocks until every process has reached the same point of the program.
 
     Args:
-        what: a name of that point.
+        name: name of that point.
     """
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        multihost_utils.sync_global_devices(name)

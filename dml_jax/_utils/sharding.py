@@ -1,4 +1,9 @@
-"""The device mesh, the shardings of arrays on it, and transfers of batches to it."""
+"""The device mesh, the shardings of arrays on it, and transfers of batches to it.
+
+The mesh has one axis, `data`, which splits batches and MemVir's memory; all other arrays are
+replicated. The compiled step sees the global batch, so losses, synthetic pairs and batch statistics
+are the same on any number of devices.
+"""
 
 import resource
 from collections.abc import Mapping, Sequence
@@ -9,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of all devices, or of those given, along the axis `data`."""
+    """Returns a mesh with the axis `data`, of the given devices or of all."""
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh(
         (len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=list(devices)
@@ -17,19 +22,19 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array that every device holds whole."""
+    """Returns the sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array whose first axis is split over the devices."""
+    """Returns the sharding of an array whose first axis is split over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def replicate(x: jax.Array) -> jax.Array:
-    """The same array, whole on every device of the mesh that is in use; of no effect without one.
+    """Returns the array, replicated over the current mesh; a no-op without a mesh.
 
-    It tells the compiler what to send when it multiplies two arrays that are both split.
+    It determines which array the compiler sends when it multiplies two sharded arrays.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
@@ -37,35 +42,35 @@ def replicate(x: jax.Array) -> jax.Array:
 
 
 def on_cpu(mesh: Mesh) -> bool:
-    """Whether the devices of a mesh are CPUs, whose memory is the host's."""
+    """Returns whether the devices of a mesh are CPUs, which share the host's memory."""
     return mesh.local_devices[0].platform == "cpu"
 
 
 def peak_memory() -> int:
-    """Bytes in use on this process's first device when it was fullest.
+    """Returns the peak memory use, in bytes, of this process's first device.
 
-    Where the device does not tell, as CPUs do not, those of the whole process.
+    For devices without memory statistics, such as CPUs, returns that of the whole process.
     """
-    told = jax.local_devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     of_process = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in kB.
-    return told.get("peak_bytes_in_use", of_process)
+    return stats.get("peak_bytes_in_use", of_process)
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Moves this process's share of a batch to its devices, without waiting for it.
+    """Transfers this process's part of a batch to its devices, asynchronously.
 
     Args:
-        mesh: of the devices.
-        batch: arrays `[batch / processes, ...]`; what is on the devices already stays as it is.
+        mesh: the devices.
+        batch: arrays `[batch / processes, ...]`. Arrays that are on the devices are unchanged.
 
     Returns:
-        Global arrays `[batch, ...]`, split by row.
+        Global arrays `[batch, ...]`, with batch sharding.
     """
-    # With several processes JAX takes this for an implicit transfer, which the loop forbids.
+    # With several processes JAX counts this as an implicit transfer, which the loop disallows.
     with jax.transfer_guard_host_to_device("allow"):
         return {
-            name: rows
-            if isinstance(rows, jax.Array)
-            else jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
-            for name, rows in batch.items()
+            name: array
+            if isinstance(array, jax.Array)
+            else jax.make_array_from_process_local_data(batch_sharding(mesh), array)
+            for name, array in batch.items()
         }

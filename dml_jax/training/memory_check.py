@@ -73,10 +73,10 @@ def check(built: Experiment, folder: Path) -> None:
     needed = need(built)
     runtime.trim_memory()
     room = free_room(built)
-    smallest = processes.least(room.size)
+    smallest = processes.minimum(room.size)
     if needed.total <= smallest:
         if sharding.on_cpu(built.mesh) and needed.fixed + _KEPT * needed.temporary > smallest:
-            runtime.give_memory_back()
+            runtime.release_freed_memory()
         return
     tightest = math.isclose(room.size, smallest, rel_tol=1e-6)
     where = room.where if tightest else "another process has less"
@@ -217,7 +217,7 @@ def _fits(built: Experiment, folder: Path, settings: Mapping[str, Any], room: in
         other = builder.build(config, built.mesh, built.findings)
     except ValueError:  # The run in the folder, or the backbone, does not allow it.
         return False
-    return -processes.least(-need(other._replace(cache=built.cache)).total) <= room
+    return -processes.minimum(-need(other._replace(cache=built.cache)).total) <= room
 
 
 def _gb(size: int | float) -> str:

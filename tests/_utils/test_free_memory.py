@@ -1,4 +1,4 @@
-"""What is free, read from files such as Linux shows."""
+"""Tests of free_memory with files in the format of Linux."""
 
 import resource
 
@@ -11,7 +11,7 @@ GB = 10**9
 
 @pytest.fixture
 def proc(tmp_path):
-    """A file system of processes on a host with 8 GiB to be had."""
+    """A proc file system of a host with 8 GiB of available memory."""
     folder = tmp_path / "proc"
     (folder / "self").mkdir(parents=True)
     meminfo = "MemTotal:  16777216 kB\nMemFree:  1024 kB\nMemAvailable:  8388608 kB\n"
@@ -29,16 +29,16 @@ def mount(proc, *lines):
     (proc / "self" / "mountinfo").write_text("\n".join(lines) + "\n")
 
 
-def test_a_host_without_groups(proc):
+def test_a_host_without_control_groups(proc):
     assert free_memory.of_host(proc) == {"the host": 2**33}
 
 
-def test_a_system_that_tells_nothing_limits_nothing(tmp_path):
+def test_a_system_without_proc_files_has_no_limits(tmp_path):
     assert free_memory.of_host(tmp_path) == {}
     assert free_memory.of_process(tmp_path) == {}
 
 
-def test_version_2_counts_all_groups_above_without_what_the_kernel_takes_back(proc, tmp_path):
+def test_version_2_includes_parent_groups_and_excludes_the_page_cache(proc, tmp_path):
     root = tmp_path / "a b"
     stat = "anon 5\nactive_file 1000000000\ninactive_file 200000000\nshmem 7"
     inner, outer = root / "user" / "job", root / "user"
@@ -54,11 +54,11 @@ def test_version_2_counts_all_groups_above_without_what_the_kernel_takes_back(pr
         f"the control group {outer}": 9 * 10**8,
     }
     group(outer, memory__max="max")
-    group(inner, memory__max=2 * GB, memory__stat="anon 5")  # Lowered below what is in use.
+    group(inner, memory__max=2 * GB, memory__stat="anon 5")  # Below the memory in use.
     assert free_memory.of_host(proc) == {"the host": 2**33, f"the control group {inner}": 0}
 
 
-def test_version_1_in_a_container_that_sees_its_own_group_alone(proc, tmp_path):
+def test_version_1_in_a_container_that_sees_only_its_own_group(proc, tmp_path):
     root = tmp_path / "memory"
     stat = "cache 9\nactive_file 9\ntotal_active_file 100\ntotal_inactive_file 20"
     numbers = {"limit_in_bytes": 6 * GB, "usage_in_bytes": 2 * GB, "stat": stat}
@@ -76,7 +76,7 @@ def test_version_1_in_a_container_that_sees_its_own_group_alone(proc, tmp_path):
     }
 
 
-def test_a_group_outside_of_what_is_mounted_counts_as_the_mounted_one(proc, tmp_path):
+def test_a_group_outside_of_the_mount_uses_the_mounted_group(proc, tmp_path):
     group(tmp_path / "cgroup", memory__max=GB, memory__current=0)
     (proc / "self" / "cgroup").write_text("0::/../elsewhere\n")
     mount(proc, f"30 22 0:26 / {tmp_path / 'cgroup'} rw - cgroup2 cgroup2 rw")
@@ -88,7 +88,7 @@ def test_the_limits_of_a_process(proc, name):
     (proc / "self" / "status").write_text("Name:\tpython\nVmSize:\t 1000 kB\nVmData:\t 500 kB\n")
     assert free_memory.of_process(proc) == {}
     kind = getattr(resource, name)
-    before, limit = resource.getrlimit(kind), 1 << 44  # More than a process has.
+    before, limit = resource.getrlimit(kind), 1 << 44  # More than a process uses.
     used = {"RLIMIT_AS": 1000, "RLIMIT_DATA": 500}[name]
     resource.setrlimit(kind, (limit, before[1]))
     try:
@@ -98,5 +98,5 @@ def test_the_limits_of_a_process(proc, name):
         resource.setrlimit(kind, before)
 
 
-def test_this_host_has_memory():
+def test_the_real_host_has_free_memory():
     assert free_memory.of_host()["the host"] > 0

@@ -18,18 +18,18 @@ def test_normalize_gives_unit_vectors_at_every_scale(seed, exponent):
     chex.assert_tree_all_finite(unit)
 
 
-def test_normalize_gradient_is_that_of_the_plain_formula():
+def test_normalize_gradient_equals_that_of_the_direct_formula():
     vectors = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(4, 6)), jnp.float32)
 
-    def plain(v):
+    def direct(v):
         return jnp.sum(weights * v / jnp.linalg.norm(v, axis=-1, keepdims=True))
 
     ours = jax.grad(lambda v: jnp.sum(weights * numerics.normalize(v)))(vectors)
-    chex.assert_trees_all_close(ours, jax.grad(plain)(vectors), atol=1e-6)
+    chex.assert_trees_all_close(ours, jax.grad(direct)(vectors), atol=1e-6)
 
 
-def test_normalize_leaves_zero_with_a_finite_gradient():
+def test_normalize_keeps_zero_with_a_finite_gradient():
     zero = jnp.zeros((2, 3))
     chex.assert_trees_all_equal(numerics.normalize(zero), zero)
     gradient = jax.grad(lambda v: numerics.normalize(v).sum())(zero)
@@ -37,7 +37,7 @@ def test_normalize_leaves_zero_with_a_finite_gradient():
     assert jnp.abs(gradient).max() <= 1
 
 
-def test_inner_products_are_exact_to_float32():
+def test_inner_products_have_float32_accuracy():
     rng = np.random.default_rng(0)
     rows, columns = rng.normal(size=(3, 512)), rng.normal(size=(4, 512))
     ours = numerics.inner_products(

@@ -7,19 +7,19 @@ import pytest
 
 from dml_jax._utils import runtime
 
-NEWER = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
+OTHER_VALUE = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
 
 
 @pytest.mark.parametrize(
     ("given", "version", "expected"),
     [
-        ("", (0, 12, 0), runtime._CONVOLVE),
-        ("--a=b", (0, 10, 2), f"--a=b {runtime._CONVOLVE}"),
-        (NEWER, (0, 12, 0), NEWER),
+        ("", (0, 12, 0), runtime._EIGEN_FLAG),
+        ("--a=b", (0, 10, 2), f"--a=b {runtime._EIGEN_FLAG}"),
+        (OTHER_VALUE, (0, 12, 0), OTHER_VALUE),
         ("--a=b", (0, 13, 0), "--a=b"),
     ],
 )
-def test_convolutions_go_to_eigen_where_it_is_known_how(monkeypatch, given, version, expected):
+def test_the_eigen_flag_is_set_for_the_versions_that_know_it(monkeypatch, given, version, expected):
     monkeypatch.setenv("XLA_FLAGS", given)
     monkeypatch.setattr(jax, "__version_info__", version)
     runtime.prepare(embeds=False)
@@ -45,7 +45,7 @@ before = faults()
 for _ in range(5):
     np.ones(25_000_000, np.float32)
 print(faults() - before, jax.config.jax_compilation_cache_dir)
-runtime.give_memory_back()
+runtime.release_freed_memory()
 before = resident()
 np.ones(100_000_000, np.float32)
 left = resident() - before
@@ -53,31 +53,31 @@ print(left, jax.config.values["jax_cpu_enable_async_dispatch"])
 """
 
 
-def prepared(**given):
+def run_prepared(**variables):
     unset = {"JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME"}
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     return subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env=environment | given,
+        env=environment | variables,
         check=True,
         capture_output=True,
         text=True,
     ).stdout.split()
 
 
-def test_memory_is_kept_and_programs_are_kept_where_the_user_has_caches(tmp_path):
-    faults, cache, left, in_background = prepared(HOME=str(tmp_path))
+def test_freed_memory_is_kept_and_programs_are_cached_in_the_users_cache_folder(tmp_path):
+    faults, cache, left, asynchronous = run_prepared(HOME=str(tmp_path))
     assert int(faults) < 1000 or sys.platform != "linux"  # 122,000 without.
     assert cache.startswith(f"{tmp_path}/.cache/dml_jax/")
-    assert int(left) < 4_000_000  # Of 400 MB that were given back.
-    assert in_background == "False"
+    assert int(left) < 4_000_000  # Of 400 MB that were released.
+    assert asynchronous == "False"
 
 
-def test_what_the_environment_says_of_dispatch_stays(tmp_path):
-    given = {"JAX_CPU_ENABLE_ASYNC_DISPATCH": "true"}
-    assert prepared(HOME=str(tmp_path), **given)[3] == "True"
+def test_the_environments_dispatch_setting_takes_precedence(tmp_path):
+    variables = {"JAX_CPU_ENABLE_ASYNC_DISPATCH": "true"}
+    assert run_prepared(HOME=str(tmp_path), **variables)[3] == "True"
 
 
-def test_where_nothing_can_be_kept_programs_are_not(tmp_path):
+def test_programs_are_not_cached_if_the_cache_folder_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    assert prepared(XDG_CACHE_HOME=str(tmp_path / "file"))[1] == "None"
+    assert run_prepared(XDG_CACHE_HOME=str(tmp_path / "file"))[1] == "None"
