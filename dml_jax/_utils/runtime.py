@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 
 # XLA computes convolutions on the CPU with a newer library by default. Its gradient with respect to
-# the kernel is up to four times as slow as Eigen's, and less accurate. XLA exits if it does not know
-# the flag.
+# the kernel is up to four times as slow as Eigen's, and less accurate. Versions of XLA that do not
+# know the flag exit.
 _EIGEN_FLAG = "--xla_cpu_experimental_ynn_fusion_type=-library_fusion_type_individual_convolution"
 _FLAG_SINCE, _FLAG_BEFORE = (0, 10, 2), (0, 13)
 

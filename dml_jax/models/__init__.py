@@ -1,4 +1,4 @@
-"""Networks from pixels to embeddings."""
+"""Backbones, the embedder and pretrained weights."""
 
 from dml_jax.models import pretrained
 from dml_jax.models.embedder import HEAD_INITS, POOLINGS, Embedder

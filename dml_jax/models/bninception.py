@@ -1,7 +1,7 @@
-"""BN-Inception: the architecture, padding and parameter names of its PyTorch port, in NHWC.
+"""BN-Inception with the architecture, padding and parameter names of its PyTorch port, in NHWC.
 
-Ioffe and Szegedy, Batch Normalization, ICML 2015, arXiv 1502.03167, figure 5, in the form that was
-trained with Caffe and ported: every convolution has a bias and a batch normalisation of its own.
+Source: Ioffe and Szegedy, Batch Normalization, ICML 2015, arXiv 1502.03167, figure 5, in the
+variant of the Caffe model and its port: each convolution has a bias and a batch normalisation.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from dml_jax.models.normalisation import CAFFE, InputNormalisation
 
 
 class Inception(NamedTuple):
-    """Output channels of a block's convolutions; its branches are concatenated in this order.
+    """Output channels of a block's convolutions, in the order of its concatenated branches.
 
     A block that halves the feature map has no 1x1 branch and no projection: both are 0.
     """
@@ -30,12 +30,12 @@ class Inception(NamedTuple):
     double: tuple[int, int]
     """1x1, then 3x3 twice."""
     projection: int
-    """1x1 behind `pool`."""
+    """1x1 after `pool`."""
     pool: Callable[[Array], Array] = layers.average_pool
 
     @property
     def halves(self) -> bool:
-        """Whether the block halves the feature map."""
+        """Whether the block halves the resolution of the feature map."""
         return not self.projection
 
 
@@ -56,17 +56,15 @@ BLOCKS = {
 class BNInception(nn.Module):
     """BN-Inception without pooling and classifier.
 
-    Submodules carry the names that the port gives them, which is all that `pretrained.convert`
-    relies on.
+    Submodules have the names of the PyTorch port, which `pretrained.convert` relies on.
 
     Attributes:
-        freeze_bn: normalise by the running statistics in training too and leave them as they are;
-            scale and bias still train.
-        dtype: what convolutions and activations compute in. Parameters, running statistics and
-            the reductions of batch normalisation are float32 always.
-        remat: compute the activations of each block once more on the way back, instead of keeping
-            them.
-        input_normalisation: what images become before they reach the backbone.
+        freeze_bn: use the running statistics in training too, without updating them; scale and bias
+            still train.
+        dtype: dtype of convolutions and activations. Parameters, running statistics and the
+            reductions of batch normalisation are always float32.
+        remat: rematerialise the activations of each block in the backward pass.
+        input_normalisation: the normalisation of the images that the backbone expects.
     """
 
     freeze_bn: bool = False
@@ -76,8 +74,8 @@ class BNInception(nn.Module):
 
     @staticmethod
     def check_image_size(height: int, width: int) -> None:
-        """Raises a ValueError for images that a block cannot halve."""
-        # Of a side, the first three layers that halve leave (side + 1) // 8 pixels.
+        """Raises a ValueError for an image size that a block cannot halve."""
+        # The first three halving layers reduce a side to (side + 1) // 8 pixels.
         if any(not side // 8 or side // 8 % 4 for side in (height + 1, width + 1)):
             raise ValueError(
                 f"bninception cannot halve images of {height}x{width} pixels five times; "
@@ -86,14 +84,13 @@ class BNInception(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b y x f"]:
-        """Maps normalised images [B, H, W, 3] to the last map [B, H/32, W/32, 1024] in `dtype`.
+        """Returns the last feature map [B, H/32, W/32, 1024] of normalised images [B, H, W, 3].
 
-        With `train`, batch statistics normalise (unless frozen) and the collection "batch_stats",
-        which must then be mutable, is updated.
+        With `train`, uses batch statistics (unless frozen) and updates the collection
+        "batch_stats", which must then be mutable.
 
         Raises:
-            ValueError: a block cannot halve its feature map; no side that is a multiple of 32
-                comes to that.
+            ValueError: a block cannot halve its feature map. Multiples of 32 are always valid.
         """
         self.check_image_size(*images.shape[1:3])
         conv = partial(layers.convolution, use_bias=True, dtype=self.dtype)
@@ -135,6 +132,6 @@ def _inception(
 
 
 def _halve(x: Float[Array, "b h w c"]) -> Float[Array, "b y x c"]:
-    """A 3x3 max-pool of stride 2 without padding, but for a last window that begins inside."""
+    """Returns a 3x3 max-pool of stride 2, padded at the end to cover the last pixels."""
     down, across = ((0, 1 - side % 2) for side in x.shape[1:3])
     return layers.max_pool(x, 2, padding=(down, across))

@@ -40,7 +40,7 @@ class ModelConfig:
         "weights/bninception.safetensors",
         text(
             f"choose {pretrained.NONE}, a file that ends in .safetensors, or hf:OWNER/NAME",
-            pretrained.is_place,
+            pretrained.is_location,
         ),
         help="Pretrained weights: `none`, a .safetensors file, or `hf:OWNER/NAME` on the Hugging "
         "Face hub, such as `hf:timm/resnet50.tv_in1k`.",

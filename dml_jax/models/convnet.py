@@ -1,6 +1,6 @@
-"""A plain convolutional network of four blocks for small images, few-shot learning's "Conv-4".
+"""A convolutional network of four blocks for small images, "Conv-4" in few-shot learning.
 
-Vinyals et al., Matching networks for one shot learning, NeurIPS 2016, section 4.1.
+Source: Vinyals et al., Matching networks for one shot learning, NeurIPS 2016, section 4.1.
 """
 
 import math
@@ -16,14 +16,14 @@ from dml_jax.models.normalisation import IMAGENET, InputNormalisation
 
 
 class ConvNet(nn.Module):
-    """Four times a 3x3 convolution, batch normalisation, ReLU and 2x2 max-pooling.
+    """Four blocks of 3x3 convolution, batch normalisation, ReLU and 2x2 max-pooling.
 
     Attributes:
-        width: channels of every block.
-        freeze_bn: normalise by the running statistics in training too and leave them as they are;
-            scale and bias still train.
-        dtype: what convolutions and activations compute in.
-        input_normalisation: what images become before they reach the backbone.
+        width: channels of each block.
+        freeze_bn: use the running statistics in training too, without updating them; scale and bias
+            still train.
+        dtype: dtype of convolutions and activations.
+        input_normalisation: the normalisation of the images that the backbone expects.
     """
 
     width: int = 64
@@ -33,7 +33,7 @@ class ConvNet(nn.Module):
 
     @staticmethod
     def check_image_size(height: int, width: int) -> None:
-        """Raises a ValueError for images of which nothing would be left."""
+        """Raises a ValueError for images of fewer than 16 pixels a side."""
         if min(height, width) < 16:
             raise ValueError(
                 f"conv4 cannot halve images of {height}x{width} pixels four times; choose 16 or "
@@ -42,18 +42,18 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b y x f"]:
-        """Maps normalised images [B, H, W, 3] to a feature map [B, H/16, W/16, width] in `dtype`.
+        """Returns the feature map [B, H/16, W/16, width] of normalised images [B, H, W, 3].
 
         With `train`, the collection "batch_stats" must be mutable, as in `resnet.ResNet`.
 
         Raises:
-            ValueError: images of fewer than 16 pixels a side.
+            ValueError: images have fewer than 16 pixels a side.
         """
         self.check_image_size(*images.shape[1:3])
         x = images
         for block in range(1, 5):
             x = layers.convolution(
-                self.width, 3, kernel_init=_small_uniform, dtype=self.dtype, name=f"conv{block}"
+                self.width, 3, kernel_init=_pytorch_uniform, dtype=self.dtype, name=f"conv{block}"
             )(x)
             x = layers.batch_norm(
                 frozen=self.freeze_bn, train=train, dtype=self.dtype, name=f"bn{block}"
@@ -62,13 +62,13 @@ class ConvNet(nn.Module):
         return x
 
 
-def _small_uniform(
+def _pytorch_uniform(
     key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike
 ) -> Float[Array, "k k c f"]:
-    """U(-1/sqrt(fan-in), 1/sqrt(fan-in)), as PyTorch starts a convolution.
+    """Returns a sample of U(-1/sqrt(fan-in), 1/sqrt(fan-in)), PyTorch's default of a convolution.
 
-    Batch normalisation takes the size of the weights out again, but beside larger ones the same
-    steps are smaller: from `layers.kaiming_normal`, 2.4 times as large, the network learns more
+    Batch normalisation removes the scale of the weights, but larger weights make the same steps
+    relatively smaller. With `layers.kaiming_normal`, 2.4 times as large, the network learns more
     slowly and generalises worse.
     """
     bound = math.prod(shape[:3]) ** -0.5

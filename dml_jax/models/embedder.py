@@ -1,4 +1,4 @@
-"""From pixels to embeddings: input normalisation, backbone, pooling, linear head."""
+"""The embedder: input normalisation, backbone, pooling and a linear head."""
 
 import flax.linen as nn
 import jax
@@ -14,16 +14,16 @@ class Embedder(nn.Module):
     """A backbone with pooling and a linear head.
 
     Attributes:
-        backbone: module that states an `input_normalisation` and maps normalised images
+        backbone: module with an attribute `input_normalisation`, from normalised images
             [B, H, W, 3] to a feature map [B, h, w, F].
-        pooling: over space: "gap" averages, "gmp" takes the maximum, "gap+gmp" adds the two.
+        pooling: over space: "gap" is the mean, "gmp" the maximum, "gap+gmp" their sum.
         dim: size of an embedding.
         head_init: initial values of the head, for F pooled features. "uniform" draws kernel and
-            bias from U(-1/sqrt(F), 1/sqrt(F)), as PyTorch's nn.Linear does; "kaiming_fan_out" draws
-            the kernel from N(0, 2/dim) and sets the bias to zero, as Proxy-Anchor's authors do.
+            bias from U(-1/sqrt(F), 1/sqrt(F)), like PyTorch's nn.Linear; "kaiming_fan_out" draws
+            the kernel from N(0, 2/dim) and sets the bias to zero, like the code of Proxy-Anchor.
 
     Raises:
-        ValueError: on an unknown pooling or head_init.
+        ValueError: the pooling or head_init is unknown.
     """
 
     backbone: nn.Module
@@ -44,7 +44,7 @@ class Embedder(nn.Module):
 
     @nn.compact
     def __call__(self, images: Num[Array, "b h w 3"], *, train: bool) -> Float[Array, "b d"]:
-        """Maps RGB images of 0..255, uint8 or float, to raw float32 embeddings [B, dim].
+        """Returns raw float32 embeddings [B, dim] of RGB images in 0..255, uint8 or float.
 
         With `train`, the collection "batch_stats" must be mutable.
         """
@@ -52,7 +52,7 @@ class Embedder(nn.Module):
         x = self.backbone(x, train=train).astype(jnp.float32)
         average, maximum = x.mean((1, 2)), _maximum(x)
         x = {"gap": average, "gmp": maximum, "gap+gmp": average + maximum}[self.pooling]
-        # Accelerators would round the operands of a float32 product to bfloat16 or TF32.
+        # By default accelerators round the operands of a float32 product to bfloat16 or TF32.
         kernel_init, bias_init = _head_inits(self.head_init, features=x.shape[-1])
         return nn.Dense(
             self.dim,
@@ -66,7 +66,7 @@ class Embedder(nn.Module):
 def _head_inits(
     name: str, *, features: int
 ) -> tuple[nn.initializers.Initializer, nn.initializers.Initializer]:
-    """Returns the initialisers of kernel and bias of a head on so many features; see `Embedder`."""
+    """Returns the initialisers of the head's kernel and bias; see `Embedder`."""
     if name == "kaiming_fan_out":
         return nn.initializers.variance_scaling(2.0, "fan_out", "normal"), nn.initializers.zeros
 
@@ -77,11 +77,11 @@ def _head_inits(
 
 
 def _maximum(x: Float[Array, "b h w f"]) -> Float[Array, "b f"]:
-    """The maximum over space, whose gradient goes to one place.
+    """Returns the maximum over space, with the gradient at a single position.
 
-    `x.max()` looks on the way back for the places that equal the maximum, and divides by their
-    number; a compiler that computes `x` once more, rounded differently, finds none.
+    The backward pass of `x.max()` divides by the number of entries equal to the maximum. If the
+    compiler recomputes `x` with different rounding, there are none.
     """
     flat = x.reshape(x.shape[0], -1, x.shape[-1])
-    where = jnp.argmax(flat, axis=1, keepdims=True)
-    return jnp.take_along_axis(flat, where, axis=1)[:, 0]
+    position = jnp.argmax(flat, axis=1, keepdims=True)
+    return jnp.take_along_axis(flat, position, axis=1)[:, 0]

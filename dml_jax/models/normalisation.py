@@ -1,4 +1,4 @@
-"""How a backbone wants its input pixels."""
+"""Input normalisation of the backbones."""
 
 from typing import Literal, NamedTuple, get_args
 
@@ -10,12 +10,12 @@ CHANNELS = get_args(Channels)
 
 
 class InputNormalisation(NamedTuple):
-    """Per-channel affine map from pixels to what a backbone was trained on.
+    """Per-channel affine map from pixels to a backbone's input.
 
     Attributes:
-        mean: subtracted from each channel, in units of 0..255, in the order of `channels`.
-        std: then divides each channel, in units of 0..255, in the order of `channels`.
-        channels: the order in which the backbone wants its channels.
+        mean: mean of each channel, in units of 0..255, in the order of `channels`.
+        std: standard deviation of each channel, in units of 0..255, in the order of `channels`.
+        channels: order of the backbone's input channels.
     """
 
     mean: tuple[float, float, float]
@@ -23,7 +23,7 @@ class InputNormalisation(NamedTuple):
     channels: Channels
 
     def normalise(self, images: Num[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
-        """Returns RGB images of 0..255 as the backbone's float32 input."""
+        """Returns the backbone's float32 input for RGB images in 0..255."""
         if self.channels == "bgr":
             images = images[..., ::-1]
         mean, std = (jnp.array(x, jnp.float32).reshape(1, 1, 1, 3) for x in (self.mean, self.std))
@@ -33,7 +33,7 @@ class InputNormalisation(NamedTuple):
 IMAGENET = InputNormalisation(
     mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), channels="rgb"
 )
-"""What torchvision's networks were trained on."""
+"""Input of torchvision's pretrained networks."""
 
 CAFFE = InputNormalisation(mean=(104.0, 117.0, 128.0), std=(1.0, 1.0, 1.0), channels="bgr")
-"""What the Caffe networks were trained on."""
+"""Input of networks pretrained with Caffe."""

@@ -1,9 +1,8 @@
-"""Weights that PyTorch trained, as variables of our backbones.
+"""Loads pretrained PyTorch weights as variables of the backbones.
 
-They come from a local .safetensors file, or from one on the Hugging Face hub.
-
-A backbone's modules are named as PyTorch's are, dots included, so that
-`("params", "layer1.0", "conv1", "kernel")` is `layer1.0.conv1.weight`.
+The weights are a .safetensors file, local or on the Hugging Face hub. The modules of a backbone
+have PyTorch's names, dots included: `("params", "layer1.0", "conv1", "kernel")` is
+`layer1.0.conv1.weight`.
 """
 
 import hashlib
@@ -30,54 +29,55 @@ _LEAVES = {
     "var": "running_var",
 }
 
-
 _CLASSIFIERS = ("fc.", "last_linear.", "classifier.")
 
-# A revision with ".." in it would be looked for outside the hub's cache.
+# A revision with ".." would be a path outside of the hub's cache.
 _HUB = re.compile(r"hf:(?P<repo_id>[\w.-]+/[\w.-]+)(?:@(?P<revision>(?!.*\.\.)\w[\w./-]*))?")
 
-# How PyTorch's hub names files: with at least the first eight digits of their SHA-256.
+# PyTorch's hub puts at least eight digits of a file's SHA-256 into its name.
 _HASHED = re.compile(r".*-(?P<digits>[0-9a-f]{8,64})\.pth")
 
-_LISTED = 50  # Tensors that an error names.
+_LISTED = 50  # Maximum number of tensors in an error message.
 
 NONE = "none"
-"""The place of weights that are drawn at random."""
+"""Stands for random initialisation."""
 
 
-def is_place(where: str) -> bool:
-    """Whether a place of weights is of a known form; nobody goes there.
+def is_location(location: str) -> bool:
+    """Returns whether a location of weights is valid, without accessing it.
 
     Args:
-        where: `none`, a local file that ends in .safetensors, or hf:OWNER/NAME, with @REVISION
-            behind it or not.
+        location: valid are `none`, a local .safetensors file, hf:OWNER/NAME and
+            hf:OWNER/NAME@REVISION.
     """
-    local = where.endswith(".safetensors") and not where.startswith("hf:")
-    return where == NONE or local or _HUB.fullmatch(where) is not None
+    local = location.endswith(".safetensors") and not location.startswith("hf:")
+    return location == NONE or local or _HUB.fullmatch(location) is not None
 
 
-def absolute(where: str) -> str:
-    """The same place, whatever directory a later program starts in."""
-    return where if where == NONE or where.startswith("hf:") else str(Path(where).absolute())
+def absolute(location: str) -> str:
+    """Returns the location with an absolute path, valid in any working directory."""
+    if location == NONE or location.startswith("hf:"):
+        return location
+    return str(Path(location).absolute())
 
 
-def load(name: str, where: str) -> dict[str, Any]:
-    """Reads the weights of a backbone.
+def load(name: str, location: str) -> dict[str, Any]:
+    """Returns the pretrained variables of a backbone.
 
     Args:
-        name: a backbone of `create_backbone`, made without options.
-        where: a local .safetensors file, or hf:OWNER/NAME for the file model.safetensors there;
+        name: a backbone of `create_backbone`, with its default options.
+        location: a local .safetensors file, or hf:OWNER/NAME for the file model.safetensors there;
             its tensors have PyTorch's names.
 
     Returns:
         {"params": ..., "batch_stats": ...}, float32.
 
     Raises:
-        FileNotFoundError: there is no such file, or the hub does not give it.
-        ValueError: it is no safetensors file, or its tensors are not those of the backbone.
+        FileNotFoundError: the file does not exist or cannot be downloaded.
+        ValueError: it is not a safetensors file, or its tensors do not fit the backbone.
     """
-    hub = _HUB.fullmatch(where)
-    path = _download(where, **hub.groupdict()) if hub else Path(where)
+    hub = _HUB.fullmatch(location)
+    path = _download(location, **hub.groupdict()) if hub else Path(location)
     if not path.is_file():
         raise FileNotFoundError(f"there are no weights at {path}")
     try:
@@ -86,54 +86,54 @@ def load(name: str, where: str) -> dict[str, Any]:
         raise
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    except Exception as error:  # SafetensorError, and others where its header lies.
+    except Exception as error:  # SafetensorError, and others for a corrupt header.
         raise ValueError(
-            f"{path} is damaged or no safetensors file ({error}); "
-            "scripts/convert_weights.py makes one of a .pth"
+            f"{path} is damaged or not a safetensors file ({error}); "
+            "scripts/convert_weights.py converts a .pth file"
         ) from None
 
 
-def _download(where: str, repo_id: str, revision: str | None) -> Path:
-    """The hub's file in its local cache, where it stays."""
+def _download(location: str, repo_id: str, revision: str | None) -> Path:
+    """Returns the path of the hub's file in its local cache."""
     try:
         path = huggingface_hub.hf_hub_download(repo_id, "model.safetensors", revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"{where} has no model.safetensors, or cannot be reached "
-            f"({reason}); check the name, or, for a machine without a network, run "
-            f"`hf download {repo_id} model.safetensors` on one that has it and give the file's "
-            "path, or copy the cache and set HF_HUB_OFFLINE=1"
+            f"{location} has no model.safetensors or cannot be reached ({reason}); check the name. "
+            f"Without a network, run `hf download {repo_id} model.safetensors` on another machine, "
+            "then pass the path of the file, or copy the cache and set HF_HUB_OFFLINE=1"
         ) from None
     return Path(path)
 
 
 def check_hash(path: Path) -> None:
-    """Makes sure that a file holds what its name promises, if its name promises anything.
+    """Checks a file against the hash in its name, if there is one.
 
     Args:
-        path: a file; of NAME-DIGITS.pth, such as bn_inception-52deb4733.pth, the SHA-256 has to
-            begin with the digits, which are hexadecimal and at least eight.
+        path: a file. If its name is NAME-DIGITS.pth with at least eight hexadecimal digits, such as
+            bn_inception-52deb4733.pth, its SHA-256 must begin with these digits.
 
     Raises:
-        ValueError: the SHA-256 is another.
-        FileNotFoundError: there is no such file.
+        ValueError: the SHA-256 differs.
+        FileNotFoundError: the file does not exist.
     """
-    named = _HASHED.fullmatch(path.name)
-    if named is None:
+    match = _HASHED.fullmatch(path.name)
+    if match is None:
         return
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if not digest.startswith(named["digits"]):
+    expected = match["digits"]
+    if not digest.startswith(expected):
         raise ValueError(
-            f"{path} is not what its name says: its SHA-256 begins with "
-            f"{digest[: len(named['digits'])]}, not with {named['digits']}; download it again, or, "
-            "if these digits are no hash, rename the file"
+            f"{path} does not match the hash in its name: its SHA-256 begins with "
+            f"{digest[: len(expected)]}, not with {expected}; download it again, or rename the "
+            "file if these digits are not a hash"
         )
 
 
 def backbone_tensors(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A PyTorch state dict without what no backbone has: classifier and `num_batches_tracked`."""
+    """Returns a PyTorch state dict without the classifier and `num_batches_tracked`."""
     return {
         key: array
         for key, array in state_dict.items()
@@ -142,15 +142,15 @@ def backbone_tensors(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
 
 
 def from_port(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A backbone's tensors as their files should have them, of a state dict of any age.
+    """Returns a backbone's tensors in current format from a state dict of any age.
 
     Args:
-        state_dict: arrays by PyTorch name, perhaps those of a parallel model, which begin with
-            `module.`, and perhaps of PyTorch before 0.2, which gave the vectors of a batch
-            normalisation a leading axis of 1.
+        state_dict: arrays by PyTorch name. The names may begin with `module.`, as those of a
+            parallel model do. The vectors of batch normalisations may have a leading axis of 1, as
+            before PyTorch 0.2.
 
     Returns:
-        Those of `backbone_tensors`, contiguous, since safetensors writes others wrongly.
+        The tensors of `backbone_tensors`, contiguous, since safetensors writes others incorrectly.
     """
     plain = {key.removeprefix("module."): array for key, array in state_dict.items()}
     return {
@@ -160,20 +160,20 @@ def from_port(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def convert(name: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Converts a PyTorch state dict to the variables of a backbone.
+    """Returns the variables of a backbone from a PyTorch state dict.
 
-    The classifier and the counters of `backbone_tensors` are left out; every other tensor must
-    find its place, and every place its tensor.
+    Ignores the classifier and counters. All other tensors must match the variables one to one.
 
     Args:
-        name: a backbone of `create_backbone`, made without options.
+        name: a backbone of `create_backbone`, with its default options.
         state_dict: arrays by PyTorch name, convolution kernels as [out, in, height, width].
 
     Returns:
         {"params": ..., "batch_stats": ...}, float32.
 
     Raises:
-        ValueError: on an unknown name, or listing all missing, unexpected and misshapen tensors.
+        ValueError: the name is unknown, or tensors are missing, unexpected or of the wrong shape,
+            dtype or value; the message lists them.
     """
     init = partial(create_backbone(name).init, train=False)
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
@@ -196,12 +196,12 @@ def convert(name: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
     if problems:
         listed = sorted(problems)[:_LISTED]
         more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
-        raise ValueError(f"these are no weights of {name}: {'; '.join(listed + more)}")
+        raise ValueError(f"the weights do not fit {name}: {'; '.join(listed + more)}")
     return flax.traverse_util.unflatten_dict(
         {path: jnp.array(arrays[key], jnp.float32) for key, path in paths.items()}
     )
 
 
 def _torch(shape: tuple[int, ...]) -> list[int]:
-    """A shape of ours as PyTorch lays it out: kernels [out, in, height, width], the rest alike."""
+    """Returns a shape in PyTorch's layout: [out, in, height, width] for kernels."""
     return [shape[axis] for axis in (3, 2, 0, 1)] if len(shape) == 4 else list(shape)

@@ -21,7 +21,7 @@ register_backbone("conv4")(convnet.ConvNet)
 
 
 def create_backbone(name: str, **options: Any) -> nn.Module:
-    """Makes a bare network, called as `apply(variables, images, train=False)`.
+    """Returns a backbone, called as `apply(variables, images, train=False)`.
 
     Args:
         name: a name in `BACKBONES`, or the import path of a backbone.
@@ -32,19 +32,19 @@ def create_backbone(name: str, **options: Any) -> nn.Module:
         A module from normalised images [B, H, W, 3] to a feature map [B, h, w, F].
 
     Raises:
-        ValueError: on an unknown name.
-        TypeError: on an option that the backbone does not have.
+        ValueError: the name is unknown.
+        TypeError: the backbone does not have an option.
     """
     return BACKBONES.get(name)(**options)
 
 
 def check_image_size(name: str, size: int) -> None:
-    """Makes sure that a backbone in `BACKBONES` takes square images of so many pixels a side.
+    """Checks that a backbone in `BACKBONES` accepts square images of `size` pixels a side.
 
     Raises:
-        ValueError: they are too small for it, or halve badly.
+        ValueError: the size is too small, or not divisible as the backbone requires.
     """
-    # A backbone that takes any size says nothing of it.
+    # A backbone that accepts any size has no such method.
     check = getattr(BACKBONES.get(name), "check_image_size", None)
     if check is not None:
         check(size, size)
@@ -59,24 +59,24 @@ def create_embedder(
     channels: str | None = None,
     **options: Any,
 ) -> Embedder:
-    """Makes an embedder.
+    """Returns an embedder.
 
     Args:
         backbone: a name in `BACKBONES`, or the import path of a backbone.
         pooling: "gap", "gmp" or "gap+gmp".
         dim: size of an embedding.
         head_init: "uniform" or "kaiming_fan_out"; see `Embedder`.
-        channels: "rgb" or "bgr", the order in which the backbone gets its channels; by default
-            that of its pretrained weights. Its means and deviations stay in their order: the first
-            is that of the first channel, whichever it is.
-        **options: see `create_backbone`; one that is None is as if it were not given.
+        channels: "rgb" or "bgr", the order of the backbone's input channels; by default that of its
+            pretrained weights. The order of its means and standard deviations does not change: the
+            first ones apply to the first channel, red or blue.
+        **options: see `create_backbone`; an option of None is ignored.
 
     Returns:
-        A module from RGB images of 0..255 [B, H, W, 3] to raw float32 embeddings [B, dim].
+        A module from RGB images in 0..255 [B, H, W, 3] to raw float32 embeddings [B, dim].
 
     Raises:
-        ValueError: on an unknown backbone, pooling or head_init.
-        TypeError: on an option that the backbone does not have.
+        ValueError: the backbone, pooling or head_init is unknown.
+        TypeError: the backbone does not have an option.
     """
     given = {option: value for option, value in options.items() if value is not None}
     module = create_backbone(backbone, **given)

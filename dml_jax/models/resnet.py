@@ -1,7 +1,7 @@
-"""ResNet backbones: torchvision's architecture, padding and parameter names, in NHWC.
+"""ResNet backbones with the architecture, padding and parameter names of torchvision, in NHWC.
 
-He et al., Deep Residual Learning for Image Recognition, CVPR 2016, arXiv 1512.03385; the stride
-of a bottleneck sits on its 3x3 convolution, as in torchvision.
+Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, arXiv 1512.03385. As in
+torchvision, the 3x3 convolution of a bottleneck has the stride.
 """
 
 from collections.abc import Callable
@@ -19,14 +19,14 @@ STEMS = ("imagenet", "small")
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, or a 1x1-3x3-1x1 bottleneck, around a shortcut.
+    """Two 3x3 convolutions, or a 1x1-3x3-1x1 bottleneck, with a shortcut.
 
     Attributes:
         features: channels of the 3x3 convolutions; a bottleneck returns four times as many.
-        stride: of the block, in pixels.
+        stride: stride of the block in pixels.
         bottleneck: whether the block is a bottleneck.
-        conv: makes a convolution from features, kernel, stride and name.
-        norm: makes a batch normalisation from a name.
+        conv: constructor of a convolution from features, kernel, stride and name.
+        norm: constructor of a batch normalisation from a name.
     """
 
     features: int
@@ -55,25 +55,23 @@ class ResidualBlock(nn.Module):
 class ResNet(nn.Module):
     """A ResNet without pooling and classifier.
 
-    Submodules carry the names that torchvision gives them, dots included, which is all that
-    `pretrained.convert` relies on.
+    Submodules have torchvision's names, dots included, which `pretrained.convert` relies on.
 
     Attributes:
-        stage_sizes: blocks in each stage.
+        stage_sizes: number of blocks in each stage.
         bottleneck: whether blocks are bottlenecks.
         width: channels of the first stage; each later stage doubles them.
         stem: "imagenet" is a 7x7 convolution and a max-pool, stride 2 each; "small" is a single
             3x3 convolution of stride 2, for images of 32 to 64 pixels.
-        freeze_bn: normalise by the running statistics in training too and leave them as they are;
-            scale and bias still train.
-        dtype: what convolutions and activations compute in. Parameters, running statistics and
-            the reductions of batch normalisation are float32 always.
-        remat: compute the activations of each block once more on the way back, instead of keeping
-            them.
-        input_normalisation: what images become before they reach the backbone.
+        freeze_bn: use the running statistics in training too, without updating them; scale and bias
+            still train.
+        dtype: dtype of convolutions and activations. Parameters, running statistics and the
+            reductions of batch normalisation are always float32.
+        remat: rematerialise the activations of each block in the backward pass.
+        input_normalisation: the normalisation of the images that the backbone expects.
 
     Raises:
-        ValueError: on an unknown stem.
+        ValueError: the stem is unknown.
     """
 
     stage_sizes: tuple[int, ...]
@@ -92,10 +90,10 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b y x f"]:
-        """Maps normalised images [B, H, W, 3] to the last feature map [B, h, w, F] in `dtype`.
+        """Returns the last feature map [B, h, w, F] of normalised images [B, H, W, 3].
 
-        With `train`, batch statistics normalise (unless frozen) and the collection "batch_stats",
-        which must then be mutable, is updated.
+        With `train`, uses batch statistics (unless frozen) and updates the collection
+        "batch_stats", which must then be mutable.
         """
         conv = partial(layers.convolution, dtype=self.dtype)
         norm = partial(layers.batch_norm, frozen=self.freeze_bn, train=train, dtype=self.dtype)

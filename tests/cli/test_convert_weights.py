@@ -79,6 +79,6 @@ def test_a_file_that_is_not_what_its_name_says_is_refused_unread(tmp_path):
     source.write_bytes(b"half of a download")
     done = run(*arguments(source, out, "bninception"))
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"{source} is not what its name says" in done.stderr
+    assert f"{source} does not match the hash in its name" in done.stderr
     assert "not with 52deb4733" in done.stderr
     assert list(tmp_path.iterdir()) == [source]

@@ -6,7 +6,7 @@ import numpy as np
 from dml_jax.models import create_backbone
 
 
-def test_four_blocks_of_convolution_normalisation_relu_and_pooling():
+def test_features_equal_those_of_explicit_operations():
     backbone = create_backbone("conv4", width=8)
     images = jax.random.normal(jax.random.key(0), (2, 35, 32, 3))
     features, variables = jax.jit(
@@ -19,13 +19,13 @@ def test_four_blocks_of_convolution_normalisation_relu_and_pooling():
         expected = jax.lax.conv_general_dilated(
             expected, kernel, (1, 1), "SAME", dimension_numbers=numbers
         )
-        # Running statistics begin as 0 and 1.
+        # The initial running statistics are 0 and 1.
         expected = nn.max_pool(nn.relu(expected / (1 + 1e-5) ** 0.5), (2, 2), (2, 2))
     assert features.shape == (2, 2, 2, 8)
     np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_frozen_statistics_stay():
+def test_frozen_statistics_do_not_change():
     backbone = create_backbone("conv4", width=4, freeze_bn=True)
     images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
     variables = backbone.init(jax.random.key(1), images, train=False)

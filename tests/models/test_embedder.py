@@ -43,7 +43,7 @@ def test_embedding_is_head_of_pooled_backbone_of_normalised_images(images, varia
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_uint8_and_float_images_are_alike(images, variables):
+def test_uint8_and_float_images_give_equal_embeddings(images, variables):
     ours = embed(variables, images)
     np.testing.assert_array_equal(ours, embed(variables, images.astype(jnp.float32)))
 
@@ -69,7 +69,7 @@ def test_normalisation_reorders_channels_for_bgr_backbones():
 
 
 @pytest.mark.parametrize("backbone", ["resnet6", "conv4", "bninception"])
-def test_channels_change_places_and_their_means_do_not(backbone, images):
+def test_the_channel_order_does_not_change_the_order_of_the_means(backbone, images):
     made = {
         channels: create_embedder(backbone=backbone, pooling="gap", dim=8, channels=channels)
         for channels in (None, "rgb", "bgr")
@@ -78,15 +78,15 @@ def test_channels_change_places_and_their_means_do_not(backbone, images):
         channels: one.backbone.input_normalisation.normalise(images)
         for channels, one in made.items()
     }
-    own = "bgr" if backbone == "bninception" else "rgb"
-    np.testing.assert_array_equal(inputs[None], inputs[own])
+    default = "bgr" if backbone == "bninception" else "rgb"
+    np.testing.assert_array_equal(inputs[None], inputs[default])
     flipped = made["rgb"].backbone.input_normalisation.normalise(images[..., ::-1])
     np.testing.assert_array_equal(inputs["bgr"], flipped)
     assert (inputs["bgr"] != inputs["rgb"]).any()
 
 
-def test_the_official_programs_input_of_a_resnet_can_be_had(images):
-    """They swap the channels of ResNets too, and then subtract torchvision's means as they are."""
+def test_channels_bgr_reproduces_the_official_input_of_resnets(images):
+    """The official programs swap the channels of ResNets, but not torchvision's means."""
     embedder = create_embedder(backbone="resnet6", pooling="gap", dim=8, channels="bgr")
     theirs = np.asarray(images)[..., ::-1].astype(np.float32) / 255
     theirs = (theirs - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
@@ -94,7 +94,7 @@ def test_the_official_programs_input_of_a_resnet_can_be_had(images):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_bfloat16_computes_in_bfloat16_and_keeps_float32(images):
+def test_bfloat16_activations_with_float32_variables_and_embeddings(images):
     embedder = make(dtype="bfloat16")
     embeddings, variables = jax.jit(
         lambda x: embedder.init_with_output(jax.random.key(0), x, train=False)
@@ -115,14 +115,14 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32(images):
     np.testing.assert_allclose(embeddings, reference, atol=0.02 * float(abs(reference).max()))
 
 
-def head_of(images, **options):
+def init_head(images, **options):
     embedder = Embedder(backbone=resnet.ResNet((1, 1), bottleneck=False, width=8), **options)
     variables = jax.jit(lambda x: embedder.init(jax.random.key(5), x, train=False))(images)
     return jax.tree.map(np.asarray, variables["params"]["head"])
 
 
-def test_the_head_starts_as_torch_starts_a_linear_layer(images):
-    head = head_of(images, pooling="gap", dim=4096)
+def test_the_head_is_initialised_like_pytorchs_linear_layer(images):
+    head = init_head(images, pooling="gap", dim=4096)
     features = head["kernel"].shape[0]
     bound = features**-0.5
     for values in (head["kernel"], head["bias"]):
@@ -136,19 +136,19 @@ def test_the_head_starts_as_torch_starts_a_linear_layer(images):
     assert np.abs(np.corrcoef(head["kernel"], head["bias"][None])[-1, :-1]).max() < 0.1
 
 
-def test_the_head_of_proxy_anchor_is_normal_by_fan_out_without_bias(images):
-    head = head_of(images, pooling="gap", dim=4096, head_init="kaiming_fan_out")
+def test_the_head_of_proxy_anchor_is_kaiming_normal_by_fan_out_with_zero_bias(images):
+    head = init_head(images, pooling="gap", dim=4096, head_init="kaiming_fan_out")
     assert not head["bias"].any()
     spread = (2 / 4096) ** 0.5
     assert scipy.stats.kstest(head["kernel"].ravel(), scipy.stats.norm(0, spread).cdf).pvalue > 1e-3
 
 
-def test_unknown_head_init_is_refused_with_the_known_ones():
+def test_an_unknown_head_init_raises_and_lists_the_known_ones():
     with pytest.raises(ValueError, match="unknown head_init 'zero': choose one of uniform, kaim"):
         create_embedder(backbone="resnet18", pooling="gap", dim=8, head_init="zero")
 
 
-def test_unknown_pooling_is_refused_with_the_known_ones():
+def test_an_unknown_pooling_raises_and_lists_the_known_ones():
     with pytest.raises(ValueError, match="unknown pooling 'max': choose one of gap, gmp"):
         create_embedder(backbone="resnet18", pooling="max", dim=8)
 

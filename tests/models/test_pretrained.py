@@ -37,7 +37,7 @@ def state_dict():
 
 
 def pixels(name):
-    """RGB images of 0..255 that the backbone's input normalisation makes the golden images of."""
+    """Returns RGB images in 0..255 that the backbone normalises to the golden images."""
     golden = np.load(weights.GOLDEN / "backbones.npz")["images_nchw"].transpose(0, 2, 3, 1)
     if name == "bninception":
         return (golden + np.float32([104, 117, 128]))[..., ::-1]
@@ -46,14 +46,14 @@ def pixels(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_starts_from_the_file_and_gives_pytorchs_features(name, images, tmp_path):
+def test_a_run_loads_the_file_and_reproduces_pytorchs_features(name, images, tmp_path):
     file = tmp_path / f"{name}.safetensors"
     tensors = weights.state_dict(name)
     save_file(pretrained.from_port(weights.port(name)) if name == "bninception" else tensors, file)
-    gives_golden_features(name, file, images)
+    assert_golden_features(name, file, images)
 
 
-def test_an_old_state_dict_of_a_parallel_model_is_made_a_plain_one():
+def test_an_old_state_dict_of_a_parallel_model_is_converted_to_the_current_format():
     old = weights.port("bninception") | {"module.conv1_7x7_s2_bn.num_batches_tracked": np.int64(3)}
     name = "module.inception_3a_3x3.weight"
     old[name] = np.asfortranarray(old[name])
@@ -64,8 +64,8 @@ def test_an_old_state_dict_of_a_parallel_model_is_made_a_plain_one():
         assert array.flags.c_contiguous
 
 
-def gives_golden_features(name, file, images):
-    """Checks what a run that starts with a file makes of pixels, up to its pooled features."""
+def assert_golden_features(name, file, images):
+    """Checks the pooled features of a run that loads the file, from the pixels on."""
     golden = np.load(weights.GOLDEN / "backbones.npz")
     features = [golden[f"{name}_{pooling}"] for pooling in ("gap", "gmp")]
     config = tiny.config(
@@ -80,7 +80,7 @@ def gives_golden_features(name, file, images):
     )
     built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
     variables = network_variables(built.init())
-    # With this head the embedding is the feature.
+    # With an identity head the embedding equals the pooled features.
     head = {"kernel": jnp.eye(config.model.dim), "bias": jnp.zeros(config.model.dim)}
     variables["params"]["head"] = head
     embedders = [built.network.embedder.clone(pooling=pooling) for pooling in ("gap", "gmp")]
@@ -91,7 +91,7 @@ def gives_golden_features(name, file, images):
         assert np.linalg.norm(pooled - reference) < 1e-4 * np.linalg.norm(reference)
 
 
-def test_classifier_and_counters_are_left_out(state_dict):
+def test_classifier_and_counters_are_ignored(state_dict):
     state_dict["bn1.num_batches_tracked"] = np.int64(7)
     variables = pretrained.convert("resnet18", state_dict)
     names = {"/".join(str(key.key) for key in path) for path, _ in _leaves(variables)}
@@ -104,12 +104,12 @@ def _leaves(tree):
     return jax.tree_util.tree_flatten_with_path(tree)[0]
 
 
-def test_every_tensor_that_does_not_fit_is_listed(state_dict):
+def test_the_error_lists_every_tensor_that_does_not_fit(state_dict):
     del state_dict["bn1.weight"], state_dict["layer1.0.conv1.weight"]
     state_dict["layer9.weight"] = np.zeros(3, np.float32)
     state_dict["conv1.weight"] = np.zeros((64, 3, 3, 5), np.float32)
     state_dict["bn1.bias"] = np.zeros(32, np.float32)
-    with pytest.raises(ValueError, match="these are no weights of resnet18") as error:
+    with pytest.raises(ValueError, match="the weights do not fit resnet18") as error:
         pretrained.convert("resnet18", state_dict)
     assert re.split("; |: ", str(error.value))[1:] == [
         "bn1.bias is [32], but should be [64]",
@@ -120,13 +120,13 @@ def test_every_tensor_that_does_not_fit_is_listed(state_dict):
     ]
 
 
-def test_weights_of_another_backbone_are_refused(state_dict):
+def test_weights_of_another_backbone_raise(state_dict):
     with pytest.raises(ValueError, match="layer1.0.conv3.weight is missing"):
         pretrained.convert("resnet50", state_dict)
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "epoch-1234567.pth", "net-nothexadecimal.pth"])
-def test_a_file_whose_name_promises_no_hash_may_hold_anything(name, tmp_path):
+def test_a_file_without_a_hash_in_its_name_is_not_checked(name, tmp_path):
     (tmp_path / name).write_bytes(b"anything")
     pretrained.check_hash(tmp_path / name)
 
@@ -136,7 +136,7 @@ ANYTHING = "ee0874170b7f6f32b8c2ac9573c428d35b575270a66b757c2c0185d2bd09718d"
 
 
 @pytest.mark.parametrize("digits", [8, 9, 64])
-def test_a_file_is_held_against_the_hash_in_its_name(digits, tmp_path):
+def test_a_file_is_checked_against_the_hash_in_its_name(digits, tmp_path):
     good = tmp_path / f"bn_inception-{ANYTHING[:digits]}.pth"
     good.write_bytes(b"anything")
     pretrained.check_hash(good)
@@ -146,7 +146,7 @@ def test_a_file_is_held_against_the_hash_in_its_name(digits, tmp_path):
 
 
 @pytest.mark.parametrize("classifier", ["fc", "last_linear"])
-def test_classifiers_of_bninceptions_ports_are_left_out(classifier):
+def test_classifiers_of_bninceptions_ports_are_ignored(classifier):
     shapes = weights.SHAPES["bninception"]
     arrays = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
     arrays[f"{classifier}.weight"] = np.zeros((1000, 1024), np.float32)
@@ -174,13 +174,13 @@ def test_half_precision_is_read_as_float32(state_dict, tmp_path):
     )
 
 
-def test_whole_numbers_are_no_weights(state_dict):
+def test_integer_weights_raise(state_dict):
     state_dict["conv1.weight"] = state_dict["conv1.weight"].astype(np.int8)
     with pytest.raises(ValueError, match="conv1.weight is int8, but should be floating-point"):
         pretrained.convert("resnet18", state_dict)
 
 
-def test_a_bad_file_is_refused_by_its_path(state_dict, tmp_path):
+def test_the_error_of_an_invalid_file_contains_its_path(state_dict, tmp_path):
     file = tmp_path / "mine.safetensors"
     with pytest.raises(FileNotFoundError, match=f"no weights at {file}"):
         pretrained.load("resnet18", str(file))
@@ -189,11 +189,11 @@ def test_a_bad_file_is_refused_by_its_path(state_dict, tmp_path):
     with pytest.raises(ValueError, match=f"{file}: .*resnet18: bn1.bias is missing$"):
         pretrained.load("resnet18", str(file))
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=f"{file} is damaged or no safetensors"):
+    with pytest.raises(ValueError, match=f"{file} is damaged or not a safetensors"):
         pretrained.load("resnet18", str(file))
 
 
-def test_the_hubs_file_is_found_in_its_cache(state_dict, tmp_path):
+def test_a_file_of_the_hub_is_read_from_its_cache(state_dict, tmp_path):
     commit = "0123456789abcdef0123456789abcdef01234567"
     hub = Path(constants.HF_HUB_CACHE)
     repository = hub / "models--somebody--resnet18.mine"
@@ -204,32 +204,34 @@ def test_the_hubs_file_is_found_in_its_cache(state_dict, tmp_path):
     local = tmp_path / "copy.safetensors"
     shutil.copy(repository / "snapshots" / commit / "model.safetensors", local)
     expected = pretrained.load("resnet18", str(local))
-    for place in ("hf:somebody/resnet18.mine", f"hf:somebody/resnet18.mine@{commit}"):
-        chex.assert_trees_all_equal(pretrained.load("resnet18", place), expected)
-    for place in ("hf:somebody/resnet18.mine@v2", "hf:somebody/else"):
-        with pytest.raises(FileNotFoundError, match=f"{place} .*hf download.*HF_HUB_OFFLINE"):
-            pretrained.load("resnet18", place)
+    for location in ("hf:somebody/resnet18.mine", f"hf:somebody/resnet18.mine@{commit}"):
+        chex.assert_trees_all_equal(pretrained.load("resnet18", location), expected)
+    for location in ("hf:somebody/resnet18.mine@v2", "hf:somebody/else"):
+        with pytest.raises(FileNotFoundError, match=f"{location} .*hf download.*HF_HUB_OFFLINE"):
+            pretrained.load("resnet18", location)
 
 
-@pytest.mark.parametrize("where", ["none", "a/b.safetensors", "hf:timm/resnet50.tv_in1k@main"])
-def test_places_are_known_by_their_form(where):
-    assert pretrained.is_place(where)
+@pytest.mark.parametrize("location", ["none", "a/b.safetensors", "hf:timm/resnet50.tv_in1k@main"])
+def test_valid_locations(location):
+    assert pretrained.is_location(location)
 
 
-@pytest.mark.parametrize("where", ["", "None", "a.pth", "hf:resnet50", "hf:a/b/c", "timm/resnet18"])
-def test_other_places_are_refused(where):
-    assert not pretrained.is_place(where)
+@pytest.mark.parametrize(
+    "location", ["", "None", "a.pth", "hf:resnet50", "hf:a/b/c", "timm/resnet18"]
+)
+def test_invalid_locations(location):
+    assert not pretrained.is_location(location)
 
 
-def test_weights_that_are_not_finite_are_refused(state_dict):
+def test_nonfinite_weights_raise(state_dict):
     state_dict["bn1.running_var"] = np.full(64, np.nan, np.float32)
     state_dict["bn1.bias"] = np.full(64, np.inf, np.float32)
     with pytest.raises(ValueError, match="bn1.bias is not finite; bn1.running_var is not finite$"):
         pretrained.convert("resnet18", state_dict)
 
 
-def lying(header, data=bytes(8), length=None):
-    """A safetensors file with any header, which may say that it is of another length."""
+def safetensors_file(header, data=bytes(8), length=None):
+    """Returns a safetensors file with any header and any stated length of the header."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
@@ -238,35 +240,37 @@ def tensor(dtype="F32", shape=(2,), offsets=(0, 8)):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
-LIES = {
-    "a header longer than the file": lying({}, length=1 << 62),
-    "a header of any length": lying({}, length=(1 << 64) - 1),
+CORRUPT_FILES = {
+    "a header longer than the file": safetensors_file({}, length=1 << 62),
+    "a header of any length": safetensors_file({}, length=(1 << 64) - 1),
     "no header": b"\x00" * 7,
-    "a header that is no JSON": lying(b"{" * 1000),
-    "a deep header": lying(b"[" * 100_000),
-    "overlapping tensors": lying({"a": tensor(), "b": tensor()}),
-    "offsets behind the end": lying({"a": tensor(offsets=(0, 1 << 40), shape=(1 << 38,))}),
-    "offsets that go back": lying({"a": tensor(offsets=(8, 0))}),
-    "a hole": lying({"a": tensor(shape=(1,), offsets=(4, 8))}),
-    "a wrong shape": lying({"a": tensor(shape=(3,))}),
-    "a shape that overflows": lying({"a": tensor(shape=(1 << 62, 1 << 62))}),
-    "an unknown type": lying({"a": tensor("PICKLE")}),
-    "a type that numpy lacks": lying({"a": tensor("F8_E8M0", shape=(8,))}),
-    "another type": lying({"a": tensor("I64", shape=(1,))}),
-    "bytes that nobody owns": lying({"a": tensor()}, data=bytes(16)),
+    "a header that is not JSON": safetensors_file(b"{" * 1000),
+    "a deep header": safetensors_file(b"[" * 100_000),
+    "overlapping tensors": safetensors_file({"a": tensor(), "b": tensor()}),
+    "offsets beyond the end": safetensors_file(
+        {"a": tensor(offsets=(0, 1 << 40), shape=(1 << 38,))}
+    ),
+    "decreasing offsets": safetensors_file({"a": tensor(offsets=(8, 0))}),
+    "a gap": safetensors_file({"a": tensor(shape=(1,), offsets=(4, 8))}),
+    "a wrong shape": safetensors_file({"a": tensor(shape=(3,))}),
+    "a shape that overflows": safetensors_file({"a": tensor(shape=(1 << 62, 1 << 62))}),
+    "an unknown type": safetensors_file({"a": tensor("PICKLE")}),
+    "a type that numpy lacks": safetensors_file({"a": tensor("F8_E8M0", shape=(8,))}),
+    "another type": safetensors_file({"a": tensor("I64", shape=(1,))}),
+    "trailing bytes": safetensors_file({"a": tensor()}, data=bytes(16)),
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_headers_that_lie_are_refused_by_their_path(lie, tmp_path):
-    file = tmp_path / "lies.safetensors"
-    file.write_bytes(LIES[lie])
-    with pytest.raises(ValueError, match=f"^{file}( is damaged|: these are no weights)") as error:
+@pytest.mark.parametrize("kind", CORRUPT_FILES)
+def test_the_error_of_a_corrupt_header_contains_the_path(kind, tmp_path):
+    file = tmp_path / "corrupt.safetensors"
+    file.write_bytes(CORRUPT_FILES[kind])
+    with pytest.raises(ValueError, match=f"^{file}( is damaged|: the weights do not fit)") as error:
         pretrained.load("resnet18", str(file))
     assert len(str(error.value)) < 4000
 
 
-def test_arbitrary_files_of_weights_raise_only_what_is_documented(tmp_path):
+def test_arbitrary_files_raise_only_documented_errors(tmp_path):
     file = tmp_path / "fuzzed.safetensors"
     shapes = {"conv1.weight": (2, 3), "bn1.bias": (4,)}
     save_file({key: np.ones(shape, np.float32) for key, shape in shapes.items()}, file)
@@ -281,6 +285,6 @@ def test_arbitrary_files_of_weights_raise_only_what_is_documented(tmp_path):
     try_all()
 
 
-@pytest.mark.parametrize("where", ["hf:a/b@../../x", "hf:a/b@/etc", "hf:a/b@x/../y"])
-def test_a_revision_does_not_lead_out_of_the_cache(where):
-    assert not pretrained.is_place(where)
+@pytest.mark.parametrize("location", ["hf:a/b@../../x", "hf:a/b@/etc", "hf:a/b@x/../y"])
+def test_a_revision_cannot_leave_the_cache(location):
+    assert not pretrained.is_location(location)

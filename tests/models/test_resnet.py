@@ -41,7 +41,7 @@ def test_feature_map_has_the_expected_shape(name, size, options, expected):
     assert shapes(name, size, **options)[0] == expected
 
 
-def test_blocks_shorten_only_where_shapes_change():
+def test_shortcuts_have_a_convolution_only_if_the_shape_changes():
     _, basic = shapes("resnet18", 32)
     _, bottleneck = shapes("resnet50", 32)
     assert "downsample.0" not in basic["layer1.0"]
@@ -50,7 +50,7 @@ def test_blocks_shorten_only_where_shapes_change():
     assert "downsample.0" not in bottleneck["layer1.1"]
 
 
-def test_initialisation_is_torchvisions(images):
+def test_initialisation_equals_that_of_torchvision(images):
     variables = initialise(resnet.ResNet(**{**TINY, "width": 32}), images)
     block = variables["params"]["layer2.0"]
     # Kaiming normal by fan-out: variance 2 / (3 * 3 * 64).
@@ -73,7 +73,7 @@ def gradients(backbone, variables, images):
     return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
 
 
-def test_training_moves_the_running_statistics_by_a_tenth(images):
+def test_running_statistics_have_momentum_0_9(images):
     backbone = resnet.ResNet(**TINY)
     variables = initialise(backbone, images)
     _, batch_stats = gradients(backbone, variables, images)
@@ -88,7 +88,7 @@ def test_training_moves_the_running_statistics_by_a_tenth(images):
     np.testing.assert_allclose(batch_stats["bn1"]["var"], 0.9 + 0.1 * x.var((0, 1, 2)), rtol=1e-5)
 
 
-def test_frozen_statistics_stay_while_scale_and_bias_train(images):
+def test_frozen_statistics_do_not_change_while_scale_and_bias_train(images):
     backbone = resnet.ResNet(freeze_bn=True, **TINY)
     variables = initialise(backbone, images)
     grads, batch_stats = gradients(backbone, variables, images)
@@ -102,7 +102,7 @@ def test_frozen_statistics_stay_while_scale_and_bias_train(images):
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (4, 3)])
-def test_convolution_of_small_maps_is_the_same_convolution(shape, stride):
+def test_convolution_of_small_maps_equals_that_of_xla(shape, stride):
     x = jax.random.normal(jax.random.key(0), (2, *shape, 5))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 5, 7))
     arguments = (stride, stride), [(1, 1), (1, 1)]
@@ -112,7 +112,7 @@ def test_convolution_of_small_maps_is_the_same_convolution(shape, stride):
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_convolution_of_small_maps_is_compiled_as_a_product():
+def test_convolution_of_small_maps_is_lowered_to_a_matrix_product():
     def lowered(size):
         images = jax.ShapeDtypeStruct((2, size, size, 5), jnp.float32)
         kernel = jax.ShapeDtypeStruct((3, 3, 5, 7), jnp.float32)
@@ -127,17 +127,17 @@ def test_convolution_of_small_maps_is_compiled_as_a_product():
     assert "convolution" in lowered(3)
 
 
-def test_unknown_stem_is_refused_with_the_known_ones():
+def test_an_unknown_stem_raises_and_lists_the_known_ones():
     with pytest.raises(ValueError, match="unknown stem 'big': choose one of imagenet, small"):
         create_backbone("resnet18", stem="big")
 
 
-def test_unknown_backbone_is_refused_with_the_known_ones():
+def test_an_unknown_backbone_raises_and_lists_the_known_ones():
     known = "resnet18, resnet34, resnet50, resnet101"
     with pytest.raises(ValueError, match=f"unknown backbone 'vgg': choose one of .*{known}"):
         create_backbone("vgg")
 
 
-def test_unknown_option_is_refused():
+def test_an_unknown_option_raises():
     with pytest.raises(TypeError, match="depth"):
         create_backbone("resnet18", depth=3)
