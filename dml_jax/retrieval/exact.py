@@ -1,7 +1,9 @@
-"""Exact nearest neighbours and k-means through faiss, which only this module and `index` know.
+"""Exact nearest neighbours and k-means with faiss.
 
-On a GPU machine JAX takes most of the memory at start; what it leaves (25 % by default) must hold
-the gallery and faiss's scratch space. `XLA_PYTHON_CLIENT_MEM_FRACTION` leaves more.
+Only this module and `dml_jax.search.index` import faiss.
+
+On a GPU, JAX allocates 75 % of the memory at start; the rest must hold the gallery and faiss's
+scratch space. A lower `XLA_PYTHON_CLIENT_MEM_FRACTION` leaves more to faiss.
 """
 
 from typing import Any
@@ -20,43 +22,43 @@ except ImportError as error:  # pragma: no cover
     ) from error
 
 BACKENDS = ("auto", "cpu", "gpu", "jax")
-"""Names of what searches run on: faiss on the CPU or the first GPU, or JAX on its devices."""
+"""Search backends: faiss on the CPU or on the first GPU, or JAX on its devices."""
 
-# The most neighbours that faiss's GPU selection can return.
+# The maximum number of neighbours of faiss's GPU search.
 GPU_MAX_K = 2048
-# faiss would take 1.5 GB, which a small card shared with JAX does not have left.
+# The default of 1.5 GB does not fit on a small GPU shared with JAX.
 _GPU_SCRATCH_BYTES = 512 << 20
 
 
 def choose(backend: str) -> str:
-    """What searches run on for one of `BACKENDS`: "cpu", "gpu" or "jax".
+    """Returns the backend for one of `BACKENDS`: "cpu", "gpu" or "jax".
 
-    For "auto" that is the GPU if faiss sees one; else JAX if it has other devices than CPUs, such
-    as TPUs; else the CPU.
+    "auto" selects the GPU if faiss finds one; else JAX if its devices are not CPUs, such as TPUs;
+    else the CPU.
 
     Raises:
-        ValueError: if the name is unknown, or "gpu" is asked for and faiss sees none.
+        ValueError: the name is unknown, or it is "gpu" and faiss finds no GPU.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    visible = faiss.get_num_gpus() > 0
-    if backend == "gpu" and not visible:
+    gpu_available = faiss.get_num_gpus() > 0
+    if backend == "gpu" and not gpu_available:
         raise ValueError(
-            'backend "gpu": faiss sees no GPU; install a GPU build of faiss or use another backend'
+            'backend "gpu": faiss finds no GPU; install a GPU build of faiss or use another backend'
         )
     if backend != "auto":
         return backend
-    if visible:
+    if gpu_available:
         return "gpu"
     return "cpu" if jax.default_backend() == "cpu" else "jax"
 
 
 def make(gallery: Float32[np.ndarray, "n d"], backend: str) -> "Searcher | MeshSearcher":
-    """A gallery to search in.
+    """Returns a searcher of a gallery.
 
     Args:
         gallery: [n, d] embeddings, finite.
-        backend: as `choose` returns it.
+        backend: a backend that `choose` returned.
     """
     return MeshSearcher(gallery) if backend == "jax" else Searcher(gallery, gpu=backend == "gpu")
 
@@ -64,12 +66,11 @@ def make(gallery: Float32[np.ndarray, "n d"], backend: str) -> "Searcher | MeshS
 class Searcher:
     """Exact inner-product search in a gallery of embeddings.
 
-    Equal similarities come in whatever order faiss finds them, which may depend on how many
-    queries are asked for at once. What needs one fixed order must not rely on ties.
+    The order of equal similarities is faiss's, which may depend on the number of queries.
     """
 
     def __init__(self, gallery: Float32[np.ndarray, "n d"], *, gpu: bool = False) -> None:
-        """Index the gallery, [n, d] embeddings, in memory or on the first GPU."""
+        """Builds the index of a gallery [n, d], on the host or on the first GPU."""
         self._cpu_index = faiss.IndexFlatIP(gallery.shape[1])
         self._cpu_index.add(gallery)
         self._index = _to_gpu(self._cpu_index) if gpu else self._cpu_index
@@ -81,63 +82,65 @@ class Searcher:
         *,
         own: Int64[np.ndarray, " q"] | None = None,
     ) -> Int64[np.ndarray, "q k"]:
-        """The gallery indices of the k nearest neighbours of each query, nearest first.
+        """Returns the gallery indices of the k nearest neighbours of each query, nearest first.
 
-        More than `GPU_MAX_K` neighbours are searched on the CPU whatever the backend.
+        A search for more than `GPU_MAX_K` neighbours runs on the CPU.
 
         Args:
             queries: [q, d] embeddings.
             k: number of neighbours, at most n, or n - 1 with `own`.
-            own: [q] the gallery index of each query itself, to be left out. It is left out by this
-                index and not by its rank: copies of an image may come before the image itself.
+            own: [q] gallery index of each query, which is excluded. Excluding the first rank
+                would be wrong, since copies of an image may precede the image itself.
 
         Returns:
             [q, k] indices.
 
         Raises:
-            ValueError: if the gallery holds fewer than k (other) images.
+            ValueError: the gallery has fewer than k (other) images.
         """
         check_depth(k, self._cpu_index.ntotal, own=own is not None)
-        wanted = k if own is None else k + 1
-        index = self._cpu_index if wanted > GPU_MAX_K else self._index
-        _, ids = index.search(queries, wanted)
+        depth = k if own is None else k + 1
+        index = self._cpu_index if depth > GPU_MAX_K else self._index
+        _, ids = index.search(queries, depth)
         return ids if own is None else without_own(ids, own)
 
 
 def without_own(
     ids: Int64[np.ndarray, "q wider"], own: Int64[np.ndarray, " q"]
 ) -> Int64[np.ndarray, "q k"]:
-    """Leaves the query itself out of its neighbours, or else the last of them.
+    """Returns neighbours without the query itself, or without the last one if it is not there.
 
     Args:
         ids: [q, k + 1] gallery indices, nearest first.
-        own: [q] the gallery index of each query.
+        own: [q] gallery index of each query.
 
     Returns:
         [q, k] indices.
     """
     keep = ids != own[:, None]
-    # With enough copies before it, a query is not even among its k + 1 nearest.
+    # A query with k + 1 or more copies may not be among its k + 1 nearest neighbours.
     keep[keep.all(axis=1), -1] = False
     return ids[keep].reshape(len(ids), -1)
 
 
 def unit_rows(
-    vectors: Float32[np.ndarray, "n d"], what: str = "embeddings"
+    vectors: Float32[np.ndarray, "n d"], name: str = "embeddings"
 ) -> Float32[np.ndarray, "n d"]:
-    """Vectors of length 1, in a new array; those of length 0 stay so.
+    """Returns a new array of vectors scaled to length 1; zero vectors stay zero.
 
     Args:
         vectors: [n, d].
-        what: to call them in an error.
+        name: name of the vectors in error messages.
 
     Raises:
-        ValueError: some are not finite.
+        ValueError: a vector is not finite.
     """
     norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
-    bad = np.flatnonzero(~np.isfinite(norms))
-    if len(bad):
-        raise ValueError(f"{len(bad)} {what} are not finite in float32, the first in row {bad[0]}")
+    nonfinite = np.flatnonzero(~np.isfinite(norms))
+    if len(nonfinite):
+        raise ValueError(
+            f"{len(nonfinite)} {name} are not finite in float32, the first in row {nonfinite[0]}"
+        )
     norms[norms == 0] = 1
     return np.divide(vectors, norms[:, None], out=np.empty_like(vectors), casting="same_kind")
 
@@ -145,13 +148,13 @@ def unit_rows(
 def kmeans(
     embeddings: Float32[np.ndarray, "n d"], clusters: int, *, gpu: bool = False, seed: int = 0
 ) -> Int64[np.ndarray, " n"]:
-    """Assign each embedding to one of k-means' clusters (Euclidean, 25 iterations).
+    """Returns a k-means clustering of embeddings (Euclidean, 25 iterations).
 
     Args:
         embeddings: [n, d].
         clusters: number of clusters, at most n.
         gpu: whether to run on the first GPU.
-        seed: of the initial centroids.
+        seed: seed of the initial centroids.
 
     Returns:
         [n] cluster numbers in 0..clusters-1.
@@ -161,19 +164,19 @@ def kmeans(
         clusters,
         niter=25,
         seed=seed,
-        # No warning about small clusters, and no subsampling of large ones.
+        # Disables the warning about small clusters and the subsampling of large ones.
         min_points_per_centroid=1,
         max_points_per_centroid=len(embeddings),
     )
     if gpu:
-        # Kmeans(gpu=1) would take every GPU, since 1 == True.
+        # Kmeans(gpu=1) would use all GPUs, since 1 == True.
         model.index = _to_gpu(model.index)
     model.train(embeddings)
     return model.assign(embeddings)[1]
 
 
 def _to_gpu(index: Any) -> Any:
-    """Copy a faiss index to the first GPU."""
+    """Returns a copy of a faiss index on the first GPU."""
     resources = faiss.StandardGpuResources()
     resources.setTempMemory(_GPU_SCRATCH_BYTES)
     return faiss.index_cpu_to_gpu(resources, 0, index)

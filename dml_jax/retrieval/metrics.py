@@ -1,8 +1,8 @@
-"""Retrieval metrics as pure functions of which neighbours share the query's class.
+"""Retrieval metrics as pure functions of the neighbours' correctness.
 
-`matches[i, j]` says whether the j-th nearest neighbour of query i is of its class; `relevant[i]`
-(R) counts the images of that class which could be found at all. The results are per query, so that
-a caller may go through the queries in blocks and add up.
+`matches[i, j]` is whether the j-th nearest neighbour of query i is of its class; `relevant[i]` (R)
+is the number of gallery images of that class. Results are per query, so that a caller can process
+the queries in blocks.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float64, Int
 def recall(
     matches: Bool[np.ndarray, "q k"], recall_at: Sequence[int]
 ) -> Bool[np.ndarray, "q levels"]:
-    """Recall@k: is a same-class image among the first k neighbours?
+    """Returns Recall@k of each query: whether one of the first k neighbours is of its class.
 
     Args:
         matches: [q, k] correct neighbours, nearest first.
@@ -24,12 +24,12 @@ def recall(
         [q, len(recall_at)] booleans.
 
     Raises:
-        ValueError: if a k exceeds the number of neighbours given.
+        ValueError: a k exceeds the number of neighbours.
     """
     if max(recall_at, default=0) > matches.shape[1]:
         raise ValueError(f"recall@{max(recall_at)} needs more than {matches.shape[1]} neighbours")
     first = matches.argmax(axis=1, keepdims=True)
-    # argmax of a row without a match is 0 as well.
+    # The argmax of a row without a match is 0, too.
     found = np.take_along_axis(matches, first, axis=1)
     return found & (first < np.asarray(recall_at, dtype=np.int64))
 
@@ -37,7 +37,7 @@ def recall(
 def r_precision(
     matches: Bool[np.ndarray, "q k"], relevant: Int[np.ndarray, " q"]
 ) -> Float64[np.ndarray, " q"]:
-    """R-precision: the fraction of the first R neighbours that is correct.
+    """Returns the R-precision: the fraction of the first R neighbours that is correct.
 
     Args:
         matches: [q, k] correct neighbours, nearest first, k >= max(relevant).
@@ -47,7 +47,7 @@ def r_precision(
         [q] values in 0..1.
 
     Raises:
-        ValueError: if an R is 0 or exceeds the number of neighbours given.
+        ValueError: an R is 0 or exceeds the number of neighbours.
     """
     return _first_r(matches, relevant).sum(axis=1) / relevant
 
@@ -55,10 +55,12 @@ def r_precision(
 def average_precision(
     matches: Bool[np.ndarray, "q k"], relevant: Int[np.ndarray, " q"]
 ) -> Float64[np.ndarray, " q"]:
-    """Average precision at R, whose mean over queries is MAP@R.
+    """Returns the average precision at R, whose mean over queries is MAP@R.
 
-    (1/R) * sum of precision@i over the correct ranks i <= R; the denominator is R and not the
-    number of hits. Musgrave et al., "A Metric Learning Reality Check", ECCV 2020.
+    (1/R) * sum of precision@i over the correct ranks i <= R. The denominator is R, not the number
+    of correct neighbours.
+
+    Source: Musgrave et al., A Metric Learning Reality Check, ECCV 2020.
 
     Args:
         matches: [q, k] correct neighbours, nearest first, k >= max(relevant).
@@ -68,7 +70,7 @@ def average_precision(
         [q] values in 0..1.
 
     Raises:
-        ValueError: if an R is 0 or exceeds the number of neighbours given.
+        ValueError: an R is 0 or exceeds the number of neighbours.
     """
     hits = _first_r(matches, relevant)
     precision = np.cumsum(hits, axis=1, dtype=np.int32) / np.arange(1, hits.shape[1] + 1)
@@ -78,16 +80,16 @@ def average_precision(
 def normalized_mutual_information(
     labels: Int[np.ndarray, " n"], clusters: Int[np.ndarray, " n"]
 ) -> float:
-    """Mutual information of two partitions over the arithmetic mean of their entropies.
+    """Returns the mutual information of two partitions over the mean of their entropies.
 
-    The contingency table is kept sparse: tens of thousands of classes cost no more than n cells.
+    The contingency table is sparse, with at most n cells for any number of classes.
 
     Args:
         labels: [n] class of each image.
         clusters: [n] cluster of each image.
 
     Returns:
-        A value in 0..1; 1 for two partitions of a single part each.
+        A value in 0..1; 1 if both partitions have a single part.
     """
     _, rows, row_counts = np.unique(labels, return_inverse=True, return_counts=True)
     _, columns, column_counts = np.unique(clusters, return_inverse=True, return_counts=True)
@@ -102,11 +104,11 @@ def normalized_mutual_information(
 def _first_r(
     matches: Bool[np.ndarray, "q k"], relevant: Int[np.ndarray, " q"]
 ) -> Bool[np.ndarray, "q r"]:
-    """Correct neighbours among each query's own first R, cut to the largest R."""
+    """Returns the matches among each query's first R neighbours, with max(R) columns."""
     width = relevant.max(initial=0)
     if width > matches.shape[1] or relevant.min(initial=1) < 1:
         raise ValueError(
-            f"R must lie in 1..{matches.shape[1]} (the neighbours given), "
+            f"R must be in 1..{matches.shape[1]}, the number of neighbours, "
             f"got {relevant.min()}..{width}"
         )
     return matches[:, :width] & (np.arange(width) < relevant[:, None])

@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "retrieval.npz"
 
 
 def slow_reference(embeddings, labels, recall_at, gallery=None):
-    """The definitions, one query at a time, in float64."""
+    """Evaluates the definitions one query at a time, in float64."""
 
     def unit(x):
         x = np.asarray(x, dtype=np.float64)
@@ -47,7 +47,7 @@ def values(result, recall_at):
 def test_golden():
     golden = np.load(GOLDEN)
     recall_at = tuple(golden["recall_at"].tolist())
-    # Lengths must not matter.
+    # The metrics do not depend on the lengths of the embeddings.
     lengths = np.random.default_rng(0).uniform(0.1, 10, size=(len(golden["labels"]), 1))
     for scale in (1, lengths):
         result = retrieval.evaluate(
@@ -84,7 +84,7 @@ def test_against_slow_reference(seed, n, m, classes, dtype, split):
     assert result["queries_without_match"] == without
 
 
-def test_classes_of_very_different_size_in_many_blocks(monkeypatch):
+def test_many_blocks_of_classes_of_different_sizes(monkeypatch):
     rng = np.random.default_rng(0)
     labels = rng.permutation(np.repeat([0, 1, 2, 3, 4], [150, 60, 40, 2, 1]))
     embeddings = rng.standard_normal((len(labels), 6)).astype(np.float32)
@@ -92,13 +92,13 @@ def test_classes_of_very_different_size_in_many_blocks(monkeypatch):
     monkeypatch.setattr(retrieval, "_BLOCK_QUERIES", 32)
     monkeypatch.setattr(retrieval, "_BLOCK_NEIGHBOURS", 1500)
     sizes = []
-    nearest = exact.Searcher.nearest
+    nearest = retrieval.exact.Searcher.nearest
 
     def spy(self, queries, k, *, own=None):
         sizes.append((len(queries), k))
         return nearest(self, queries, k, own=own)
 
-    monkeypatch.setattr(exact.Searcher, "nearest", spy)
+    monkeypatch.setattr(retrieval.exact.Searcher, "nearest", spy)
     result = retrieval.evaluate(embeddings, labels, recall_at=(1, 4))
     np.testing.assert_allclose(values(result, (1, 4)), expected, rtol=0, atol=1e-9)
     assert without == result["queries_without_match"] == 1
@@ -106,36 +106,36 @@ def test_classes_of_very_different_size_in_many_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_jax_scores_like_faiss(split):
+def test_jax_and_faiss_give_equal_metrics(split):
     rng = np.random.default_rng(0)
     labels = rng.permutation(np.repeat([0, 1, 2, 3, 4], [60, 40, 20, 2, 1]))
     embeddings = rng.standard_normal((len(labels), 16)).astype(np.float32)
     options = {"recall_at": (1, 4), "gallery": (embeddings[:70], labels[:70]) if split else None}
     expected = retrieval.evaluate(embeddings[50:], labels[50:], backend="cpu", **options)
-    with jax.transfer_guard("disallow"):  # As while training.
+    with jax.transfer_guard("disallow"):  # As in the training loop.
         result = retrieval.evaluate(embeddings[50:], labels[50:], backend="jax", **options)
     assert result == expected
     assert 0 < expected["map@r"] < 0.9
 
 
-def test_copies_are_neighbours_but_never_the_query_itself():
+def test_copies_of_the_query_are_neighbours_but_not_the_query_itself():
     rng = np.random.default_rng(0)
     distinct = rng.standard_normal((20, 8)).astype(np.float32)
-    # Two copies of each image: the other copy alone is of its class.
+    # Two copies of each image: R is 1, and the other copy is the nearest.
     twins = np.repeat(distinct, 2, axis=0)
     result = retrieval.evaluate(twins, np.repeat(np.arange(20), 2), recall_at=(1,))
     assert values(result, (1,)) == [1, 1, 1]
-    # Ten copies of each: nine of them alone fill R.
+    # Ten copies of each image: R is 9, the other copies.
     result = retrieval.evaluate(
         np.tile(distinct, (10, 1)), np.tile(np.arange(20), 10), recall_at=(1, 9)
     )
     assert values(result, (1, 9)) == [1, 1, 1, 1]
-    # Were a query its own neighbour, it would be a match.
+    # If a query were its own neighbour, it would be a match.
     result = retrieval.evaluate(twins, np.tile([0, 1], 20), recall_at=(1,))
     assert result["recall@1"] == 0
 
 
-def test_queries_without_match_count_for_nothing():
+def test_queries_without_match_are_excluded():
     embeddings = np.array([[1, 0], [1, 0.1], [0, 1], [0.1, 1]], np.float32)
     result = retrieval.evaluate(embeddings, np.array([5, 5, 7, -2]), recall_at=(1,))
     assert result == {"recall@1": 1, "r_precision": 1, "map@r": 1, "queries_without_match": 2}
@@ -143,7 +143,7 @@ def test_queries_without_match_count_for_nothing():
     result = retrieval.evaluate(
         embeddings[:2], np.array([5, 9]), recall_at=(1,), gallery=gallery, nmi=True
     )
-    # R is 3; the ranks of the matches are 1, 3 and 4; in a gallery nothing is left out.
+    # R is 3; the ranks of the matches are 1, 3 and 4, since a gallery includes all images.
     assert result["recall@1"] == 1
     assert result["r_precision"] == pytest.approx(2 / 3)
     assert result["map@r"] == pytest.approx((1 + 2 / 3) / 3)
@@ -160,7 +160,7 @@ def test_nmi_of_separate_and_of_mixed_classes():
     assert "nmi" not in retrieval.evaluate(embeddings, labels)
 
 
-def test_zero_and_extreme_embeddings_stay_finite():
+def test_zero_and_extreme_embeddings_give_finite_metrics():
     rng = np.random.default_rng(0)
     embeddings = rng.standard_normal((12, 4)).astype(np.float32)
     labels = np.arange(12) % 3
@@ -199,9 +199,9 @@ def test_bad_input(arguments, error, message):
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"recall_at": (1, 4)}, ValueError, r"must lie in 1\.\.3"),
-        ({"recall_at": (0, 1)}, ValueError, r"must lie in 1\.\.3"),
-        ({"recall_at": (1, 5), "gallery": (X, Y)}, ValueError, r"must lie in 1\.\.4"),
+        ({"recall_at": (1, 4)}, ValueError, r"must be in 1\.\.3"),
+        ({"recall_at": (0, 1)}, ValueError, r"must be in 1\.\.3"),
+        ({"recall_at": (1, 5), "gallery": (X, Y)}, ValueError, r"must be in 1\.\.4"),
         ({"gallery": (X[:, :2], Y)}, ValueError, "3 dimensions, the gallery's 2"),
         ({"gallery": (X, Y[:2])}, ValueError, "4 gallery embeddings but 2 labels"),
         ({"gallery": (X, Y / 2)}, TypeError, "gallery labels must be integers"),
@@ -233,10 +233,8 @@ FLOATS = hnp.arrays(
     recall_at=st.one_of(st.just((1,)), st.lists(st.one_of(st.integers(), st.floats()), max_size=3)),
     nmi=st.booleans(),
 )
-def test_arbitrary_arrays_raise_only_what_is_documented(
-    embeddings, labels, gallery, recall_at, nmi
-):
-    jaxtyping.config.update("jaxtyping_disable", True)  # Users have no such checks of types.
+def test_arbitrary_arrays_raise_only_documented_errors(embeddings, labels, gallery, recall_at, nmi):
+    jaxtyping.config.update("jaxtyping_disable", True)  # As for users.
     try:
         result = retrieval.evaluate(
             embeddings, labels, recall_at=recall_at, gallery=gallery, nmi=nmi

@@ -10,21 +10,21 @@ def unit(rng, n, d=8):
 
 
 @pytest.mark.parametrize("k", [1, 5, 150, 299])
-def test_neighbours_against_full_sort(k):
+def test_neighbours_equal_those_of_a_full_sort(k):
     gallery = unit(np.random.default_rng(0), 300)
     queries = unit(np.random.default_rng(1), 40)
     got = exact.Searcher(gallery).nearest(queries, k)
     expected = np.argsort(-(queries.astype(np.float64) @ gallery.T.astype(np.float64)))[:, :k]
     assert got.shape == (40, k)
-    # Neighbours closer to each other than float32 can tell may change places.
-    same = np.take_along_axis(queries @ gallery.T, got, axis=1)
+    # Neighbours whose similarities are equal in float32 may be in another order.
+    ours = np.take_along_axis(queries @ gallery.T, got, axis=1)
     np.testing.assert_allclose(
-        same, np.take_along_axis(queries @ gallery.T, expected, axis=1), atol=1e-6
+        ours, np.take_along_axis(queries @ gallery.T, expected, axis=1), atol=1e-6
     )
     assert (got == expected).mean() > 0.99
 
 
-def test_a_query_is_left_out_by_index_among_its_copies():
+def test_a_query_with_copies_is_excluded_by_its_index():
     rng = np.random.default_rng(0)
     base = unit(rng, 10)
     gallery = np.concatenate([base, np.repeat(base[:1], 30, axis=0)])
@@ -32,12 +32,12 @@ def test_a_query_is_left_out_by_index_among_its_copies():
     ids = exact.Searcher(gallery).nearest(gallery, 3, own=own)
     assert ids.shape == (40, 3)
     assert (ids != own[:, None]).all()
-    # Image 0 has 30 copies: with so many before it, it may not even be among its 4 nearest.
+    # Image 0 has 30 copies, so it may not be among its own 4 nearest neighbours.
     copies = np.array([0, *range(10, 40)])
     assert np.isin(ids[copies], copies).all()
 
 
-def test_a_query_missing_among_its_nearest_costs_the_last_one(monkeypatch):
+def test_the_last_neighbour_is_dropped_if_the_query_is_not_among_them(monkeypatch):
     searcher = exact.Searcher(unit(np.random.default_rng(0), 6))
     found = np.array([[3, 4, 5], [1, 0, 2]])
 
@@ -53,12 +53,12 @@ def test_a_query_missing_among_its_nearest_costs_the_last_one(monkeypatch):
     np.testing.assert_array_equal(ids, [[3, 4], [1, 2]])
 
 
-def test_gpu_searches_up_to_its_limit_and_the_cpu_beyond(monkeypatch):
-    asked = []
+def test_searches_beyond_the_gpu_limit_run_on_the_cpu(monkeypatch):
+    depths = []
 
     class GpuIndex:
         def search(self, queries, k):
-            asked.append(k)
+            depths.append(k)
             return None, np.tile(np.arange(k), (len(queries), 1))
 
     monkeypatch.setattr(exact, "_to_gpu", lambda index: GpuIndex())
@@ -67,25 +67,25 @@ def test_gpu_searches_up_to_its_limit_and_the_cpu_beyond(monkeypatch):
     own = np.arange(2)
     searcher.nearest(gallery[:2], exact.GPU_MAX_K - 1, own=own)
     ids = searcher.nearest(gallery[:2], exact.GPU_MAX_K, own=own)
-    assert asked == [exact.GPU_MAX_K]
+    assert depths == [exact.GPU_MAX_K]
     assert ids[0, 0] == np.argsort(-(gallery @ gallery[0]))[1]
 
 
 @pytest.mark.parametrize("k, own", [(0, False), (6, False), (5, True)])
-def test_more_neighbours_than_images_are_refused(k, own):
+def test_more_neighbours_than_images_raise(k, own):
     gallery = unit(np.random.default_rng(0), 5)
-    with pytest.raises(ValueError, match=f"{k} neighbours asked for.*gallery holds 5"):
+    with pytest.raises(ValueError, match=f"cannot find {k} neighbours.*gallery of 5"):
         exact.Searcher(gallery).nearest(gallery, k, own=np.arange(5) if own else None)
 
 
 @pytest.mark.parametrize(
-    "gpus, jax_has, chosen",
+    "gpus, platform, expected",
     [(1, "gpu", "gpu"), (0, "tpu", "jax"), (0, "gpu", "jax"), (0, "cpu", "cpu")],
 )
-def test_auto_takes_faiss_on_a_gpu_before_jax_on_its_devices(monkeypatch, gpus, jax_has, chosen):
+def test_auto_prefers_faiss_on_a_gpu_to_jax(monkeypatch, gpus, platform, expected):
     monkeypatch.setattr(exact.faiss, "get_num_gpus", lambda: gpus)
-    monkeypatch.setattr(exact.jax, "default_backend", lambda: jax_has)
-    assert exact.choose("auto") == chosen
+    monkeypatch.setattr(exact.jax, "default_backend", lambda: platform)
+    assert exact.choose("auto") == expected
     assert exact.choose("cpu") == "cpu"
     assert exact.choose("jax") == "jax"
     with pytest.raises(ValueError, match="one of auto, cpu, gpu, jax, got 'tpu'"):
@@ -93,11 +93,11 @@ def test_auto_takes_faiss_on_a_gpu_before_jax_on_its_devices(monkeypatch, gpus, 
     if gpus:
         assert exact.choose("gpu") == "gpu"
     else:
-        with pytest.raises(ValueError, match="faiss sees no GPU"):
+        with pytest.raises(ValueError, match="faiss finds no GPU"):
             exact.choose("gpu")
 
 
-def test_kmeans_finds_separate_clusters_repeatably(capfd):
+def test_kmeans_finds_separate_clusters_deterministically(capfd):
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), 6)
     points = (np.eye(3, 8, dtype=np.float32)[labels] * 10 + unit(rng, 18) / 10).astype(np.float32)
@@ -110,8 +110,8 @@ def test_kmeans_finds_separate_clusters_repeatably(capfd):
     assert not err
 
 
-@pytest.mark.skipif(exact.faiss.get_num_gpus() == 0, reason="faiss sees no GPU")
-def test_gpu_finds_the_same_neighbours():
+@pytest.mark.skipif(exact.faiss.get_num_gpus() == 0, reason="faiss finds no GPU")
+def test_gpu_and_cpu_find_the_same_neighbours():
     gallery = unit(np.random.default_rng(0), 500, 64)
     own = np.arange(500)
     cpu, gpu = (exact.Searcher(gallery, gpu=on).nearest(gallery, 20, own=own) for on in (0, 1))

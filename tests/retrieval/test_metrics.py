@@ -16,21 +16,21 @@ MATCHES = np.array(
 )
 
 
-def test_recall_by_hand():
+def test_recall_of_an_example():
     got = metrics.recall(MATCHES, (1, 2, 5))
     np.testing.assert_array_equal(got, [[1, 1, 1], [0, 1, 1], [0, 0, 0], [0, 0, 1]])
 
 
-def test_recall_keeps_the_order_of_its_levels():
+def test_recall_keeps_the_order_of_k():
     np.testing.assert_array_equal(metrics.recall(MATCHES, (5, 1))[1], [True, False])
 
 
-def test_recall_refuses_levels_beyond_the_neighbours():
+def test_recall_at_more_than_the_neighbours_raises():
     with pytest.raises(ValueError, match="recall@6 needs more than 5"):
         metrics.recall(MATCHES, (1, 6))
 
 
-def test_r_precision_by_hand():
+def test_r_precision_of_an_example():
     got = metrics.r_precision(MATCHES, np.array([3, 3, 1, 2]))
     np.testing.assert_allclose(got, [2 / 3, 2 / 3, 0, 0])
 
@@ -42,13 +42,13 @@ def test_average_precision_divides_by_r_and_not_by_hits():
 
 @pytest.mark.parametrize("relevant", [[1, 1, 1, 6], [1, 0, 1, 1]])
 @pytest.mark.parametrize("metric", [metrics.r_precision, metrics.average_precision])
-def test_impossible_r_is_refused(metric, relevant):
-    with pytest.raises(ValueError, match=r"R must lie in 1\.\.5"):
+def test_an_invalid_r_raises(metric, relevant):
+    with pytest.raises(ValueError, match=r"R must be in 1\.\.5"):
         metric(MATCHES, np.array(relevant))
 
 
 @given(seed=st.integers(0, 2**32 - 1), q=st.integers(1, 12), k=st.integers(1, 15))
-def test_against_loops(seed, q, k):
+def test_metrics_equal_those_of_loops(seed, q, k):
     rng = np.random.default_rng(seed)
     matches = rng.random((q, k)) < rng.random()
     relevant = rng.integers(1, k + 1, size=q)
@@ -68,7 +68,7 @@ def test_against_loops(seed, q, k):
 
 
 def dense_nmi(labels, clusters):
-    """The textbook form H(X) + H(Y) - H(X, Y), from a dense table."""
+    """Returns the NMI from H(X) + H(Y) - H(X, Y) of a dense table."""
     table = np.zeros((labels.max() + 1, clusters.max() + 1))
     np.add.at(table, (labels, clusters), 1 / len(labels))
 
@@ -85,9 +85,9 @@ def dense_nmi(labels, clusters):
     classes=st.integers(2, 6),
     clusters=st.integers(2, 6),
 )
-def test_nmi_against_entropies(seed, n, classes, clusters):
+def test_nmi_equals_the_form_with_entropies(seed, n, classes, clusters):
     rng = np.random.default_rng(seed)
-    # The first two of each differ, so that no entropy is 0.
+    # The first two labels differ, so that no entropy is 0.
     x = np.concatenate([[0, 1], rng.integers(classes, size=n - 2)])
     y = np.concatenate([[0, 1], rng.integers(clusters, size=n - 2)])
     got = metrics.normalized_mutual_information(x, y)
@@ -97,10 +97,10 @@ def test_nmi_against_entropies(seed, n, classes, clusters):
     assert metrics.normalized_mutual_information(y, x) == pytest.approx(got)
 
 
-def test_nmi_extremes():
+def test_nmi_of_equal_independent_and_single_partitions():
     labels = np.repeat(np.arange(4), 25)
     assert metrics.normalized_mutual_information(labels, 3 - labels) == pytest.approx(1)
-    # Every cluster holds the classes in equal parts: the two know nothing of each other.
+    # Every cluster contains all classes in equal parts.
     independent = np.tile(np.arange(5), 20)
     assert metrics.normalized_mutual_information(labels, independent) == pytest.approx(0, abs=1e-12)
     alone = np.zeros(3, dtype=int)
