@@ -55,15 +55,13 @@ class MemVirConfig:
     num_steps: int = setting(
         0,
         integer(0),
-        help="Earlier steps whose classes take part as virtual classes, the paper's N; 0 is no "
+        help="Number of earlier steps whose classes are virtual classes, the paper's N; 0 disables "
         "MemVir.",
     )
-    step_gap: int = setting(
-        0, integer(0), help="Steps between two remembered steps, the paper's M."
-    )
+    step_gap: int = setting(0, integer(0), help="Steps between two of these steps, the paper's M.")
     warmup_epochs: int = setting(0, integer(0), help="Epochs at the start without virtual classes.")
     dtype: str = setting(
-        "float32", choice(("float32", "bfloat16")), help="What remembered vectors are stored in."
+        "float32", choice(("float32", "bfloat16")), help="Dtype of the stored vectors."
     )
 
 

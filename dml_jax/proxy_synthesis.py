@@ -30,7 +30,7 @@ class ProxySynthesisConfig:
     ratio: float = setting(
         0.0,
         number(least=0.0),
-        help="Synthetic classes per sample, the paper's mu; 0 is no Proxy Synthesis.",
+        help="Synthetic classes per sample, the paper's mu; 0 disables Proxy Synthesis.",
     )
     alpha: float = setting(
         0.4, number(above=0.0), help="Mixing weights are drawn from Beta(alpha, alpha)."

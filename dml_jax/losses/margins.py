@@ -23,7 +23,7 @@ class CosFace(NormSoftmax):
     """
 
     scale: float = setting(64.0, number(above=0.0), help="Factor of the cosines.")
-    margin: float = setting(0.35, number(least=0.0), help="Lowers the cosine with the own proxy.")
+    margin: float = setting(0.35, number(least=0.0), help="Subtracted from the target's cosine.")
 
     def target(self, logits: RowLogits, embeddings: Embeddings) -> RowLogits:
         """Returns `scale * (cos - margin)`."""
@@ -45,7 +45,7 @@ class ArcFace(NormSoftmax):
     margin: float = setting(
         0.5,
         number(least=0.0, below=math.pi),
-        help="Raises the angle to the own proxy, in radians.",
+        help="Added to the target's angle, in radians.",
     )
 
     def target(self, logits: RowLogits, embeddings: Embeddings) -> RowLogits:
@@ -69,7 +69,7 @@ class SphereFace(NormSoftmax):
     """
 
     scale: float = setting(1.0, number(above=0.0), help="Factor of the logits.")
-    margin: float = setting(4.0, number(least=1.0), help="Multiplies the angle to the own proxy.")
+    margin: float = setting(4.0, number(least=1.0), help="Multiplies the target's angle.")
 
     def prepare(self, embeddings: Embeddings, proxies: RawProxies) -> Prepared:
         """Returns raw embeddings and unit proxies."""

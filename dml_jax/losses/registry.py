@@ -37,7 +37,7 @@ def create(name: str, **hyperparameters: Any) -> ProxyLoss:
     NormSoftmax(scale=16.0)
 
     Args:
-        name: one of `names()`, or the import path of a loss of your own.
+        name: one of `names()`, or the import path of another loss.
         **hyperparameters: fields of the loss's class; all have defaults. A list stands for a
             tuple, since JSON has no tuples.
 

@@ -32,7 +32,7 @@ class SoftTriple(SoftmaxLoss):
         0.1, number(above=0.0), help="Temperature of the softmax over the centres of a class."
     )
     margin: float = setting(
-        0.01, number(least=0.0), help="Lowers the similarity to the own class, delta."
+        0.01, number(least=0.0), help="Subtracted from the target's similarity, delta."
     )
     tau: float = setting(0.0, number(least=0.0), help="Weight of the regulariser.")
     centers_per_class: int = setting(10, integer(1), help="Centres of each class, K.")

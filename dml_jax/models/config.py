@@ -71,9 +71,7 @@ class ModelConfig:
         help="Whether scale and bias of batch normalisation stay unchanged too, without weight "
         "decay.",
     )
-    dtype: str = setting(
-        "float32", choice(DTYPES), help="What convolutions and activations compute in."
-    )
+    dtype: str = setting("float32", choice(DTYPES), help="Dtype of convolutions and activations.")
     remat: bool = setting(
         False,
         flag(),
