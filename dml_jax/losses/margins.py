@@ -11,7 +11,7 @@ from dml_jax.losses.softmax import NormSoftmax
 from dml_jax.settings import number, setting
 
 _MIN_SQUARED_SINE = 1e-7
-"""Clips the derivative of the angle by its cosine, which is infinite at 0 and pi."""
+"""Smaller squared sines are clipped, since the derivative of the angle is infinite at 0 and pi."""
 
 
 @dataclasses.dataclass(frozen=True)
