@@ -12,14 +12,14 @@ row, the log-sum-exp of its logits against the proxies of each stored step. A st
 only the current rows against all proxies and the stored rows against the current proxies,
 (2N+1)BC logits, for the same value and the same gradients.
 
-This holds for losses that sum over classes. Proxy-Anchor sums over rows for each proxy, and there
-the roles of rows and classes are exchanged. The code calls an anchor (see `losses.ProxyLoss`) what
-has a log-sum-exp, and candidates what the log-sum-exp is over.
+This holds for losses that sum over classes. Proxy-Anchor sums over rows for each class, so there
+rows and classes exchange their roles. This module covers both with the terms of `losses.ProxyLoss`:
+each anchor (a row or a class) has a log-sum-exp over candidates (classes or rows).
 
 Every array has the layout `[anchor, block, slot, ...]`, so that all are sharded alike. Steps that
-are M+1 apart share a block of the ring buffer, so a step reads one contiguous slice. The entry of a
-step is kept in `pending` and enters the ring at the start of the next step: a program that reads
-the ring and then writes it would have to copy it.
+are M+1 apart share a block of the ring buffer, so a step reads one contiguous slice. A step stores
+its entry in `pending`, and the next step writes it into the ring before reading: a program that
+reads the ring and then writes it has to copy it.
 """
 
 import dataclasses
@@ -239,20 +239,20 @@ def loss_and_update(
     return value, jax.lax.stop_gradient(update)
 
 
-def choose(taken: Bool[Array, ""], update: Memory, before: Memory) -> Memory:
-    """Returns `update` if the step is taken, else a memory equivalent to `before`.
+def choose(accepted: Bool[Array, ""], update: Memory, before: Memory) -> Memory:
+    """Returns `update` if the step is accepted, else a memory equivalent to `before`.
 
     Selects the small arrays only. The ring and the caches of the two differ by the entry that was
     pending before the step, which the next step writes there in any case.
 
     Args:
-        taken: whether the step is taken.
+        accepted: whether the step is accepted.
         update: the memory that `loss_and_update` returned.
         before: the memory that `loss_and_update` was given.
     """
 
     def select(new: PyTree, old: PyTree) -> PyTree:
-        return jax.tree.map(lambda x, y: jnp.where(taken, x, y), new, old)
+        return jax.tree.map(lambda x, y: jnp.where(accepted, x, y), new, old)
 
     def pending(cache: LogSumExpCache) -> tuple[Array, ...]:
         return cache.pending_own, cache.pending_over, cache.pending_of
@@ -382,7 +382,7 @@ def _loss(
 
     Args:
         loss: the loss.
-        block: what the step reads of the memory.
+        block: the block of the memory for this step.
         terms: `anchor_terms` of the current batch, including the synthetic part.
         real: the real part of the current batch.
         synthetic: the synthetic part.

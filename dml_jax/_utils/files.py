@@ -14,11 +14,11 @@ PART_SUFFIX = ".part"
 
 @contextlib.contextmanager
 def atomic_write(path: Path, *, keep_part: bool = False) -> Iterator[Path]:
-    """Yields a temporary path, and renames what the caller creates there to `path` at the end.
+    """Yields a temporary path, and at the end renames the file or folder there to `path`.
 
-    The temporary path is `path` with `PART_SUFFIX`. Nothing exists there at first: what an earlier
-    process left is removed. The caller creates a file or a folder. After an error, `path` is
-    unchanged. Two processes must not write the same path at the same time.
+    The temporary path is `path` with `PART_SUFFIX`; leftovers of an earlier process there are
+    removed. The caller creates a file or a folder. After an error, `path` is unchanged. Two
+    processes must not write the same path at the same time.
 
     Args:
         path: the file or folder to write. A file is replaced; a folder must be absent or empty.

@@ -29,7 +29,7 @@ AnchorMask = Bool[Array, " anchors"]
 
 @dataclasses.dataclass(frozen=True)
 class ProxyLoss(abc.ABC):
-    """A mean over anchors of a term that depends on the log-sum-exp of the anchor's logits.
+    """Base class of losses that are a mean over anchors of a function of a log-sum-exp.
 
     In a softmax loss each row of the batch is an anchor, and its log-sum-exp is over classes. In
     Proxy-Anchor each class is an anchor, and its log-sum-exp is over rows. MemVir computes these
