@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.cli.test_programs import run, succeed
 from tests.helpers import tiny, weights
-from tests.models.test_pretrained import gives_golden_features
-from tests.test_programs import run, succeed
+from tests.models.test_pretrained import assert_golden_features
 
 NAME = "resnet18"
 
@@ -55,7 +55,7 @@ def test_bninceptions_port_reaches_a_run(torch, images, tmp_path):
     plain = {key.removeprefix("module."): x for key, x in port.items()}
     torch.save(plain, source, _use_new_zipfile_serialization=False)
     succeed(*arguments(source, out, "bninception"))
-    gives_golden_features("bninception", out, images)
+    assert_golden_features("bninception", out, images)
 
 
 def test_what_does_not_fit_or_is_not_safe_is_refused(torch, tensors, tmp_path):

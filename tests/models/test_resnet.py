@@ -134,7 +134,7 @@ def test_an_unknown_stem_raises_and_lists_the_known_ones():
 
 def test_an_unknown_backbone_raises_and_lists_the_known_ones():
     known = "resnet18, resnet34, resnet50, resnet101"
-    with pytest.raises(ValueError, match=f"unknown backbone 'vgg': choose one of .*{known}"):
+    with pytest.raises(ValueError, match=f"unknown backbone 'vgg'; choose one of .*{known}"):
         create_backbone("vgg")
 
 
