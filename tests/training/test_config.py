@@ -68,7 +68,7 @@ def roots(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "create", few)
-        patch.setattr(splits, "_inspected", lambda sources: data.InspectionReport({}, {}))
+        patch.setattr(splits, "_inspect_once", lambda sources: data.InspectionReport({}, {}))
         # Variants of equal shape compile once for all files, and not for long.
         jax.config.update("jax_disable_most_optimizations", True)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
