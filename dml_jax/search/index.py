@@ -28,7 +28,7 @@ TARGET_RECALL = 0.95
 RECALL_AT = 10
 
 VECTORS = "vectors.faiss"
-IMAGES = "images.json"
+METADATA = "images.json"
 
 _SAMPLE = 500  # Queries for measuring recall.
 _POINTS_PER_CELL = 50  # For k-means; faiss warns below 39, and more improves little.
@@ -266,7 +266,7 @@ def save(gallery: Gallery, folder: Path) -> None:
         faiss.write_index(gallery.vectors, str(partial / VECTORS))
         metadata = {name: value for name, value in gallery._asdict().items() if name != "vectors"}
         metadata["checksum"] = _checksum(partial / VECTORS)
-        (partial / IMAGES).write_text(json.dumps(metadata), encoding="utf-8")
+        (partial / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -289,19 +289,19 @@ def load(folder: Path) -> Gallery:
         FileNotFoundError: the folder holds no index.
         ValueError: it is damaged.
     """
-    for path in (folder / IMAGES, folder / VECTORS):
+    for path in (folder / METADATA, folder / VECTORS):
         if not path.is_file():
             raise FileNotFoundError(
                 f"{folder} holds no index: there is no {path}; scripts/index.py makes one"
             )
     try:
-        metadata = json.loads((folder / IMAGES).read_text(encoding="utf-8"))
+        metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
         if _checksum(folder / VECTORS) != metadata.pop("checksum"):
             raise ValueError(f"the checksum of {VECTORS} differs")
         gallery = Gallery(vectors=faiss.read_index(str(folder / VECTORS)), **metadata)
         counts = {gallery.vectors.ntotal, len(gallery.names), len(gallery.labels)}
         if len(counts) > 1 or max(gallery.labels) >= len(gallery.class_names):
-            raise ValueError(f"{IMAGES} and {VECTORS} do not belong together")
+            raise ValueError(f"{METADATA} and {VECTORS} do not belong together")
     # The errors of reading any other JSON than `save` writes.
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(

@@ -141,7 +141,7 @@ def drawing(letter, typeface, shape):
 
 def test_coinciding_letters_are_merged_without_duplicates(monkeypatch):
     # The shape of each letter by typeface. Greek Alpha equals Latin A in one typeface, Cyrillic A
-    # equals Alpha in another, and the last two typefaces draw B and C alike.
+    # equals Alpha in another. The last two drawings of B are equal, and so are those of C.
     shapes = {
         "\N{CYRILLIC CAPITAL LETTER A}": range(119, 129),
         "\N{CYRILLIC CAPITAL LETTER BE}": range(200, 208),

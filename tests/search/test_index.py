@@ -133,7 +133,7 @@ def test_index_is_not_overwritten(saved):
     assert list(saved.parent.iterdir()) == [saved]
 
 
-@pytest.mark.parametrize("file", [index.VECTORS, index.IMAGES])
+@pytest.mark.parametrize("file", [index.VECTORS, index.METADATA])
 def test_missing_index_is_rejected(saved, file):
     (saved / file).unlink()
     with pytest.raises(FileNotFoundError, match=f"no index: there is no .*{file}"):
@@ -169,8 +169,8 @@ def test_damaged_vectors_are_rejected(saved, damage):
     ],
 )
 def test_damaged_list_of_images_is_rejected(saved, changes):
-    metadata = json.loads((saved / index.IMAGES).read_text()) | changes
-    (saved / index.IMAGES).write_text(
+    metadata = json.loads((saved / index.METADATA).read_text()) | changes
+    (saved / index.METADATA).write_text(
         json.dumps({name: value for name, value in metadata.items() if value is not ...})
     )
     with pytest.raises(ValueError, match="is damaged"):
@@ -178,6 +178,6 @@ def test_damaged_list_of_images_is_rejected(saved, changes):
 
 
 def test_truncated_list_of_images_is_rejected(saved):
-    truncate(saved / index.IMAGES)
+    truncate(saved / index.METADATA)
     with pytest.raises(ValueError, match="is damaged"):
         index.load(saved)

@@ -36,8 +36,8 @@ _TYPEFACES = tuple(
 _OUTLINE_TOLERANCE = 0.25
 _INK_TOLERANCE = 64.0  # A quarter of black.
 
-Classes = dict[str, list[tuple[str, bytes]]]
-"""Name and PNG file of each image, by class name."""
+# Name and PNG file of each image, by class name.
+_Classes = dict[str, list[tuple[str, bytes]]]
 
 _Pairs = Int[np.ndarray, "pairs 2"]
 
@@ -77,7 +77,7 @@ def load() -> Sources:
     return {split: from_classes(classes) for split, classes in draw_classes().items()}
 
 
-def draw_classes() -> dict[str, Classes]:
+def draw_classes() -> dict[str, _Classes]:
     """Draws the images of all classes.
 
     Letters whose drawings coincide in some typeface form one class, named after the first of them.
@@ -99,7 +99,7 @@ def draw_classes() -> dict[str, Classes]:
     for index, label in enumerate(labels):
         members[label].append(index)
 
-    classes: dict[str, Classes] = {split: {} for split in _SCRIPTS}
+    classes: dict[str, _Classes] = {split: {} for split in _SCRIPTS}
     for indices in members.values():
         splits = {index: drawings[index].split for index in indices}
         split = next(split for split in _SCRIPTS if split in splits.values())

@@ -8,7 +8,7 @@ from jaxtyping import Int64
 from dml_jax.data.records import MANIFEST, EncodedImages, read_manifest
 from dml_jax.data.sources.source import Source, Sources
 
-NAMES = ("cars196", "cub200", "sop", "inshop", "omniglot")
+PUBLIC = ("cars196", "cub200", "sop", "inshop", "omniglot")
 """Public data sets that `scripts/prepare_data.py` prepares from the published files."""
 
 

