@@ -75,10 +75,10 @@ def _rng(position: int) -> np.random.Generator:
 
 def ours(jpeg: bytes, position: int, out: np.ndarray) -> None:
     """The view of an image at a position, as training makes it."""
-    kept(images.Picture(jpeg, "x"), position, out)
+    kept(images.LazyImage(jpeg, "x"), position, out)
 
 
-def kept(picture: images.Picture, position: int, out: np.ndarray) -> None:
+def kept(picture: images.LazyImage, position: int, out: np.ndarray) -> None:
     """The same view of a picture that stays decoded."""
     images.random_view(picture, _rng(position), augmentation=data.Augmentation(), out=out)
 
@@ -130,7 +130,7 @@ def main() -> None:
     jpegs, cores = photographs(_IMAGES.value), len(os.sched_getaffinity(0))
     peer = "torchvision, DataLoader" if _TORCH.value else "Pillow"
     view_of_ours = np.empty((_SIZE.value, _SIZE.value, 3), np.uint8)
-    pictures = tuple(images.Picture(jpeg, "x") for jpeg in jpegs)
+    pictures = tuple(images.LazyImage(jpeg, "x") for jpeg in jpegs)
     for picture, scale in itertools.product(pictures, pictures[0].scales):
         picture.pixels(scale)
     calls = {
@@ -175,7 +175,7 @@ def _in_full_flow(batches: Iterator[Any], cores: int) -> float:
 
 
 def _all_ours(
-    jpegs: tuple[bytes, ...], cores: int, kept: dict[int, images.Picture] | None
+    jpegs: tuple[bytes, ...], cores: int, kept: dict[int, images.LazyImage] | None
 ) -> float:
     records = jpegs * -(-BATCH // len(jpegs))
     batches = data.train_batches(
@@ -184,7 +184,7 @@ def _all_ours(
             np.zeros(len(records), np.int32),
             class_names=("x",),
             names=tuple(map(str, range(len(records)))),
-            kept=kept,
+            cache=kept,
         ),
         batch_size=BATCH,
         n_instance=1,
@@ -229,7 +229,7 @@ def _differences(jpegs: tuple[bytes, ...]) -> dict[str, float]:
         ours(jpeg, position, out)
         theirs = np.asarray(view(jpeg, position, len(out)), np.float32)
         box = images.random_crop_box(HEIGHT, WIDTH, _rng(position), scale=(0.08, 1))
-        small = images.Picture(jpeg, "x").scale_for(*box[2:], len(out)) > 1
+        small = images.LazyImage(jpeg, "x").scale_for(*box[2:], len(out)) > 1
         apart[small].append(float(np.abs(out - theirs).mean()))
     return {
         "mean absolute difference": statistics.fmean(apart[False] + apart[True]),

@@ -24,16 +24,16 @@ from dml_jax.data.sources import (
 )
 
 __all__ = [
+    "POLICIES",
     "WITH_IMAGES",
     "Augmentation",
-    "Order",
-    "Source",
     "Batches",
     "IndexBatch",
+    "InspectionReport",
+    "Order",
+    "Source",
     "TestBatch",
     "TrainBatch",
-    "POLICIES",
-    "InspectionReport",
     "accept",
     "centre_view",
     "check_upload",

@@ -1,4 +1,4 @@
-"""The settings of the images: where they are, how they are batched, cropped and cached."""
+"""Settings of the images: data set, batches, crops, augmentation and cache."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,29 +20,29 @@ from dml_jax.settings import (
 
 
 def _same_crops(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Whether another cache leaves the crops as they are: the device's makes other ones."""
+    """Returns whether a change of the cache keeps the crops: the device cache draws others."""
     return "device" not in (there.get("cache"), here["cache"])
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where images come from, and how they become batches."""
+    """Settings of the data set and of its batches."""
 
     name: str = setting(
         "folder",
         registered(sources.REGISTRY),
-        help="Data set: built in, `folder` for any folder of images, or a source of your own.",
+        help="Data set: built-in, `folder` for any folder of images, or a source of your own.",
     )
     root: str = setting(
         "",
         text("it must be the path of a directory"),
-        help="Folder of the data set; empty for those that come with their images.",
+        help="Folder of the data set; empty for data sets that come with their images.",
         resumable=True,
     )
     unreadable: str = setting(
         "fail",
         choice(POLICIES),
-        help="What to do about images that cannot be read: fail, or skip and count them.",
+        help="Treatment of images that cannot be read: `fail`, or `skip` and count them.",
     )
     validation_classes: float = setting(
         0.0,
@@ -52,37 +52,35 @@ class DataConfig:
     n_instance: int = setting(
         1,
         integer(1),
-        help="Images of each class in a batch; 1 draws images without regard to class.",
+        help="Images of each class in a batch; 1 ignores the classes.",
     )
     image_size: int = setting(
-        224, integer(1, 2**16), help="Side of the images that the network gets, in pixels."
+        224, integer(1, 2**16), help="Side of the network's input images, pixels."
     )
     resize: int = setting(
         256,
         integer(1, 2**16),
-        help="Shorter side of a test image before its centre is cropped, in pixels.",
+        help="Shorter side of a test image before the centre crop, pixels.",
     )
-    augmentation: Augmentation = group(
-        Augmentation, help="How training images are varied at random."
-    )
+    augmentation: Augmentation = group(Augmentation, help="Random augmentation of training images.")
     num_workers: int = setting(
         4,
         integer(0),
-        help="Processes that decode images; 0 decodes in the training process.",
+        help="Worker processes that decode images; 0 decodes in the training process.",
         resumable=True,
     )
     cache: str = setting(
         "none",
         choice(("none", "host", "device")),
-        help="Where decoded images are kept: not at all, in memory with unchanged results, or "
-        "smaller in the devices' memory, where they are cropped inside the step.",
+        help="Cache of decoded images: `none`, `host` (in memory, with unchanged results) or "
+        "`device` (resized in device memory, and cropped inside the training step).",
         resumable=_same_crops,
     )
     cache_size: int = setting(
         320,
         integer(1, 2**16),
-        help="Shorter side of an image in the device's cache, in pixels; smaller ones stay as they "
-        "are.",
+        help="Shorter side of images in the device cache, pixels; images that are all smaller are "
+        "not enlarged.",
         resumable=_same_crops,
     )
 

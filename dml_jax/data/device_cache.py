@@ -1,8 +1,8 @@
-"""A data set in the devices' memory: decoded once, cropped inside compiled programs.
+"""A data set in device memory: decoded once, cropped and resized inside compiled programs.
 
-All images have one shape there, whatever theirs was, and are split over the devices by row. A crop
-is drawn in the pixels of the image as it is encoded, and cut out of the same part of the smaller
-one; so its shape comes out right, however the image was squeezed.
+All cached images are resized to one shape and sharded over the devices along the first axis. A crop
+box is drawn in the pixels of the encoded image and cut out of the same region of the cached image,
+so the aspect ratio of the crop is right although the cached image is distorted.
 """
 
 import os
@@ -17,75 +17,75 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray, UInt8
 
-from dml_jax import data
 from dml_jax._utils import sharding
 from dml_jax.data import images as host_images
+from dml_jax.data.images import Augmentation
+from dml_jax.data.sources import Source
 
-_TRIES = 10  # As many as on the host.
+_MAX_ATTEMPTS = 10  # As in `data.images.random_crop_box`.
 
 
 class Cache(NamedTuple):
     """The images of a split."""
 
     images: UInt8[Array, "n height width 3"]
-    """Split by row; the last rows may be black, so that all devices have as many."""
+    """Sharded along the first axis, padded with black images to a multiple of the devices."""
     sides: Int32[np.ndarray, "n 2"]
-    """Height and width of each image as it is encoded, on the host."""
+    """Height and width of each encoded image, on the host."""
 
 
-def load(source: data.Source, mesh: Mesh, shorter: int) -> Cache:
-    """Decodes all images, in as many threads as there are cores, each process those of its devices.
+def load(source: Source, mesh: Mesh, shorter: int) -> Cache:
+    """Decodes all images in one thread per core; each process decodes those of its own devices.
 
     Args:
         source: the images.
-        mesh: where to put them.
-        shorter: length of an image's shorter side there, pixels, or less where all are smaller.
+        mesh: the devices.
+        shorter: length of the shorter side of cached images, pixels; less if all images are
+            smaller.
 
     Raises:
-        ValueError: they do not fit, or one cannot be decoded.
+        ValueError: the images do not fit into device memory, or one cannot be decoded.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def sides_of(index: int) -> tuple[int, int]:
-            picture = source.picture(index)
-            return picture.height, picture.width
+            image = source.image(index)
+            return image.height, image.width
 
         sides = np.array([*pool.map(sides_of, range(len(source)))], np.int32)
         height, width = common_shape(sides, shorter)
         rows = -(-len(source) // mesh.size) * mesh.size
-        _check_room(rows * height * width * 3, mesh)
+        _check_free_memory(rows * height * width * 3, mesh)
 
-        def of_rows(place: tuple[slice, ...] | None) -> np.ndarray:
-            start, stop, _ = (place or (slice(None),))[0].indices(rows)
-            part = np.zeros((stop - start, height, width, 3), np.uint8)
+        def load_shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            start, stop, _ = (index or (slice(None),))[0].indices(rows)
+            shard = np.zeros((stop - start, height, width, 3), np.uint8)
 
-            def fill(index: int) -> None:
-                picture = source.picture(index)
-                scales = (x for x in picture.scales if picture.height >= x * height)
-                scale = max((x for x in scales if picture.width >= x * width), default=1)
-                # One side after the other: one may shrink while the other grows.
-                lower = host_images.resize(
-                    picture.pixels(scale), height, -(-picture.width // scale)
-                )
-                host_images.resize(lower, height, width, part[index - start])
+            def fill(row: int) -> None:
+                image = source.image(row)
+                scales = (x for x in image.scales if image.height >= x * height)
+                scale = max((x for x in scales if image.width >= x * width), default=1)
+                # Each axis on its own, because one may shrink while the other grows.
+                resized = host_images.resize(image.pixels(scale), height, -(-image.width // scale))
+                host_images.resize(resized, height, width, shard[row - start])
 
             list(pool.map(fill, range(start, min(stop, len(source)))))
-            return part
+            return shard
 
         shape = (rows, height, width, 3)
-        # With several processes JAX takes this for an implicit transfer.
+        # With several processes JAX considers this an implicit transfer.
         with jax.transfer_guard_host_to_device("allow"):
-            placed = jax.make_array_from_callback(shape, sharding.batch_sharding(mesh), of_rows)
-    return Cache(placed, sides)
+            cached = jax.make_array_from_callback(shape, sharding.batch_sharding(mesh), load_shard)
+    return Cache(cached, sides)
 
 
 def common_shape(sides: Int[np.ndarray, "n 2"], shorter: int) -> tuple[int, int]:
-    """The height and width that images get in the cache: the ratio of their sides is the median.
+    """Returns the height and width of cached images; their aspect ratio is the median of all.
 
     Args:
-        sides: their heights and widths, pixels.
-        shorter: the shorter side, pixels; at most that of the image in which it is longest, so that
-            images of equal shape that are small stay as they are.
+        sides: heights and widths of the encoded images, pixels.
+        shorter: length of the shorter side, pixels. It is reduced to the largest shorter side of
+            all images, so that small images of equal shape are not resized.
     """
     shorter = min(shorter, int(sides.min(axis=1).max()))
     ratio = float(np.median(sides[:, 1] / sides[:, 0]))
@@ -94,9 +94,9 @@ def common_shape(sides: Int[np.ndarray, "n 2"], shorter: int) -> tuple[int, int]
     return round(shorter / ratio), shorter
 
 
-def _check_room(size: int, mesh: Mesh) -> None:
-    told = mesh.local_devices[0].memory_stats() or {}
-    free = told.get("bytes_limit", np.inf) - told.get("bytes_in_use", 0)
+def _check_free_memory(size: int, mesh: Mesh) -> None:
+    stats = mesh.local_devices[0].memory_stats() or {}
+    free = stats.get("bytes_limit", np.inf) - stats.get("bytes_in_use", 0)
     if size / mesh.size > free:
         raise ValueError(
             f"config.data.cache is 'device', but {size / mesh.size / 1e9:.1f} GB of images do not "
@@ -111,22 +111,22 @@ def train_views(
     *,
     mesh: Mesh,
     size: int,
-    augmentation: data.Augmentation,
+    augmentation: Augmentation,
 ) -> UInt8[Array, "batch {size} {size} 3"]:
-    """Random views as `data.images.random_view` makes them.
+    """Returns random views of cached images, as `data.images.random_view` does.
 
     Args:
-        batch: `cache` `[n, height, width, 3]`; `index` `[batch]` and `sides` `[batch, 2]` of the
-            images, all split by row.
-        key: of this batch.
-        mesh: where they are.
+        batch: the arrays `cache` `[n, height, width, 3]`, and `index` `[batch]` and `sides`
+            `[batch, 2]` of the images, all sharded along the first axis.
+        key: random key of the batch.
+        mesh: the devices.
         size: side of a view, pixels.
-        augmentation: how far a view may differ from its image.
+        augmentation: ranges of the random changes.
     """
-    pixels, sides = taken(batch["cache"], batch["index"], mesh=mesh), batch["sides"]
-    move_key, box_key, flip_key = jax.random.split(key, 3)
+    pixels, sides = gather(batch["cache"], batch["index"], mesh=mesh), batch["sides"]
+    affine_key, box_key, flip_key = jax.random.split(key, 3)
     if augmentation.rotation or augmentation.zoom or augmentation.shift:
-        pixels = _moved(move_key, pixels, sides, augmentation)
+        pixels = _random_affine(affine_key, pixels, sides, augmentation)
     boxes = random_boxes(box_key, sides, scale=augmentation.crop_scale)
     views = crop(pixels, boxes / jnp.tile(sides, 2), size=size)
     if not augmentation.flip:
@@ -144,51 +144,51 @@ def test_views(
     mesh: Mesh,
     size: int,
 ) -> UInt8[Array, "batch {size} {size} 3"]:
-    """Given views; where the index is -1 they are black.
+    """Returns the crops of cached images; they are black where the index is -1.
 
     Args:
-        cache: the images, split by row.
-        index: which of them.
-        boxes: see `crop`.
-        mesh: where they are.
+        cache: the images, sharded along the first axis.
+        index: indices of the images.
+        boxes: crop boxes; see `crop`.
+        mesh: the devices.
         size: side of a view, pixels.
     """
-    views = crop(taken(cache, index, mesh=mesh), boxes, size=size)
+    views = crop(gather(cache, index, mesh=mesh), boxes, size=size)
     return jax.lax.with_sharding_constraint(views, sharding.batch_sharding(mesh))
 
 
 def centre_boxes(
     sides: Int[np.ndarray, "n 2"], *, size: int, resize_to: int
 ) -> Float[np.ndarray, "n 4"]:
-    """What `data.centre_view` crops, as fractions of the image; see `crop`.
+    """Returns the boxes that `data.centre_view` crops, as fractions of the image; see `crop`.
 
     Args:
-        sides: heights and widths, pixels.
+        sides: heights and widths of the images, pixels.
         size: side of the crop, pixels.
         resize_to: length of the shorter side before the crop, at least `size`.
     """
     resized = sides.astype(np.int64) * resize_to // sides.min(axis=1, keepdims=True)
-    places = np.round((resized - size) / 2)
-    return np.hstack([places / resized, size / resized]).astype(np.float32)
+    corners = np.round((resized - size) / 2)
+    return np.hstack([corners / resized, size / resized]).astype(np.float32)
 
 
-def taken(
+def gather(
     cache: UInt8[Array, "n h w 3"], index: Int32[Array, " batch"], *, mesh: Mesh
 ) -> UInt8[Array, "batch h w 3"]:
-    """Some of the images, each on the device that has its row of the batch; black for -1."""
+    """Returns images by index, sharded along the batch axis; black where the index is -1."""
 
-    def of_device(own: Array, index: Array) -> Array:
-        wanted = jax.lax.all_gather(index, "data", tiled=True)
-        here = wanted - jax.lax.axis_index("data") * len(own)
-        is_here = (here >= 0) & (here < len(own)) & (wanted >= 0)
+    def gather_shard(shard: Array, index: Array) -> Array:
+        global_index = jax.lax.all_gather(index, "data", tiled=True)
+        local = global_index - jax.lax.axis_index("data") * len(shard)
+        is_local = (local >= 0) & (local < len(shard)) & (global_index >= 0)
         rows = jnp.where(
-            is_here[:, None, None, None], own[here.clip(0, len(own) - 1)], jnp.uint8(0)
+            is_local[:, None, None, None], shard[local.clip(0, len(shard) - 1)], jnp.uint8(0)
         )
-        # Of each row one device has something, the others zeros.
+        # At most one device has a row; the others contribute zeros to the sum.
         return jax.lax.psum_scatter(rows, "data", tiled=True)
 
-    split = PartitionSpec("data")
-    return jax.shard_map(of_device, mesh=mesh, in_specs=(split, split), out_specs=split)(
+    spec = PartitionSpec("data")
+    return jax.shard_map(gather_shard, mesh=mesh, in_specs=(spec, spec), out_specs=spec)(
         cache, index
     )
 
@@ -201,61 +201,68 @@ def random_boxes(
     Args:
         key: a random key.
         sides: heights and widths of the images, pixels.
-        scale: least and greatest area of a crop as a fraction of the image's.
+        scale: minimum and maximum area of a crop as a fraction of the image's area.
 
     Returns:
-        Top, left, height and width of each, whole pixels.
+        Top, left, height and width of each crop, integers in pixels.
     """
-    (low, high), (least, most) = host_images.CROP_RATIO, scale
-    size_key, ratio_key, place_key = jax.random.split(key, 3)
+    (low, high), (smallest, largest) = host_images.CROP_RATIO, scale
+    area_key, ratio_key, corner_key = jax.random.split(key, 3)
     sides = sides.astype(jnp.float32)
-    tries = (len(sides), _TRIES if least < 1 else 0)
+    shape = (len(sides), _MAX_ATTEMPTS if smallest < 1 else 0)
     area = sides.prod(axis=1)[:, None] * jax.random.uniform(
-        size_key, tries, minval=least, maxval=most
+        area_key, shape, minval=smallest, maxval=largest
     )
-    ratio = jnp.exp(jax.random.uniform(ratio_key, tries, minval=jnp.log(low), maxval=jnp.log(high)))
+    ratio = jnp.exp(jax.random.uniform(ratio_key, shape, minval=jnp.log(low), maxval=jnp.log(high)))
     drawn = jnp.round(jnp.sqrt(jnp.stack([area / ratio, area * ratio], axis=-1)))
     fits = ((drawn > 0) & (drawn <= sides[:, None])).all(axis=-1)
-    # Behind the tries, the largest central crop, which always fits.
-    other = sides[:, ::-1] * jnp.array([[1 / low, high]])
-    central = jnp.minimum(sides, jnp.maximum(1, jnp.round(other)))
+    # The last candidate is the largest central crop, which always fits.
+    limits = sides[:, ::-1] * jnp.array([[1 / low, high]])
+    central = jnp.minimum(sides, jnp.maximum(1, jnp.round(limits)))
     first = jnp.argmax(jnp.pad(fits, ((0, 0), (0, 1)), constant_values=True), axis=1)
-    crops = jnp.concatenate([drawn, central[:, None]], axis=1)
-    crops = jnp.take_along_axis(crops, first[:, None, None], axis=1)[:, 0]
-    room = sides - crops
-    random = jnp.floor(jax.random.uniform(place_key, sides.shape) * (room + 1))
-    is_central = first == tries[1]
-    places = jnp.where(is_central[:, None], jnp.floor(room / 2), jnp.minimum(random, room))
-    return jnp.concatenate([places, crops], axis=1)
+    candidates = jnp.concatenate([drawn, central[:, None]], axis=1)
+    crops = jnp.take_along_axis(candidates, first[:, None, None], axis=1)[:, 0]
+    margin = sides - crops
+    random = jnp.floor(jax.random.uniform(corner_key, sides.shape) * (margin + 1))
+    is_central = first == shape[1]
+    corners = jnp.where(is_central[:, None], jnp.floor(margin / 2), jnp.minimum(random, margin))
+    return jnp.concatenate([corners, crops], axis=1)
 
 
-def _moved(
+def _random_affine(
     key: PRNGKeyArray,
     images: UInt8[Array, "batch h w 3"],
     sides: Int[Array, "batch 2"],
-    augmentation: data.Augmentation,
+    augmentation: Augmentation,
 ) -> Float[Array, "batch h w 3"]:
-    """Images turned and zoomed about their middles, and shifted; their borders go on outside."""
+    """Returns images rotated and zoomed about their centres and shifted, with replicated borders.
+
+    Args:
+        key: a random key.
+        images: the cached images.
+        sides: heights and widths of the encoded images, pixels.
+        augmentation: ranges of the random changes.
+    """
     height, width = images.shape[1:3]
     drawn = jax.random.uniform(key, (4, len(images)), minval=-1.0, maxval=1.0)
-    turns, zooms = jnp.radians(augmentation.rotation) * drawn[0], 1 + augmentation.zoom * drawn[1]
+    angles, zooms = jnp.radians(augmentation.rotation) * drawn[0], 1 + augmentation.zoom * drawn[1]
 
-    def one(image: Array, pixel: Array, turn: Array, zoom: Array, shift: Array) -> Array:
-        # From the result's pixels, by their distance from the middle, back to the image's; in
-        # pixels of the encoded image, in which a turn keeps its shape.
-        down = ((jnp.arange(height) + 0.5) / height - 0.5 - shift[0]) * pixel[0]
-        right = ((jnp.arange(width) + 0.5) / width - 0.5 - shift[1]) * pixel[1]
+    def transform(image: Array, sides: Array, angle: Array, zoom: Array, shift: Array) -> Array:
+        # Maps the pixels of the result back to those of the image, relative to the centre and in
+        # pixels of the encoded image, because a rotation of the cached image would distort it.
+        down = ((jnp.arange(height) + 0.5) / height - 0.5 - shift[0]) * sides[0]
+        right = ((jnp.arange(width) + 0.5) / width - 0.5 - shift[1]) * sides[1]
         down, right = jnp.meshgrid(down, right, indexing="ij")
-        cos, sin = jnp.cos(turn) / zoom, jnp.sin(turn) / zoom
-        row = ((sin * right + cos * down) / pixel[0] + 0.5) * height - 0.5
-        column = ((cos * right - sin * down) / pixel[1] + 0.5) * width - 0.5
-        look = partial(
+        cos, sin = jnp.cos(angle) / zoom, jnp.sin(angle) / zoom
+        row = ((sin * right + cos * down) / sides[0] + 0.5) * height - 0.5
+        column = ((cos * right - sin * down) / sides[1] + 0.5) * width - 0.5
+        interpolate = partial(
             jax.scipy.ndimage.map_coordinates, coordinates=[row, column], order=1, mode="nearest"
         )
-        return jax.vmap(look, in_axes=2, out_axes=2)(image.astype(jnp.float32))
+        return jax.vmap(interpolate, in_axes=2, out_axes=2)(image.astype(jnp.float32))
 
     shifts = augmentation.shift * drawn[:1:-1].T  # Down and right.
-    return jax.vmap(one)(images, sides.astype(jnp.float32), turns, zooms, shifts)
+    return jax.vmap(transform)(images, sides.astype(jnp.float32), angles, zooms, shifts)
 
 
 def crop(
@@ -264,36 +271,36 @@ def crop(
     *,
     size: int,
 ) -> UInt8[Array, "batch {size} {size} 3"]:
-    """Cuts a box out of each image and resizes it, as `data.images.resize` would.
+    """Crops a box of each image and resizes it, as `data.images.resize` does.
 
     Args:
-        images: all of one shape.
-        boxes: top, left, height and width, as fractions of the image's sides.
+        images: images of one shape.
+        boxes: top, left, height and width, as fractions of the sides of the image.
         size: side of the result, pixels.
     """
-    rows = _weights(images.shape[1], boxes[:, 0], boxes[:, 2], size)
-    columns = _weights(images.shape[2], boxes[:, 1], boxes[:, 3], size)
-    lower = jnp.einsum("bph,bhwc->bpwc", rows, images.astype(jnp.float32))
-    views = jnp.einsum("bqw,bpwc->bpqc", columns, lower)
+    rows = _resize_weights(images.shape[1], boxes[:, 0], boxes[:, 2], size)
+    columns = _resize_weights(images.shape[2], boxes[:, 1], boxes[:, 3], size)
+    resized_rows = jnp.einsum("bph,bhwc->bpwc", rows, images.astype(jnp.float32))
+    views = jnp.einsum("bqw,bpwc->bpqc", columns, resized_rows)
     return jnp.round(views).clip(0, 255).astype(jnp.uint8)
 
 
-def _weights(
+def _resize_weights(
     length: int, start: Float[Array, " batch"], extent: Float[Array, " batch"], size: int
 ) -> Float[Array, "batch {size} {length}"]:
-    """How much of each pixel along a side is in each of the result's.
+    """Returns the weight of each input pixel along one axis in each output pixel.
 
     Args:
-        length: of the side, pixels.
-        start: where the box begins, as a fraction.
-        extent: of the box, as a fraction.
-        size: pixels of the result.
+        length: length of the axis, pixels.
+        start: start of the box, as a fraction of the length.
+        extent: extent of the box, as a fraction of the length.
+        size: number of output pixels.
     """
     first, step = (start * length)[:, None, None], (extent * length / size)[:, None, None]
     begin = first + step * jnp.arange(size)[None, :, None]
     pixel = jnp.arange(length)[None, None, :]
     covered = jnp.minimum(pixel + 1, begin + step) - jnp.maximum(pixel, begin)
-    # Enlarged: between the two pixels whose middles are nearest, and none beyond the box.
-    middle = (begin + (step - 1) / 2).clip(first, first + step * size - 1)
-    weights = jnp.where(step >= 1, covered, 1 - jnp.abs(pixel - middle)).clip(0)
+    # An enlarged box is interpolated between the two nearest pixel centres inside it.
+    centre = (begin + (step - 1) / 2).clip(first, first + step * size - 1)
+    weights = jnp.where(step >= 1, covered, 1 - jnp.abs(pixel - centre)).clip(0)
     return weights / weights.sum(axis=-1, keepdims=True)

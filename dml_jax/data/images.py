@@ -19,16 +19,16 @@ CROP_RATIO = (3 / 4, 4 / 3)
 """Range of width / height of a random crop."""
 
 MAX_PIXELS = 1 << 26
-"""The largest image that is decoded, 8192 x 8192; a small file may claim to be far larger."""
+"""Largest image that is decoded, 8192 x 8192; the header of a small file may claim far more."""
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "WEBP")
-"""What is read, whatever a file is called. Pillow reads more, some of it with other programs, or
-with an image inside whose size only its decoder sees."""
+"""Formats that are read, whatever the extension of the file. Pillow reads more, but some of them
+with external programs, and some contain an image whose size is known only to its decoder."""
 
-_JPEG_SCALES = (1, 2, 4, 8)  # Others are not faster than the whole image.
-_LONGEST = 32  # Longer side of a test image over its shorter one, beyond which it is cut first.
+_JPEG_SCALES = (1, 2, 4, 8)  # Decoding at other scales is not faster than at full size.
+_MAX_ASPECT = 32  # Longer side of a test image over its shorter one; longer images are cut first.
 
-# MAX_PIXELS is lower, and an error.
+# Images above MAX_PIXELS, a lower limit than Pillow's, raise an error instead.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -38,35 +38,35 @@ def _is_range(ends: Collection[float]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """How a training image is varied at random.
+    """Random augmentation of training images.
 
     Raises:
-        ValueError: a value is out of its bounds.
+        ValueError: a value is out of bounds.
     """
 
     crop_scale: tuple[float, float] = setting(
         (0.08, 1.0),
         several(
-            number(above=0.0, most=1.0), "it must be least and most, above 0, up to 1", _is_range
+            number(above=0.0, most=1.0), "it must be a minimum and a maximum in (0, 1]", _is_range
         ),
-        help="Least and greatest area of the crop as a fraction of the image's; (1, 1) keeps "
-        "square images whole.",
+        help="Minimum and maximum area of the crop as a fraction of the image's area; (1, 1) "
+        "does not crop square images.",
     )
     flip: bool = setting(True, flag(), help="Whether to mirror images with probability 1/2.")
     rotation: float = setting(
         0.0,
         number(least=0.0, most=180.0),
-        help="Greatest rotation either way, in degrees.",
+        help="Maximum rotation in either direction, degrees.",
     )
     zoom: float = setting(
         0.0,
         number(least=0.0, below=1.0),
-        help="Greatest change of size either way, as a fraction of the size.",
+        help="Maximum relative change of size in either direction.",
     )
     shift: float = setting(
         0.0,
         number(least=0.0, below=1.0),
-        help="Greatest shift either way along each axis, as a fraction of the image's side.",
+        help="Maximum shift in either direction along each axis, as a fraction of the side.",
     )
 
     def __post_init__(self) -> None:
@@ -80,14 +80,14 @@ class Augmentation:
             raise ValueError("; ".join(problems.values()))
 
 
-class Picture:
-    """An image whose size is known before it is decoded; each scale is decoded once and kept.
+class LazyImage:
+    """An image of known size that is decoded on demand, once at each scale.
 
     Attributes:
-        height: of the upright image, pixels.
-        width: of the upright image, pixels.
-        scales: it can be decoded at one part in so many of its size; a JPEG that is shrunk while
-            it is decoded takes a fraction of the time.
+        height: height of the upright image, pixels.
+        width: width of the upright image, pixels.
+        scales: divisors of its size at which it can be decoded. Decoding a JPEG at a fraction of
+            its size takes a fraction of the time.
     """
 
     height: int
@@ -95,14 +95,18 @@ class Picture:
     scales: tuple[int, ...]
 
     def __init__(self, data: bytes, name: str) -> None:
-        """Reads the header, and of what is no usual JPEG the pixels too; see `decode`.
+        """Reads the header, and also the pixels unless the image is an ordinary JPEG.
+
+        Args:
+            data: the encoded image; see `decode`.
+            name: name of the image in error messages.
 
         Raises:
             ValueError: `data` cannot be decoded; the message begins with `name`.
         """
         self._data, self._name = data, name
         self._decoded: dict[int, np.ndarray] = {}
-        with _named(name):
+        with _errors_named(name):
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             check_size(image)
             upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
@@ -115,75 +119,76 @@ class Picture:
                 self.height, self.width = self._decoded[1].shape[:2]
 
     def pixels(self, scale: int = 1) -> UInt8[np.ndarray, "h w 3"]:
-        """The upright pixels; not to be written to.
+        """Returns the upright pixels, which must not be written to.
 
         Args:
             scale: one of `scales`; both sides are divided by it and rounded up.
 
         Raises:
-            ValueError: it cannot be decoded; the message begins with the image's name.
+            ValueError: it cannot be decoded; the message begins with the name of the image.
         """
         if scale not in self._decoded:
-            with _named(self._name):
+            with _errors_named(self._name):
                 self._decoded[scale] = self._decode_jpeg(scale)
         return self._decoded[scale]
 
     def scale_for(self, height: int, width: int, size: int) -> int:
-        """The coarsest of the scales at which a part of the image is no smaller than a square.
+        """Returns the coarsest scale at which a region of the image still covers a square.
 
         Args:
-            height: of the part, pixels of the whole image.
-            width: of the part.
-            size: the square's side, pixels; where the part is smaller at once, the scale is 1.
+            height: height of the region, pixels at full size.
+            width: width of the region, pixels at full size.
+            size: side of the square, pixels. If the region is smaller already, the scale is 1.
         """
         return max((x for x in self.scales if min(height, width) >= x * size), default=1)
 
     def _decode_jpeg(self, scale: int) -> np.ndarray:
-        # The least sides that a decoded image must have choose the scale; 0 is the whole image.
-        least = [-(-side // scale) if scale > 1 else 0 for side in (self.height, self.width)]
+        # The minimum sides of the result determine the scale; 0 means full size.
+        minimum = [-(-side // scale) if scale > 1 else 0 for side in (self.height, self.width)]
         try:
-            # The same pixels as Pillow in 60 % of the time.
+            # The same pixels as with Pillow in 60 % of the time.
             decoded = simplejpeg.decode_jpeg(
-                self._data, "RGB", min_height=least[0], min_width=least[1]
+                self._data, "RGB", min_height=minimum[0], min_width=minimum[1]
             )
-        except ValueError:  # It also refuses harmless flaws; whether this is one, Pillow decides.
-            whole = np.asarray(_to_rgb(Image.open(io.BytesIO(self._data), formats=FORMATS)))
-            height, width = (-(-side // scale) for side in whole.shape[:2])
-            decoded = resize(whole, height, width)
+        except ValueError:  # It also rejects files with harmless flaws, which Pillow reads.
+            full = np.asarray(_to_rgb(Image.open(io.BytesIO(self._data), formats=FORMATS)))
+            height, width = (-(-side // scale) for side in full.shape[:2])
+            decoded = resize(full, height, width)
         return decoded
 
 
 @contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
+def _errors_named(name: str) -> Iterator[None]:
+    """Turns any exception into a ValueError whose message begins with `name`."""
     try:
         yield
-    except Exception as error:  # Pillow's decoders raise nearly anything on broken input.
+    except Exception as error:  # Pillow's decoders raise nearly any exception on damaged input.
         raise ValueError(f"{name}: not a readable image ({error})") from error
 
 
-def decode(data: bytes, name: str, *, enough: int = 0) -> UInt8[np.ndarray, "h w 3"]:
+def decode(data: bytes, name: str, *, min_side: int = 0) -> UInt8[np.ndarray, "h w 3"]:
     """Decodes an encoded image to upright 8-bit RGB.
 
-    Grey becomes RGB, 16-bit grey is scaled to 8 bits, transparent pixels show white behind them,
-    CMYK and palettes are converted, an EXIF orientation is applied, and of an animation the first
-    frame is taken. Images of more than `MAX_PIXELS` are refused before they are decoded.
+    Grey, CMYK and palette images become RGB, 16-bit grey is scaled to 8 bits, transparent pixels
+    are blended with white, the EXIF orientation is applied, and an animation yields its first
+    frame. Images of more than `MAX_PIXELS` are rejected before they are decoded.
 
     Args:
-        data: the encoded image, of one of `FORMATS`.
-        name: what to call the image in an error.
-        enough: a length that both sides must have, pixels: a larger JPEG is decoded at a fraction
-            of its size, which takes a fraction of the time. By default all images are read whole.
+        data: the encoded image, in one of `FORMATS`.
+        name: name of the image in error messages.
+        min_side: minimum length of both sides, pixels. A larger JPEG is then decoded at a fraction
+            of its size, which takes a fraction of the time. By default images have full size.
 
     Raises:
         ValueError: `data` cannot be decoded; the message begins with `name`.
     """
-    picture = Picture(data, name)
-    scale = picture.scale_for(picture.height, picture.width, enough) if enough else 1
-    return picture.pixels(scale)
+    image = LazyImage(data, name)
+    scale = image.scale_for(image.height, image.width, min_side) if min_side else 1
+    return image.pixels(scale)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip instead of scale
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip.
         levels = np.asarray(image, np.float32) / 257
         image = Image.fromarray(np.uint8(levels.clip(0, 255).round()))
     if image.has_transparency_data:
@@ -193,7 +198,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def from_pillow(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-    """An opened image as upright 8-bit RGB, as `decode` makes it.
+    """Converts an image opened with Pillow to upright 8-bit RGB, as `decode` does.
 
     Raises:
         ValueError: it has more than `MAX_PIXELS`.
@@ -203,10 +208,10 @@ def from_pillow(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def check_size(image: Image.Image) -> None:
-    """Refuses an opened image of more than `MAX_PIXELS`, by its header alone.
+    """Checks the number of pixels in the header of an opened image.
 
     Raises:
-        ValueError: it has more, or none.
+        ValueError: it has no pixels, or more than `MAX_PIXELS`.
     """
     if not 0 < image.width * image.height <= MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels; up to {MAX_PIXELS} are read")
@@ -222,17 +227,17 @@ def resize(
     width: int,
     out: UInt8[np.ndarray, "{height} {width} 3"] | None = None,
 ) -> UInt8[np.ndarray, "{height} {width} 3"]:
-    """Resizes bilinearly, or by averaging the covered pixels when the image shrinks.
+    """Resizes an image, bilinearly if it grows and by area averaging if it shrinks.
 
-    The average stands for the antialiasing with which Pillow and torchvision shrink an image:
-    plain bilinear interpolation would skip pixels.
+    Averaging takes the place of the antialiasing of Pillow and torchvision: plain bilinear
+    interpolation would skip pixels.
 
     Args:
         image: upright RGB.
-        height: of the result, pixels.
-        width: of the result, pixels.
-        out: where to put the result, contiguous; by default in a new array, or nowhere if the image
-            has that size already.
+        height: height of the result, pixels.
+        width: width of the result, pixels.
+        out: contiguous array for the result; by default the result is a new array, or `image`
+            itself if it has that size already.
     """
     if image.shape[:2] == (height, width):
         if out is None:
@@ -247,24 +252,24 @@ def resize(
 def random_crop_box(
     height: int, width: int, rng: np.random.Generator, *, scale: Sequence[float]
 ) -> tuple[int, int, int, int]:
-    """Draws a crop whose area and aspect ratio are random ("Inception" crop, arXiv 1409.4842).
+    """Draws a crop of random area and aspect ratio ("Inception" crop, arXiv 1409.4842).
 
-    The area is uniform in `scale`, the ratio log-uniform in `CROP_RATIO`, the place uniform. A
-    crop that does not fit is drawn again, ten times at most; then it is the largest centred one
-    within `CROP_RATIO`. This is torchvision's `RandomResizedCrop`.
+    The area is uniform in `scale`, the aspect ratio log-uniform in `CROP_RATIO`, the position
+    uniform. A crop that does not fit is drawn again, up to ten times; after that the result is the
+    largest central crop within `CROP_RATIO`. This is torchvision's `RandomResizedCrop`.
 
     Args:
-        height: of the image, pixels.
-        width: of the image, pixels.
-        rng: source of randomness.
-        scale: least and greatest area of the crop as a fraction of the image's.
+        height: height of the image, pixels.
+        width: width of the image, pixels.
+        rng: the random generator.
+        scale: minimum and maximum area of the crop as a fraction of the image's area.
 
     Returns:
-        top, left, height and width of the crop in pixels.
+        Top, left, height and width of the crop in pixels.
     """
-    (low, high), (least, most) = CROP_RATIO, scale
-    for _ in range(10 if least < 1 else 0):  # No other shape than the image's has all of its area.
-        area = height * width * rng.uniform(least, most)
+    (low, high), (smallest, largest) = CROP_RATIO, scale
+    for _ in range(10 if smallest < 1 else 0):  # Only the image's own shape has its full area.
+        area = height * width * rng.uniform(smallest, largest)
         ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
         crop_h, crop_w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < crop_h <= height and 0 < crop_w <= width:
@@ -276,60 +281,60 @@ def random_crop_box(
 
 
 def random_view(
-    picture: Picture,
+    image: LazyImage,
     rng: np.random.Generator,
     *,
     augmentation: Augmentation,
     out: UInt8[np.ndarray, "size size 3"],
 ) -> None:
-    """Makes a random view: turned, zoomed and shifted; a resized crop of that; perhaps mirrored.
+    """Writes a random view of an image: rotated, zoomed, shifted, cropped, resized and mirrored.
 
-    Where the crop is at least twice as large as the view, the picture is decoded at a fraction of
-    its size; the crop is then rounded to the pixels that are left.
+    If the crop is at least twice as large as the view, the image is decoded at a fraction of its
+    size, and the edges of the crop are rounded to the remaining pixels.
 
     Args:
-        picture: what to look at.
-        rng: source of randomness.
-        augmentation: how far the view may differ from the picture.
-        out: where to put the view, contiguous.
+        image: the image.
+        rng: the random generator.
+        augmentation: ranges of the random changes.
+        out: contiguous array for the view.
     """
     size = len(out)
-    movement = _movement(picture, rng, augmentation)
+    matrix = _random_affine(image, rng, augmentation)
     top, left, height, width = random_crop_box(
-        picture.height, picture.width, rng, scale=augmentation.crop_scale
+        image.height, image.width, rng, scale=augmentation.crop_scale
     )
-    if movement is None:
-        scale = picture.scale_for(height, width, size)
-        image = picture.pixels(scale)
+    if matrix is None:
+        scale = image.scale_for(height, width, size)
+        pixels = image.pixels(scale)
     else:
         scale = 1
-        border = cv2.BORDER_REPLICATE  # It goes on outside.
-        sides = picture.width, picture.height
-        image = cv2.warpAffine(picture.pixels(), movement, sides, borderMode=border)
-    # Each edge goes to the nearest that is left, so that the crop stays as large as the view.
+        border = cv2.BORDER_REPLICATE
+        sides = image.width, image.height
+        pixels = cv2.warpAffine(image.pixels(), matrix, sides, borderMode=border)
+    # Both edges are rounded to the nearest pixel, so that the crop is no smaller than the view.
     rows, columns = (
         slice(*((edge + scale // 2) // scale for edge in (start, start + length)))
         for start, length in ((top, height), (left, width))
     )
-    resize(image[rows, columns], size, size, out)
+    resize(pixels[rows, columns], size, size, out)
     if augmentation.flip and rng.random() < 0.5:
         cv2.flip(out, 1, dst=out)
 
 
-def _movement(
-    picture: Picture, rng: np.random.Generator, augmentation: Augmentation
+def _random_affine(
+    image: LazyImage, rng: np.random.Generator, augmentation: Augmentation
 ) -> Float64[np.ndarray, "2 3"] | None:
-    """Where a turn and a zoom about the middle and a shift take each point; None for nowhere."""
+    """Draws the matrix of a rotation and zoom about the centre and a shift; None for no change."""
     if not (augmentation.rotation or augmentation.zoom or augmentation.shift):
         return None
-    height, width = picture.height, picture.width
-    turn, zoom, right, down = rng.uniform(-1, 1, 4) * (
+    height, width = image.height, image.width
+    angle, zoom, right, down = rng.uniform(-1, 1, 4) * (
         augmentation.rotation,
         augmentation.zoom,
         augmentation.shift * width,
         augmentation.shift * height,
     )
-    matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), turn, 1 + zoom)
+    matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, 1 + zoom)
     matrix[:, 2] += right, down
     return matrix
 
@@ -337,7 +342,7 @@ def _movement(
 def centre_view(
     image: UInt8[np.ndarray, "h w 3"], *, size: int, resize_to: int
 ) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """Resizes the shorter side, then crops the centre.
+    """Resizes the shorter side of an image to a length, then crops the centre.
 
     Args:
         image: upright RGB.
@@ -345,16 +350,16 @@ def centre_view(
         resize_to: length of the shorter side before the crop, at least `size`.
     """
     shorter = min(image.shape[:2])
-    # Resized whole, a line of 60,000 x 1 pixels would fill gigabytes, of which the centre is kept.
-    image = _middle(image, _LONGEST * shorter)
+    # Resizing all of an image of 60,000 x 1 pixels would take gigabytes.
+    image = _crop_centre(image, _MAX_ASPECT * shorter)
     height, width = image.shape[:2]
     height, width = height * resize_to // shorter, width * resize_to // shorter
     top, left = round((height - size) / 2), round((width - size) / 2)
     return resize(image, height, width)[top : top + size, left : left + size]
 
 
-def _middle(image: UInt8[np.ndarray, "h w 3"], longest: int) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """The image's centre, no side of it above a length."""
+def _crop_centre(image: UInt8[np.ndarray, "h w 3"], max_side: int) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """Returns the centre of an image, with neither side longer than `max_side`."""
     height, width = image.shape[:2]
-    top, left = max(height - longest, 0) // 2, max(width - longest, 0) // 2
-    return image[top : top + longest, left : left + longest]
+    top, left = max(height - max_side, 0) // 2, max(width - max_side, 0) // 2
+    return image[top : top + max_side, left : left + max_side]

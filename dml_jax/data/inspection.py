@@ -1,7 +1,7 @@
-"""Every image is read and decoded before a run: which cannot be, and which are there twice.
+"""Inspection of a data set before a run: images that cannot be decoded, and exact duplicates.
 
-A header alone says little: a file that was cut short has a whole one, and would end a run in the
-middle of an epoch. A run does this once, and keeps what was found with its other files.
+Every image is decoded, because its header does not suffice: a truncated file has an intact header
+and would end a run in the middle of an epoch. A run inspects its images once and saves the report.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ from dml_jax.data import images
 from dml_jax.data.sources import Source, Sources, leave_out
 
 POLICIES = ("fail", "skip")
-"""What may be done about images that cannot be read: refuse to run, or leave them out."""
+"""Ways to treat images that cannot be read: refuse to run, or leave them out."""
 
-_CHUNK = 1024  # Images that are asked for at a time.
-_LISTED = 5
+_CHUNK = 1024  # Images submitted to the threads at a time.
+_MAX_LISTED = 5
 _KINDS = {
     "across_splits": "have a copy in another split, which inflates scores",
     "between_classes": "have a copy in another class, so one of the two labels is wrong",
@@ -30,10 +30,10 @@ _KINDS = {
 
 
 class Copies(NamedTuple):
-    """Images that share their bytes with another one.
+    """Images whose encoded bytes equal those of another image.
 
     Attributes:
-        images: how many.
+        images: number of such images.
         example: where two of them are; empty if there are none.
     """
 
@@ -42,11 +42,11 @@ class Copies(NamedTuple):
 
 
 class InspectionReport(NamedTuple):
-    """What was found in all images of a data set; plain values, to be written as JSON.
+    """Result of the inspection of a data set; plain values, to be saved as JSON.
 
     Attributes:
         unreadable: by split, the names of images that cannot be read, each with the reason.
-        copies: equal images that lie "across_splits", or in one split "between_classes" or
+        copies: equal images by kind: "across_splits", or in one split "between_classes" or
             "within_class".
     """
 
@@ -55,12 +55,12 @@ class InspectionReport(NamedTuple):
 
     @classmethod
     def from_json(cls, value: Mapping[str, Mapping]) -> "InspectionReport":
-        """What `_asdict` gave, after it was written as JSON and read."""
+        """Returns the report whose `_asdict` was saved as JSON."""
         copies = {k: Copies(count, tuple(pair)) for k, (count, pair) in value["copies"].items()}
         return cls(value["unreadable"], copies)
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """How many images were unreadable, by split, and how many have copies, by kind."""
+        """Returns the numbers of unreadable images by split, and of images with copies by kind."""
         return {
             "unreadable": {split: len(names) for split, names in self.unreadable.items()},
             "copies": {kind: copies.images for kind, copies in self.copies.items()},
@@ -68,17 +68,17 @@ class InspectionReport(NamedTuple):
 
 
 def inspect(sources: Mapping[str, Source]) -> InspectionReport:
-    """Reads and decodes every image, in as many threads as there are cores, and shows progress.
+    """Reads and decodes every image, in one thread per core, and shows the progress.
 
     Args:
-        sources: by split.
+        sources: images by split.
 
     Returns:
-        What was found. Two images are copies if all their encoded bytes are equal.
+        The report. Two images are copies if all their encoded bytes are equal.
     """
     console = Console(stderr=True)
     unreadable: dict[str, dict[str, str]] = {split: {} for split in sources}
-    places = defaultdict(list)
+    locations = defaultdict(list)
     with (
         Progress(
             TextColumn("{task.description}"),
@@ -92,39 +92,46 @@ def inspect(sources: Mapping[str, Source]) -> InspectionReport:
     ):
         task = progress.add_task("check every image", total=sum(map(len, sources.values())))
         for split, source in sources.items():
-            for index, (digest, problem) in enumerate(_looks(pool, source)):
+            for index, (digest, problem) in enumerate(_check_images(pool, source)):
                 if problem:
                     unreadable[split][source.names[index]] = problem
                 else:
-                    places[digest].append((split, index))
+                    locations[digest].append((split, index))
                 progress.advance(task)
-    shared = [group for group in places.values() if len(group) > 1]
-    return InspectionReport(unreadable, {kind: _copies(sources, shared, kind) for kind in _KINDS})
+    groups = [group for group in locations.values() if len(group) > 1]
+    return InspectionReport(unreadable, {kind: _copies(sources, groups, kind) for kind in _KINDS})
 
 
-def _looks(pool: ThreadPoolExecutor, source: Source) -> Iterator[tuple[bytes, str]]:
-    """Each image's digest, and what is wrong with it."""
+def _check_images(pool: ThreadPoolExecutor, source: Source) -> Iterator[tuple[bytes, str]]:
+    """Yields the digest of each image, and the reason if it cannot be read."""
 
-    def look(index: int) -> tuple[bytes, str]:
+    def check(index: int) -> tuple[bytes, str]:
         try:
-            data = source[index]
-            images.decode(data, source.where(index))
+            encoded = source[index]
+            images.decode(encoded, source.where(index))
         except (OSError, ValueError) as error:
             return b"", str(error)
-        return hashlib.sha256(data).digest(), ""
+        return hashlib.sha256(encoded).digest(), ""
 
     for start in range(0, len(source), _CHUNK):
-        yield from pool.map(look, range(start, min(start + _CHUNK, len(source))))
+        yield from pool.map(check, range(start, min(start + _CHUNK, len(source))))
 
 
 def _copies(
-    sources: Mapping[str, Source], shared: list[list[tuple[str, int]]], kind: str
+    sources: Mapping[str, Source], groups: list[list[tuple[str, int]]], kind: str
 ) -> Copies:
-    groups = [group for group in shared if _kind(sources, group) == kind]
+    """Returns the copies of one kind.
+
+    Args:
+        sources: images by split.
+        groups: groups of equal images, each image as (split, index).
+        kind: one of `_KINDS`.
+    """
+    groups = [group for group in groups if _kind(sources, group) == kind]
     if not groups:
         return Copies(0, ())
-    # By split and class, so that the last differs from the first if any does.
-    ordered = sorted(groups[0], key=lambda place: (place[0], sources[place[0]].labels[place[1]]))
+    # Sorted by split and class, so that the first and the last differ in them if any two do.
+    ordered = sorted(groups[0], key=lambda image: (image[0], sources[image[0]].labels[image[1]]))
     example = [sources[split].where(index) for split, index in (ordered[0], ordered[-1])]
     return Copies(sum(map(len, groups)), tuple(example))
 
@@ -136,46 +143,47 @@ def _kind(sources: Mapping[str, Source], group: list[tuple[str, int]]) -> str:
     return "between_classes" if len(classes) > 1 else "within_class"
 
 
-def accept(sources: Mapping[str, Source], findings: InspectionReport, policy: str) -> Sources:
-    """The images to run with.
+def accept(sources: Mapping[str, Source], inspection: InspectionReport, policy: str) -> Sources:
+    """Returns the images to run with: all that can be read.
 
     Args:
-        sources: by split.
-        findings: about them.
+        sources: images by split.
+        inspection: the report about them.
         policy: one of `POLICIES`.
 
-    Returns:
-        The sources, without the images that cannot be read.
-
     Raises:
-        ValueError: there are some and the policy is "fail", or nothing is left of a split.
+        ValueError: an image cannot be read and the policy is "fail", or a split has no image left.
     """
-    reasons = [reason for names in findings.unreadable.values() for reason in names.values()]
+    reasons = _reasons(inspection)
     if not reasons:
         return dict(sources)
     if policy == "fail":
         raise ValueError(
             f"{len(reasons)} of {sum(map(len, sources.values()))} images cannot be read:\n"
-            f"{_shortened(reasons)}\n"
-            "Mend or remove them, or set config.data.unreadable to skip"
+            f"{_shorten(reasons)}\n"
+            "Repair or remove them, or set config.data.unreadable to skip"
         )
-    return leave_out(sources, findings.unreadable)
+    return leave_out(sources, inspection.unreadable)
 
 
-def report(findings: InspectionReport) -> None:
-    """Tells on the terminal which images are left out, and which are there twice."""
+def report(inspection: InspectionReport) -> None:
+    """Prints warnings about images that are left out and about copies to the terminal."""
     console = Console(stderr=True)
-    reasons = [reason for names in findings.unreadable.values() for reason in names.values()]
-    lines = [f"{len(reasons)} images cannot be read:\n{_shortened(reasons)}"] if reasons else []
-    lines += [
+    reasons = _reasons(inspection)
+    warnings = [f"{len(reasons)} images cannot be read:\n{_shorten(reasons)}"] if reasons else []
+    warnings += [
         f"{copies.images} images {_KINDS[kind]}, such as {' and '.join(copies.example)}"
-        for kind, copies in findings.copies.items()
+        for kind, copies in inspection.copies.items()
         if copies.images
     ]
-    for line in lines:
-        console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
+    for warning in warnings:
+        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _shortened(lines: list[str]) -> str:
-    more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
-    return "\n".join(f"  {line}" for line in lines[:_LISTED] + more)
+def _reasons(inspection: InspectionReport) -> list[str]:
+    return [reason for names in inspection.unreadable.values() for reason in names.values()]
+
+
+def _shorten(lines: list[str]) -> str:
+    more = [f"and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
+    return "\n".join(f"  {line}" for line in lines[:_MAX_LISTED] + more)

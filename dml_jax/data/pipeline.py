@@ -1,12 +1,12 @@
 """Batches for training and testing, read by Grain in this process or in worker processes.
 
-An element of the Grain data set is one process's part of a whole batch, made from nothing but the
-batch's number: the order of an epoch and every random crop are pure functions of the seed and a
-position. So neither the number of workers nor of processes changes a batch, and a run continues
-at any step without stored state.
+An element of the Grain data set is one process's share of a global batch. It depends on the number
+of the batch alone: the order of an epoch and every random crop are pure functions of the seed and a
+position. So neither the number of workers nor that of processes changes a batch, and a run resumes
+at any step without stored iterator state.
 
-Worker processes are spawned: a program that asks for them needs the usual
-`if __name__ == "__main__":`, and the first batch waits some seconds for their imports.
+Worker processes are spawned: a program that uses them needs the usual
+`if __name__ == "__main__":`, and the first batch takes some seconds for their imports.
 """
 
 import atexit
@@ -36,11 +36,11 @@ from dml_jax.data import images, sampling
 from dml_jax.data.sources import Source
 
 T = TypeVar("T")
-_PATIENCE = 1  # Seconds without a batch, after which the workers are looked at.
-# Seconds, after which one that has ended well is taken for gone: it may only have been the first to
-# have sent all that it had to.
-_LONG_PATIENCE = 300
-_THREADS = 2  # Decoders let go of Python's lock, so a second one gains.
+_POLL_SECONDS = 1  # Wait for a batch before checking whether the workers are alive.
+# Wait before a worker with exit code 0 counts as dead. Earlier it may just have sent its last batch
+# before the other workers did.
+_CLEAN_EXIT_SECONDS = 300
+_THREADS = 2  # Decoding releases the GIL, so a second thread helps.
 
 
 class TrainBatch(TypedDict):
@@ -51,33 +51,33 @@ class TrainBatch(TypedDict):
 
 
 class IndexBatch(TypedDict):
-    """One process's rows of a training batch, whose images are elsewhere."""
+    """One process's rows of a training batch whose images are in the device cache."""
 
     index: Int32[np.ndarray, " b"]
     label: Int32[np.ndarray, " b"]
 
 
 class TestBatch(TypedDict):
-    """One process's rows of a test batch; index -1 marks rows that only fill it up."""
+    """One process's rows of a test batch; index -1 marks padding."""
 
     image: UInt8[np.ndarray, "b h w 3"]
     index: Int32[np.ndarray, " b"]
 
 
 class Batches(Iterator[T]):
-    """Iterator over batches that are read ahead.
+    """Iterator over prefetched batches.
 
     Its worker processes end with `close()`, with the last reference to it, or with the program.
     """
 
     def __init__(self, dataset: grain.IterDataset, num_workers: int):
-        """Begins with the first batch of `dataset`, which that many processes read."""
+        """Starts reading `dataset`, with `num_workers` worker processes if there are any."""
         self._iterators = [iter(dataset)]
         self._workers = _Workers(num_workers) if num_workers else None
         self.close = weakref.finalize(self, _close, self._iterators)
 
     def __next__(self) -> T:
-        """The next batch.
+        """Returns the next batch.
 
         Raises:
             ValueError: an image cannot be decoded; the message has its path.
@@ -89,19 +89,19 @@ class Batches(Iterator[T]):
         if self._workers is None:
             return next(self._iterators[0])
         try:
-            return self._workers.watch(self._iterators[0])
+            return self._workers.next_of(self._iterators[0])
         except ChildProcessError:
             self.close.detach()
-            _abandon(self._iterators)
+            _leak(self._iterators)
             self._workers.kill()
             raise
 
 
 class _Workers:
-    """Knows the processes that an iterator starts, and waits for its elements while they live.
+    """The worker processes of an iterator, monitored while it waits for their batches.
 
-    Grain notices that a worker is gone only between two batches. One that is killed while it sends
-    a batch, and a worker mostly waits to send, would let the reader wait for the rest for ever.
+    Grain notices a dead worker only between two batches. A worker that is killed while it sends a
+    batch, which is what a worker does most of the time, would leave the reader waiting forever.
     """
 
     def __init__(self, count: int):
@@ -109,71 +109,76 @@ class _Workers:
         self._others = {process.pid for process in multiprocessing.active_children()}
         self._own: dict[int | None, BaseProcess] = {}
 
-    def watch(self, iterator: Iterator[T]) -> T:
-        """The next element; ChildProcessError if a worker died."""
-        answers: queue.SimpleQueue[Future[T]] = queue.SimpleQueue()
-        threading.Thread(target=_answer, args=(iterator, answers), daemon=True).start()
-        began = time.monotonic()
+    def next_of(self, iterator: Iterator[T]) -> T:
+        """Returns the next element of an iterator.
+
+        Raises:
+            ChildProcessError: a worker died.
+        """
+        results: queue.SimpleQueue[Future[T]] = queue.SimpleQueue()
+        threading.Thread(target=_put_next, args=(iterator, results), daemon=True).start()
+        start = time.monotonic()
         while True:
             self._find()
             try:
-                return answers.get(timeout=_PATIENCE).result()
+                return results.get(timeout=_POLL_SECONDS).result()
             except queue.Empty:
-                self._check(even_well=time.monotonic() > began + _LONG_PATIENCE)
-            except RuntimeError:  # What Grain raises when it notices itself.
+                self._check(clean_exits=time.monotonic() > start + _CLEAN_EXIT_SECONDS)
+            except RuntimeError:  # Raised by Grain when it notices a dead worker itself.
                 self._check()
                 raise
 
     def kill(self) -> None:
-        """Ends them all; they do not listen to anything less."""
+        """Kills all workers; they ignore SIGTERM."""
         for process in self._own.values():
             process.kill()
 
     def _find(self) -> None:
+        """Identifies the worker processes, which Grain starts without returning them."""
         if len(self._own) < self._count:
             found = {process.pid: process for process in multiprocessing.active_children()}
             self._own |= {pid: found[pid] for pid in found.keys() - self._others}
 
-    def _check(self, *, even_well: bool = False) -> None:
-        """Raises ChildProcessError if one has ended, with `even_well` also if by itself."""
+    def _check(self, *, clean_exits: bool = False) -> None:
+        """Raises ChildProcessError if a worker failed, or with `clean_exits` if it ended at all."""
         for pid, process in self._own.items():
             code = process.exitcode
-            if code or (code == 0 and even_well):
+            if code or (code == 0 and clean_exits):
                 raise ChildProcessError(
-                    f"process {pid}, which read images, was ended by {_ended_by(code)}; if the "
-                    "machine ran out of memory, lower config.data.num_workers"
+                    f"process {pid}, which read images, was ended by {_describe_exit(code)}; if "
+                    "the machine ran out of memory, lower config.data.num_workers"
                 )
 
 
-def _ended_by(code: int) -> str:
+def _describe_exit(code: int) -> str:
     try:
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
     except ValueError:  # Real-time signals have no names.
         return f"signal {-code}"
 
 
-def _abandon(iterators: list[grain.DatasetIterator]) -> None:
-    """Lets nobody close or free iterators of dead workers, not even at the program's end.
+def _leak(iterators: list[grain.DatasetIterator]) -> None:
+    """Keeps iterators of dead workers from being closed or freed, even at the program's end.
 
-    They wait for what the dead did not send, and so would whoever closes them.
+    Closing them would wait forever for data that the dead workers did not send.
     """
-    # A thread that never ends keeps its arguments for ever.
+    # A thread that never ends keeps its arguments alive.
     forever = threading.Event()
     threading.Thread(target=lambda _: forever.wait(), args=(iterators,), daemon=True).start()
     atexit.register(multiprocessing.util._finalizer_registry.clear)  # type: ignore[attr-defined]
 
 
-def _answer(iterator: Iterator[T], answers: "queue.SimpleQueue[Future[T]]") -> None:
-    answer: Future[T] = Future()
+def _put_next(iterator: Iterator[T], results: "queue.SimpleQueue[Future[T]]") -> None:
+    result: Future[T] = Future()
     try:
-        answer.set_result(next(iterator))
-    except BaseException as error:  # Raised where the batch is waited for.
-        answer.set_exception(error)
-    answers.put(answer)
+        result.set_result(next(iterator))
+    except BaseException as error:  # Raised again in the thread that waits for the batch.
+        result.set_exception(error)
+    results.put(result)
 
 
 def _close(iterators: list[grain.DatasetIterator]) -> None:
-    # Popped, because one that lives until Python takes its modules apart fails noisily there.
+    # Removed, because an iterator that still exists at interpreter shutdown raises an error there.
     while iterators:
         iterators.pop().close()
 
@@ -192,28 +197,30 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches[TrainBatch]:
-    """Training batches `start_step` .. `num_steps - 1` of a run; `close()` ends the workers.
+    """Returns the training batches `start_step` .. `num_steps - 1` of a run.
+
+    The iterator's `close()` ends the workers.
 
     Args:
         source: the training images.
         batch_size: images in a global batch.
-        n_instance: images of each class in a batch; 1 samples without regard to class.
+        n_instance: images of each class in a batch; 1 ignores the classes.
         image_size: side of the square images, pixels.
-        augmentation: how images are varied at random.
-        seed: seed of the run, non-negative.
-        start_step: first batch to read, counted from the beginning of the run.
-        num_steps: batches in the whole run, not only from `start_step` on.
-        num_workers: worker processes, or threads of this one if the source keeps its images;
-            0 is a few threads.
-        process_index: which part of every batch to read.
-        process_count: parts into which a batch is cut, row by row in order.
+        augmentation: ranges of the random augmentation.
+        seed: seed of the run, not negative.
+        start_step: first batch to read, counted from the start of the run.
+        num_steps: number of batches of the whole run, including those before `start_step`.
+        num_workers: number of worker processes, or of threads if the source caches its images; 0
+            means a few threads.
+        process_index: index of the share of every batch to read.
+        process_count: number of shares into which the rows of a batch are split, in order.
 
     Returns:
         An iterator of images [batch_size / process_count, image_size, image_size, 3] and labels.
 
     Raises:
-        ValueError: no such batch exists. The iterator raises one that names the image when an
-            image cannot be decoded.
+        ValueError: an argument is out of range. The iterator raises a ValueError that names the
+            image if one cannot be decoded.
     """
     sampling.steps_per_epoch(source.labels, batch_size=batch_size, n_instance=n_instance)
     if seed < 0:
@@ -235,7 +242,7 @@ def train_indices(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[IndexBatch]:
-    """Which images `train_batches` would read, with the same arguments, and their labels."""
+    """Yields the image indices and labels of the batches of `train_batches`."""
     rows = _rows(batch_size, process_index, process_count)
     order = sampling.Order(source.labels, batch_size, n_instance, seed)
     for step in range(start_step, num_steps):
@@ -246,7 +253,10 @@ def train_indices(
 def test_indices(
     count: int, *, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Int32[np.ndarray, " b"]]:
-    """Which of so many images are in each of `test_batches`; -1 fills up the last."""
+    """Yields the image indices of the batches of `test_batches` for `count` images.
+
+    The index is -1 in the padding of the last batch.
+    """
     rows = _rows(batch_size, process_index, process_count)
     for step in range(-(-count // batch_size)):
         yield _test_index(count, rows, step * batch_size)
@@ -268,25 +278,27 @@ def test_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches[TestBatch]:
-    """All images once and in order, in batches of equal shape; `close()` ends the workers.
+    """Returns all images once and in order, in batches of equal shape.
+
+    The iterator's `close()` ends the workers.
 
     Args:
         source: the test images.
         batch_size: images in a global batch.
         image_size: side of the centre crop, pixels.
         resize: length of an image's shorter side before the crop, at least `image_size`.
-        num_workers: worker processes, or threads of this one if the source keeps its images;
-            0 is a few threads.
-        process_index: which part of every batch to read.
-        process_count: parts into which a batch is cut, row by row in order.
+        num_workers: number of worker processes, or of threads if the source caches its images; 0
+            means a few threads.
+        process_index: index of the share of every batch to read.
+        process_count: number of shares into which the rows of a batch are split, in order.
 
     Returns:
         An iterator of images [batch_size / process_count, image_size, image_size, 3] and their
-        indices in the source; rows that fill up the last batch are black and have index -1.
+        indices in the source. Padding in the last batch is black and has index -1.
 
     Raises:
-        ValueError: no such batch exists. The iterator raises one that names the image when an
-            image cannot be decoded.
+        ValueError: an argument is out of range. The iterator raises a ValueError that names the
+            image if one cannot be decoded.
     """
     if resize < image_size:
         raise ValueError(f"resize {resize} is smaller than image_size {image_size}")
@@ -297,7 +309,7 @@ def test_batches(
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> range:
-    """The rows of a global batch that belong to a process."""
+    """Returns the rows of a global batch that belong to a process."""
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(
             f"batch_size {batch_size} must be a positive multiple of the number of processes, "
@@ -311,7 +323,7 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> range:
 
 @dataclasses.dataclass(eq=False)
 class _TrainLoader:
-    """Makes one process's part of the training batch of a given number."""
+    """Loads one process's share of the training batch of a step."""
 
     source: Source
     order: sampling.Order
@@ -323,10 +335,10 @@ class _TrainLoader:
         indices = self.order(step)[self.rows.start : self.rows.stop]
         image = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
         for i, (row, index) in enumerate(zip(self.rows, indices.tolist(), strict=True)):
-            # A counter-based generator: its stream is given by the two numbers of its key.
+            # A counter-based generator: its key of two numbers determines the stream.
             key = np.array([self.order.seed, step * self.order.batch_size + row], np.uint64)
             images.random_view(
-                self.source.picture(index),
+                self.source.image(index),
                 np.random.Generator(np.random.Philox(key=key)),
                 augmentation=self.augmentation,
                 out=image[i],
@@ -336,7 +348,7 @@ class _TrainLoader:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _TestLoader:
-    """Makes one process's part of the test batch of a given number."""
+    """Loads one process's share of the test batch of a given number."""
 
     source: Source
     batch_size: int
@@ -349,47 +361,49 @@ class _TestLoader:
         index = _test_index(len(self.source), self.rows, step * self.batch_size)
         for view, i in zip(image, index.tolist(), strict=True):
             if i >= 0:
-                decoded = self.source.picture(i).pixels()
+                decoded = self.source.image(i).pixels()
                 view[:] = images.centre_view(decoded, size=self.image_size, resize_to=self.resize)
         return {"image": image, "index": index}
 
 
 def _read(batches: grain.MapDataset, num_workers: int, source: Source) -> Batches:
-    """Reads ahead in worker processes, or without them in threads.
+    """Prefetches batches in worker processes, or in threads.
 
-    In threads too if images are kept: each process would decode, and keep, all of them.
+    Threads are used if there are no workers, or if the source caches its images: each worker would
+    decode and cache all of them.
     """
     if num_workers < 0:
         raise ValueError(f"num_workers must not be negative, got {num_workers}")
-    if num_workers == 0 or source.kept is not None:
+    if num_workers == 0 or source.cache is not None:
         threads = max(num_workers, _THREADS)
-        ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-        return Batches(batches.to_iter_dataset(ahead), 0)
-    if not flags.FLAGS.is_parsed():  # Grain reads its flags, also in programs that parse none.
+        read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+        return Batches(batches.to_iter_dataset(read_options), 0)
+    if not flags.FLAGS.is_parsed():  # Grain reads absl flags, even if the program parses none.
         flags.FLAGS.mark_as_parsed()
-    # Batches come through pipes. Grain's shared memory would save a copy, but a container may
-    # have less of it than the batches need, and Grain leaves some behind when it stops early.
-    through_pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+    # Batches are sent through pipes. Shared memory would save a copy, but a container may have less
+    # of it than the batches need, and Grain leaks some of it when it stops early.
+    without_shared_memory = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
     dataset = grain.experimental.WithOptionsIterDataset(
-        batches.to_iter_dataset(grain.ReadOptions(num_threads=0)), through_pipes
+        batches.to_iter_dataset(grain.ReadOptions(num_threads=0)), without_shared_memory
     )
     options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)
-    gc.collect()  # Python can warn if it frees an old iterator while it makes a new one.
-    prefetched = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
+    gc.collect()  # Freeing an old iterator while a new one is created can cause a warning.
+    prefetched = dataset.mp_prefetch(options, worker_init_fn=_init_worker)
     return Batches(prefetched, num_workers)
 
 
-def _start_worker(index: int, count: int) -> None:
-    """Runs first in a worker: one core for it, and an end when the main process is killed."""
+def _init_worker(index: int, count: int) -> None:
+    """Limits a worker to one core, and ends it when the main process is killed."""
     del index, count
     cv2.setNumThreads(0)
-    for number in (signal.SIGINT, signal.SIGTERM):  # They may reach all; the main process acts.
+    # The signals may reach all processes of a group; only the main process handles them.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def watch() -> None:
+    def exit_with_parent() -> None:
         parent.join()
-        os._exit(1)  # Grain's worker would wait for a reader of its batches for ever.
+        os._exit(1)  # Otherwise Grain's worker waits forever for a reader of its batches.
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Images for people to look at, and from people who are not known."""
+"""Previews of images for display, and checks of uploaded images."""
 
 import io
 
@@ -10,33 +10,33 @@ from dml_jax.data.images import FORMATS, check_size, decode, resize
 
 
 def check_upload(encoded: bytes) -> None:
-    """Looks at an image's header, whatever it is said to be.
+    """Checks the header of an uploaded image, whatever its declared type.
 
     Raises:
-        ValueError: it is of none of the formats `FORMATS`, or too large to be decoded.
+        ValueError: it has none of the formats `FORMATS`, or is too large to be decoded.
     """
     try:
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-    except Exception as error:  # Pillow's parsers raise nearly anything on broken input.
-        raise ValueError(f"this is no image; {', '.join(FORMATS)} are read") from error
+    except Exception as error:  # Pillow's parsers raise nearly any exception on damaged input.
+        raise ValueError(f"this is not an image; {', '.join(FORMATS)} are read") from error
     check_size(image)
 
 
 def preview(encoded: bytes, name: str, *, side: int) -> bytes:
-    """A JPEG of an image that fits into a square; one that is smaller keeps its size.
+    """Returns a JPEG of an image that fits into a square; smaller images are not enlarged.
 
     Args:
         encoded: the image.
-        name: what to call it in an error.
-        side: of the square, pixels.
+        name: name of the image in error messages.
+        side: side of the square, pixels.
 
     Returns:
-        The JPEG, upright, with nothing of what else was in the file.
+        The upright JPEG, without metadata of the original.
 
     Raises:
         ValueError: the image cannot be decoded.
     """
-    image = decode(encoded, name, enough=side)
+    image = decode(encoded, name, min_side=side)
     height, width = image.shape[:2]
     scale = min(1.0, side / max(height, width))
     if scale < 1:

@@ -1,7 +1,7 @@
-"""Prepared data sets: encoded images in ArrayRecord files, beside an index of their labels.
+"""Prepared data sets: encoded images in ArrayRecord files, beside a manifest with their labels.
 
-`dml_jax.data.prepare` writes them as TensorFlow Datasets does, so that TFDS reads them too. The
-index lets a run know all labels and names without reading images, or importing TFDS.
+`dml_jax.data.prepare` writes them in the format of TensorFlow Datasets, so that TFDS reads them
+too. From the manifest a run learns all labels and names without reading images or importing TFDS.
 """
 
 import dataclasses
@@ -12,17 +12,18 @@ from pathlib import Path, PureWindowsPath
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-INDEX = "index.json"
+MANIFEST = "index.json"
+"""File name of the manifest."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """What the index knows of a split.
+    """Files and labels of a split.
 
     Attributes:
         files: names of its ArrayRecord files, in order.
-        labels: each image's class, as a place in the data set's class names.
-        names: what to call each image, unique in the split.
+        labels: the class of each image, an index into the class names of the data set.
+        names: name of each image, unique in the split.
     """
 
     files: tuple[str, ...]
@@ -31,13 +32,13 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
-class Index:
-    """What a prepared data set holds.
+class Manifest:
+    """Contents of a prepared data set.
 
     Attributes:
-        data_set: its name.
+        data_set: name of the data set.
         class_names: the classes of all splits.
-        splits: its splits by name.
+        splits: the splits by name.
     """
 
     data_set: str
@@ -45,81 +46,81 @@ class Index:
     splits: dict[str, Split]
 
 
-def write_index(directory: Path, index: Index) -> None:
-    """Writes the index of a prepared data set."""
-    text = json.dumps(dataclasses.asdict(index), ensure_ascii=False)
-    (directory / INDEX).write_text(text + "\n", encoding="utf-8")
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Writes the manifest of a prepared data set."""
+    text = json.dumps(dataclasses.asdict(manifest), ensure_ascii=False)
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def read_index(directory: Path) -> Index:
-    """Reads the index of a prepared data set.
+def read_manifest(directory: Path) -> Manifest:
+    """Reads the manifest of a prepared data set.
 
     Raises:
-        FileNotFoundError: there is no prepared data set in the directory.
-        ValueError: its index is damaged.
+        FileNotFoundError: the directory holds no prepared data set.
+        ValueError: its manifest is damaged.
     """
     try:
-        text = (directory / INDEX).read_text(encoding="utf-8")
+        text = (directory / MANIFEST).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
-            f"{directory} holds no prepared data set (there is no {INDEX} in it); "
+            f"{directory} holds no prepared data set (there is no {MANIFEST} in it); "
             "scripts/prepare_data.py makes one"
         ) from None
     except UnicodeDecodeError as error:
         raise _damaged(directory, error) from None
     try:
-        index = json.loads(text)
+        content = json.loads(text)
         splits = {
             name: Split(tuple(split["files"]), tuple(split["labels"]), tuple(split["names"]))
-            for name, split in index["splits"].items()
+            for name, split in content["splits"].items()
         }
-        read = Index(index["data_set"], tuple(index["class_names"]), splits)
-        _check(read)
+        manifest = Manifest(content["data_set"], tuple(content["class_names"]), splits)
+        _check(manifest)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise _damaged(directory, error) from None
-    return read
+    return manifest
 
 
-def _check(index: Index) -> None:
-    """Raises ValueError or TypeError unless everything is of its type and in its range."""
-    if not {"train", "test"} <= index.splits.keys() <= {"train", "test", "gallery"}:
-        raise ValueError(f"its splits are {sorted(index.splits)}")
-    for split in index.splits.values():
+def _check(manifest: Manifest) -> None:
+    """Raises ValueError or TypeError unless all values have their types and ranges."""
+    if not {"train", "test"} <= manifest.splits.keys() <= {"train", "test", "gallery"}:
+        raise ValueError(f"its splits are {sorted(manifest.splits)}")
+    for split in manifest.splits.values():
         labels = split.labels
         if not labels or not all(type(label) is int for label in labels):
-            raise ValueError("labels that are no whole numbers")
-        if not 0 <= min(labels) <= max(labels) < len(index.class_names):
-            raise ValueError("labels without a class")
+            raise ValueError("a split without labels, or labels that are not integers")
+        if not 0 <= min(labels) <= max(labels) < len(manifest.class_names):
+            raise ValueError("labels outside the range of the classes")
         if len(set(split.names)) != len(split.names):
             raise ValueError("names that are not unique")
-    split_strings = [[*split.files, *split.names] for split in index.splits.values()]
-    if not all(isinstance(s, str) for s in itertools.chain(index.class_names, *split_strings)):
-        raise ValueError("names that are no text")
-    if any(leads_elsewhere(file) for split in index.splits.values() for file in split.files):
+    split_strings = [[*split.files, *split.names] for split in manifest.splits.values()]
+    if not all(isinstance(s, str) for s in itertools.chain(manifest.class_names, *split_strings)):
+        raise ValueError("names that are not strings")
+    if any(escapes_directory(file) for split in manifest.splits.values() for file in split.files):
         raise ValueError("files in other directories")
 
 
 def _damaged(directory: Path, error: Exception) -> ValueError:
     return ValueError(
-        f"{directory / INDEX} is damaged: {error!r}; remove {directory} and prepare the data set "
-        "again"
+        f"{directory / MANIFEST} is damaged: {error!r}; remove {directory} and prepare the data "
+        "set again"
     )
 
 
-def leads_elsewhere(name: str) -> bool:
-    """Whether a relative path, from a file that may be anybody's, leaves the directory it is in."""
-    path = PureWindowsPath(name)  # Knows both kinds of slashes, and drives.
+def escapes_directory(name: str) -> bool:
+    """Returns whether a path from an untrusted file leaves the directory that it is relative to."""
+    path = PureWindowsPath(name)  # Recognises both kinds of slashes, and drives.
     return bool(path.anchor) or ".." in path.parts or "\0" in name
 
 
-class Images(Sequence[bytes]):
-    """The encoded images of ArrayRecord files, read on access; pickled as the files' names."""
+class EncodedImages(Sequence[bytes]):
+    """The encoded images of ArrayRecord files, read on access; pickled as the file names."""
 
     def __init__(self, directory: Path, files: Sequence[str]):
-        """Looks into the files, but reads no image.
+        """Opens the files without reading an image.
 
         Raises:
-            ValueError: a file is missing or cut short.
+            ValueError: a file is missing or truncated.
         """
         try:
             self._examples = ArrayRecordDataSource([str(directory / file) for file in files])
@@ -130,22 +131,22 @@ class Images(Sequence[bytes]):
             ) from error
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Returns the number of images."""
         return len(self._examples)
 
-    def __getitem__(self, index: int) -> bytes:  # type: ignore[override]  # Nobody takes slices.
-        """The encoded image at `index`."""
+    def __getitem__(self, index: int) -> bytes:  # type: ignore[override]  # No slices.
+        """Returns the encoded image at `index`."""
         return bytes_feature(self._examples[index], "image")
 
 
 def bytes_feature(example: bytes, name: str) -> bytes:
-    """The bytes in a serialized `tf.train.Example` under a name.
+    """Returns the value of a bytes feature of a serialized `tf.train.Example`.
 
-    An Example is a map from names to lists of values. This takes the one value that is needed out
-    of it: the generated parser comes only with the whole of TFDS or TensorFlow, seconds to import.
+    An Example maps names to lists of values. The generated parser would do the same, but comes only
+    with TFDS or TensorFlow, which take seconds to import.
 
     Raises:
-        KeyError: there is nothing of that name.
+        KeyError: there is no feature of that name.
     """
     (features,) = _fields(memoryview(example))
     for entry in _fields(features):
@@ -158,18 +159,22 @@ def bytes_feature(example: bytes, name: str) -> bytes:
 
 
 def _fields(message: memoryview) -> Iterator[memoryview]:
-    """The fields of a protocol buffer that has only messages, strings and bytes, in order."""
-    at = 0
-    while at < len(message):
-        size, at = _varint(message, at + 1)  # Past the tag, one byte for a field's number to 15.
-        yield message[at : at + size]
-        at += size
+    """Yields the fields of a protocol buffer of messages, strings and bytes only, in order."""
+    position = 0
+    while position < len(message):
+        # The tag takes one byte, because the field numbers are below 16.
+        size, position = _varint(message, position + 1)
+        yield message[position : position + size]
+        position += size
 
 
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    """The number at a place, seven bits a byte from the lowest, and the place behind it."""
+def _varint(message: memoryview, position: int) -> tuple[int, int]:
+    """Returns the variable-length integer at a position, and the position after it.
+
+    Each byte holds seven bits, the lowest first.
+    """
     number = shift = 0
-    while message[at] >= 0x80:
-        number |= (message[at] & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-    return number | message[at] << shift, at + 1
+    while message[position] >= 0x80:
+        number |= (message[position] & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+    return number | message[position] << shift, position + 1

@@ -1,4 +1,4 @@
-"""Which training images make up which batch."""
+"""Sampling of training batches, with or without balanced classes."""
 
 import dataclasses
 
@@ -7,18 +7,18 @@ from jaxtyping import Int, Int64
 
 
 def steps_per_epoch(labels: Int[np.ndarray, " n"], *, batch_size: int, n_instance: int = 1) -> int:
-    """Number of full batches in one pass over the training images.
+    """Returns the number of full batches in one pass over the training images.
 
     Args:
         labels: class of each training image.
         batch_size: images in a global batch.
-        n_instance: images of each class in a batch; 1 samples without regard to class.
+        n_instance: images of each class in a batch; 1 ignores the classes.
 
     Returns:
-        `n // batch_size`: the last partial batch of a pass is dropped.
+        `n // batch_size`: the last partial batch is dropped.
 
     Raises:
-        ValueError: no such batch can be drawn from these labels.
+        ValueError: such a batch cannot be drawn from these labels.
     """
     if batch_size < 1 or n_instance < 1:
         raise ValueError(
@@ -47,25 +47,25 @@ def steps_per_epoch(labels: Int[np.ndarray, " n"], *, batch_size: int, n_instanc
 def epoch_order(
     labels: Int[np.ndarray, " n"], *, batch_size: int, n_instance: int, seed: int, epoch: int
 ) -> Int64[np.ndarray, "steps batch"]:
-    """Image indices of every batch of an epoch, a pure function of the arguments.
+    """Returns the image indices of all batches of an epoch, a pure function of the arguments.
 
-    With `n_instance` 1 the batches cut up one permutation of the images. Otherwise each batch
-    holds `batch_size / n_instance` distinct classes drawn uniformly, `n_instance` images of each
-    in neighbouring rows: distinct ones where the class has that many, all of them and repeats
-    where it has fewer.
+    With `n_instance` 1 the batches partition a permutation of the images. Otherwise each batch
+    holds `batch_size / n_instance` distinct classes drawn uniformly, with `n_instance` images of
+    each in adjacent rows. The images of a class are distinct if it has at least `n_instance`;
+    a smaller class is repeated.
 
     Args:
         labels: class of each training image.
         batch_size: images in a global batch.
         n_instance: images of each class in a batch.
-        seed: seed of the run, non-negative.
-        epoch: epoch counted from 0.
+        seed: seed of the run, not negative.
+        epoch: the epoch, counted from 0.
 
     Returns:
-        Indices into `labels`, one row a batch.
+        Indices into `labels`, one row per batch.
 
     Raises:
-        ValueError: no such batch can be drawn from these labels.
+        ValueError: such a batch cannot be drawn from these labels.
     """
     steps = steps_per_epoch(labels, batch_size=batch_size, n_instance=n_instance)
     rng = np.random.default_rng([seed, epoch])
@@ -83,13 +83,13 @@ def epoch_order(
 
 @dataclasses.dataclass(eq=False)
 class Order:
-    """Which images make up the batch of any step; the epoch that was asked for last is kept.
+    """Maps steps to the image indices of their batches; caches the order of one epoch.
 
     Attributes:
         labels: class of each training image.
         batch_size: images in a global batch.
         n_instance: images of each class in a batch.
-        seed: seed of the run, non-negative.
+        seed: seed of the run, not negative.
     """
 
     labels: Int[np.ndarray, " n"]
@@ -99,7 +99,7 @@ class Order:
     _cached: tuple[int, Int64[np.ndarray, "steps batch"]] | None = None
 
     def __call__(self, step: int) -> Int64[np.ndarray, " batch"]:
-        """Indices into `labels` of the batch of a step, counted from the beginning of the run."""
+        """Returns indices into `labels` of the batch of a step, counted from the run's start."""
         epoch, position = divmod(step, len(self.labels) // self.batch_size)
         cached = self._cached
         if cached is None or cached[0] != epoch:

@@ -1,4 +1,4 @@
-"""The splits of a run: loaded, inspected, held out, checked."""
+"""The splits of a run: loaded, inspected, checked, with validation classes held out."""
 
 import dataclasses
 import json
@@ -12,67 +12,71 @@ from dml_jax.data.config import DataConfig
 
 
 def load_splits(
-    config: DataConfig, recall_at: Sequence[int], findings: data.InspectionReport | None = None
+    config: DataConfig, recall_at: Sequence[int], inspection: data.InspectionReport | None = None
 ) -> tuple[dict[str, data.Source], data.InspectionReport]:
-    """Finds the images that a configuration names, without those that it leaves out.
+    """Loads the images that a configuration names, without those that it leaves out.
 
     Args:
-        config: the settings of the images.
-        recall_at: each k of Recall@k, for which a split must have enough images.
-        findings: what the run found in its images when it began; by default they are looked at
-            now, every one of them.
+        config: settings of the images.
+        recall_at: the values of k in Recall@k; a split must have enough images for the largest.
+        inspection: the report from the start of the run; by default all images are inspected now.
 
     Returns:
-        The images by split, and what was found in them.
+        The images by split, and the inspection report.
 
     Raises:
-        ValueError: an image is bad, or a split has too few.
-        FileNotFoundError: the images are not where the config says.
+        ValueError: an image cannot be read, or a split has too few images or classes.
+        FileNotFoundError: the images are not where the configuration says.
     """
     sources = data.create(config.name, root=config.root or None)
-    found = findings or _inspected(sources)
-    sources = data.accept(sources, found, config.unreadable)
-    if findings is None and processes.is_first_process():
-        data.report(found)
+    report = inspection or _inspect_once(sources)
+    sources = data.accept(sources, report, config.unreadable)
+    if inspection is None and processes.is_first_process():
+        data.report(report)
     if config.validation_classes:
-        # Of all seeds the same classes, so that their runs can be compared.
+        # The same classes for every seed of the run, so that runs can be compared.
         sources["train"], sources["validation"] = data.split_classes(
             sources["train"], config.validation_classes, seed=0
         )
     if config.cache == "host":
-        sources = {k: dataclasses.replace(source, kept={}) for k, source in sources.items()}
+        sources = {k: dataclasses.replace(source, cache={}) for k, source in sources.items()}
     for split in sources.keys() - {"train", "gallery"}:
-        _check_enough(sources, split, max(recall_at))
+        _check_gallery_size(sources, split, max(recall_at))
     for split, source in sources.items():
         if len(source.class_names) < 2:
             raise ValueError(
-                f"the images of {split!r} are all of one class, {source.class_names[0]}: there is "
-                "nothing to tell apart; there must be at least two classes"
+                f"the images of {split!r} are all of one class, {source.class_names[0]}; a split "
+                "needs at least two classes"
             )
-    return sources, found
+    return sources, report
 
 
-def _inspected(sources: Mapping[str, data.Source]) -> data.InspectionReport:
-    """What the first process finds in the images, in every process: all must leave out the same."""
+def gallery_of(sources: Mapping[str, data.Source], split: str) -> data.Source | None:
+    """Returns the gallery of a split's queries; None if they are searched among themselves."""
+    return sources.get("gallery") if split == "test" else None
+
+
+def _inspect_once(sources: Mapping[str, data.Source]) -> data.InspectionReport:
+    """Inspects the images in the first process and returns its report in all of them.
+
+    All processes must leave out the same images.
+    """
     message = b""
     if processes.is_first_process():
         message = json.dumps(data.inspect(sources)._asdict()).encode()
     return data.InspectionReport.from_json(json.loads(processes.bytes_from_first_process(message)))
 
 
-def _check_enough(sources: Mapping[str, data.Source], split: str, furthest: int) -> None:
+def _check_gallery_size(sources: Mapping[str, data.Source], split: str, max_rank: int) -> None:
+    """Raises ValueError unless the queries of a split have `max_rank` neighbours, one relevant."""
     queries = sources[split]
-    found_in, alone = gallery_of(sources, split), gallery_of(sources, split) is None
-    searched = queries if found_in is None else found_in
-    relevant = np.bincount(searched.labels)[queries.labels] - alone
-    if furthest > len(searched) - alone or relevant.max() < 1:
+    gallery = gallery_of(sources, split)
+    searched = queries if gallery is None else gallery
+    is_self = gallery is None  # A query is not its own neighbour.
+    relevant = np.bincount(searched.labels)[queries.labels] - is_self
+    if max_rank > len(searched) - is_self or relevant.max() < 1:
         raise ValueError(
-            f"the {len(searched)} images that {split} images are looked for in are too few: "
-            f"config.evaluation.recall_at asks for {furthest} neighbours, and some image needs "
-            "another of its class"
+            f"the gallery of {split!r} has too few images, {len(searched)}: "
+            f"config.evaluation.recall_at needs {max_rank} neighbours, and at least one query "
+            "another image of its class"
         )
-
-
-def gallery_of(sources: Mapping[str, data.Source], split: str) -> data.Source | None:
-    """Returns the gallery of a split's queries; None if they are searched among themselves."""
-    return sources.get("gallery") if split == "test" else None

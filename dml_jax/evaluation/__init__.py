@@ -1,1 +1,1 @@
-"""Embedding the images of a run and scoring them."""
+"""Embeds the images of a run, saves the embeddings and scores them by retrieval."""

@@ -1,4 +1,4 @@
-"""Embedding whole sources of images with a network, over the device mesh."""
+"""Embedding of all images of a source with a network, over the device mesh."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float32, PyTree
 
 from dml_jax import data
-from dml_jax._utils import sharding
 from dml_jax._utils.sharding import on_cpu, put_batch, replicated_sharding
 from dml_jax.data import device_cache
 from dml_jax.evaluation.network import Network
@@ -24,25 +23,25 @@ def embed(
     count: int,
     mesh: Mesh,
 ) -> Float32[np.ndarray, "n d"]:
-    """Embed all images, in padded batches spread over the mesh axis "data".
+    """Embeds images in padded batches, sharded over the mesh axis "data".
 
-    Accelerators have the next batch before the previous result is awaited; see `in_flight`. All
-    transfers are explicit. With several processes each passes its own rows of every batch, and
-    each gets all the embeddings.
+    Accelerators receive the next batch before the previous result is fetched; see `in_flight`. All
+    transfers are explicit. With several processes each passes its own rows of every batch and
+    receives all embeddings.
 
     Args:
-        embed_fn: jitted (variables, images [B, H, W, 3] uint8) -> [B, d] float32.
-        variables: of the network; copied to every device of the mesh unless there already.
+        embed_fn: jitted function (variables, images [B, H, W, 3] uint8) -> [B, d] float32.
+        variables: variables of the network, replicated over the mesh unless they already are.
         batches: {"image": [b, h, w, 3] uint8, "index": [b] int32}; index -1 marks padding. The
-            rows of all processes together must divide by the number of devices.
-        count: number of images n; each index 0..n-1 must come up.
+            number of rows of all processes together must be a multiple of the number of devices.
+        count: number of images n; each index 0..n-1 must occur.
         mesh: device mesh with the axis "data".
 
     Returns:
         [n, d] float32 embeddings in the order of the indices.
 
     Raises:
-        ValueError: if an index exceeds the count, or an image is missing.
+        ValueError: an index is too large, or an image is missing.
     """
     seen = np.zeros(count, dtype=bool)
     result = np.zeros((count, 0), dtype=np.float32)
@@ -51,18 +50,18 @@ def embed(
             raise ValueError(f"a batch holds image {index.max()}, but there are {count} images")
         if result.shape[1] == 0:
             result = np.zeros((count, rows.shape[1]), dtype=np.float32)
-        real = index >= 0
-        result[index[real]] = rows[real]
-        seen[index[real]] = True
+        is_image = index >= 0
+        result[index[is_image]] = rows[is_image]
+        seen[index[is_image]] = True
     if not seen.all():
         raise ValueError(f"the batches hold {seen.sum()} of {count} images")
     return result
 
 
 def in_flight(mesh: Mesh) -> int:
-    """Returns how many batches are sent to the devices of a mesh before a result is awaited.
+    """Returns the number of batches sent to the devices of a mesh before a result is fetched.
 
-    On CPUs each would hold its own temporary memory from the time when it is dispatched.
+    One on CPUs, where each batch holds its own temporary memory from the moment of its dispatch.
     """
     return 1 if on_cpu(mesh) else 2
 
@@ -73,24 +72,24 @@ def _outputs(
     batches: Iterable[Mapping[str, Any]],
     mesh: Mesh,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the embeddings [B, d] and indices [B] of each global batch, one batch behind."""
-    everywhere = replicated_sharding(mesh)
-    variables = jax.device_put(variables, everywhere)
-    # Not device_put, which would reshard by way of the host, and wait.
-    gather = jax.jit(_same, out_shardings=everywhere)
+    """Yields the embeddings [B, d] and indices [B] of each global batch, `in_flight` - 1 behind."""
+    replicated = replicated_sharding(mesh)
+    variables = jax.device_put(variables, replicated)
+    # Not device_put, which would block and transfer by way of the host.
+    replicate = jax.jit(_identity, out_shardings=replicated)
     pending: deque[tuple[jax.Array, jax.Array]] = deque()
     for batch in batches:
-        # Indices travel with their images, so that both are gathered in the same order.
-        placed = put_batch(mesh, batch)
-        pending.append(gather((embed_fn(variables, placed["image"]), placed["index"])))
+        # The indices are sharded and replicated like their images, so that their orders agree.
+        on_device = put_batch(mesh, batch)
+        pending.append(replicate((embed_fn(variables, on_device["image"]), on_device["index"])))
         if len(pending) == in_flight(mesh):
             yield jax.device_get(pending.popleft())
     while pending:
         yield jax.device_get(pending.popleft())
 
 
-def _same(tree: Any) -> Any:
-    """The identity, compiled once because it is one function."""
+def _identity(tree: Any) -> Any:
+    """Returns its argument. Defined once, so that it is compiled once."""
     return tree
 
 
@@ -100,13 +99,13 @@ def embed_images(
     source: data.Source,
     cache: device_cache.Cache | None = None,
 ) -> Float32[np.ndarray, "images dim"]:
-    """Embeds images, cropped as for testing.
+    """Embeds the images of a source, with the test-time crop.
 
     Args:
         network: the network.
-        variables: the network's.
+        variables: variables of the network.
         source: the images.
-        cache: the same images on the devices; by default they are read.
+        cache: the same images in device memory; by default they are read from the source.
 
     Returns:
         Raw embeddings in the order of the source.
@@ -133,11 +132,12 @@ def _test_batches(
             **process,
         )
     boxes = device_cache.centre_boxes(cache.sides, size=config.image_size, resize_to=config.resize)
-    view = partial(device_cache.test_views, mesh=mesh, size=config.image_size)
+    crop = partial(device_cache.test_views, mesh=mesh, size=config.image_size)
 
-    def views() -> Generator[dict[str, Array | np.ndarray]]:
+    def cached_batches() -> Generator[dict[str, Array | np.ndarray]]:
         for index in data.test_indices(len(source), batch_size=network.rows, **process):
-            placed = sharding.put_batch(mesh, {"index": index, "box": boxes[index]})
-            yield {"image": view(cache.images, placed["index"], placed["box"]), "index": index}
+            on_device = put_batch(mesh, {"index": index, "box": boxes[index]})
+            image = crop(cache.images, on_device["index"], on_device["box"])
+            yield {"image": image, "index": index}
 
-    return views()
+    return cached_batches()

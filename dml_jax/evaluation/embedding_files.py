@@ -1,4 +1,4 @@
-"""Embeddings of a whole data set: compute them over the mesh, save and load them."""
+"""Files of embeddings: writing them atomically, and reading them without trusting them."""
 
 import io
 import os
@@ -11,18 +11,17 @@ from jaxtyping import Float32, Integer
 
 from dml_jax._utils import files
 
-_RATIO = 100  # No file of embeddings unpacks to as many times its size.
-
-_HARMLESS = 1 << 28  # Bytes that it may unpack to in any case.
+_MAX_RATIO = 100  # Unpacked over packed size; embeddings compress far less.
+_ALWAYS_ALLOWED = 1 << 28  # Bytes that a file may unpack to whatever the ratio.
 
 
 class Embeddings(NamedTuple):
     """The contents of an embeddings file.
 
     Attributes:
-        embeddings: [n, d] float32, as the network gave them (not normalised).
-        labels: [n] integers that index `class_names`.
-        names: identifiers of the n images.
+        embeddings: [n, d] float32, not normalised.
+        labels: [n] integer indices into `class_names`.
+        names: names of the n images.
         class_names: names of the classes.
     """
 
@@ -39,20 +38,20 @@ def save_embeddings(
     names: Sequence[str],
     class_names: Sequence[str],
 ) -> None:
-    """Write embeddings to an .npz file that needs no pickle, all of it or nothing.
+    """Writes embeddings atomically to an .npz file without pickles.
 
     Args:
-        path: the file; one that exists is replaced once the new one is complete.
-        embeddings: [n, d].
+        path: the file; an existing one is replaced when the new one is complete.
+        embeddings: [n, d] embeddings.
         labels: [n] indices into `class_names`.
-        names: n identifiers of the images.
+        names: names of the n images.
         class_names: names of the classes.
 
     Raises:
-        ValueError: if the numbers of embeddings, labels and names differ or a label has no name.
+        ValueError: the numbers of embeddings, labels and names differ, or a label has no name.
     """
     path = Path(path)
-    # dtype=str also for empty sequences, which would become float64.
+    # An empty sequence without dtype=str would become float64.
     arrays: dict[str, Any] = {
         "embeddings": np.asarray(embeddings, dtype=np.float32),
         "labels": np.asarray(labels),
@@ -69,11 +68,11 @@ def save_embeddings(
 
 
 def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:
-    """Read a file that `save_embeddings` wrote; nothing in it is executed.
+    """Reads a file that `save_embeddings` wrote; nothing in it is executed.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no such file: damaged, pickled, keys missing, shapes that disagree.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a file of embeddings, damaged, pickled, or inconsistent.
     """
     path = Path(path)
     try:
@@ -84,8 +83,10 @@ def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             _check_size(archive, len(content))
             arrays = {key: archive[key] for key in Embeddings._fields if key in archive}
-    except Exception as error:  # numpy's and zipfile's parsers raise nearly anything.
-        raise ValueError(f"{path} is no embeddings file (.npz without pickles): {error}") from error
+    except Exception as error:  # numpy's and zipfile's parsers raise nearly any exception.
+        raise ValueError(
+            f"{path} is not an embeddings file (.npz without pickles): {error}"
+        ) from error
     _check(arrays, path)
     return Embeddings(
         arrays["embeddings"].astype(np.float32, copy=False),
@@ -96,14 +97,16 @@ def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:
 
 
 def _check_size(archive: Any, size: int) -> None:
-    """Raise ValueError if a file of few bytes would become arrays that fill the memory."""
+    """Raises ValueError if a small file would unpack to arrays that fill the memory."""
     unpacked = sum(file.file_size for file in archive.zip.infolist())
-    if unpacked > max(_HARMLESS, _RATIO * size):
-        raise ValueError(f"its {size} bytes become {unpacked}, as no embeddings do")
+    if unpacked > max(_ALWAYS_ALLOWED, _MAX_RATIO * size):
+        raise ValueError(
+            f"its {size} bytes unpack to {unpacked}, which is implausible for embeddings"
+        )
 
 
 def _check(arrays: Mapping[str, np.ndarray], path: Path) -> None:
-    """Raise ValueError unless the four arrays are there and fit each other."""
+    """Raises ValueError unless all four arrays exist and are consistent."""
     missing = [key for key in Embeddings._fields if key not in arrays]
     if missing:
         raise ValueError(f"{path}: {', '.join(missing)} missing")

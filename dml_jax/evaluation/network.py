@@ -1,4 +1,4 @@
-"""The network of a run, compiled for embedding; its variables are kept apart."""
+"""The network of a run, compiled for embedding, without its variables."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,30 +14,30 @@ from dml_jax.models.config import ModelConfig
 
 
 class Network(NamedTuple):
-    """An embedder with the settings of its images."""
+    """An embedder with its settings and those of its images."""
 
     model: ModelConfig
     data: DataConfig
     mesh: jax.sharding.Mesh
     rows: int
-    """Images that are embedded at once, over all devices."""
+    """Number of images embedded at a time, over all devices."""
     embedder: Embedder
     variables_shape: dict[str, PyTree]
-    """The shape, type and sharding of every variable."""
+    """Shape, dtype and sharding of every variable."""
     embed: jax.stages.Wrapped
-    """Compiled: variables and images `[batch, ...]` to embeddings."""
+    """Jitted function of the variables and images `[batch, ...]` that returns embeddings."""
 
 
 def make(
     model: ModelConfig, data: DataConfig, mesh: jax.sharding.Mesh, *, batch_size: int
 ) -> Network:
-    """Makes the network of a configuration; none of its images is needed.
+    """Returns the network of a configuration, without reading any image.
 
     Args:
         model: settings of the network.
         data: settings of its images.
         mesh: the devices to run on.
-        batch_size: images to embed at once; rounded up to a multiple of the devices.
+        batch_size: number of images to embed at a time, rounded up to a multiple of the devices.
     """
     embedder = create_embedder(
         backbone=model.backbone,
@@ -51,7 +51,7 @@ def make(
     def embed_batch(variables: PyTree, images: Array) -> PyTree:
         return embedder.apply(variables, images, train=False)
 
-    everywhere = sharding.replicated_sharding(mesh)
+    replicated = sharding.replicated_sharding(mesh)
     image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
     init = partial(embedder.init, train=False)
     # A network without batch normalisation has no statistics.
@@ -63,9 +63,9 @@ def make(
         rows=-(-batch_size // mesh.size) * mesh.size,
         embedder=embedder,
         variables_shape=jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes
         ),
-        embed=jax.jit(embed_batch, in_shardings=(everywhere, sharding.batch_sharding(mesh))),
+        embed=jax.jit(embed_batch, in_shardings=(replicated, sharding.batch_sharding(mesh))),
     )
 
 

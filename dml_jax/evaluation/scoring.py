@@ -21,19 +21,19 @@ class Evaluator(NamedTuple):
     sources: Mapping[str, data.Source]
     """The images by split."""
     cache: Callable[[str], device_cache.Cache | None]
-    """Returns the images of a split on the devices; None if they are read instead."""
+    """Returns the images of a split in device memory; None if they are read from the source."""
     recall_at: tuple[int, ...]
-    """Each k of Recall@k."""
+    """The values of k in Recall@k."""
     nmi: bool
-    """Whether to measure NMI too."""
+    """Whether to compute NMI too."""
 
     def embed(
         self, variables: dict[str, PyTree], split: str
     ) -> dict[str, Float32[np.ndarray, "images dim"]]:
-        """Returns the raw embeddings of a split, and of its gallery if it has one, by split.
+        """Returns the raw embeddings of a split, and of its gallery if it has one, by name.
 
         Args:
-            variables: the network's.
+            variables: variables of the network.
             split: `test` or `validation`.
         """
         names = [split] if gallery_of(self.sources, split) is None else [split, "gallery"]
@@ -47,10 +47,10 @@ class Evaluator(NamedTuple):
     ) -> dict[str, float]:
         """Returns the retrieval metrics by name; see `dml_jax.retrieval.evaluate`.
 
-        All processes return what the first has computed.
+        The first process computes them for all.
 
         Args:
-            embeddings: as `embed` returns them.
+            embeddings: the result of `embed`.
         """
         (split,) = embeddings.keys() - {"gallery"}
         gallery = None

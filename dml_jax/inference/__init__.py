@@ -1,1 +1,1 @@
-"""What is done with a trained network: embed images, export, describe."""
+"""Use of a trained network: embedding images, searching, export and model card."""

@@ -1,4 +1,4 @@
-"""A run's embedding function in files that need no dml_jax: JAX reads them by itself."""
+"""Export of a run's embedding function to files that JAX reads without dml_jax."""
 
 import json
 from pathlib import Path
@@ -22,23 +22,23 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def write(run: Path, out: Path, checkpoint: str) -> None:
-    """Exports a run's checkpoint; the run's images are not needed.
+    """Exports a checkpoint of a run; the images of the run are not needed.
 
     Args:
         run: folder of the run.
-        out: the folder to write, new or empty; it appears when it is complete.
+        out: the folder to write, new or empty; it is written atomically.
         checkpoint: `last`, or a key of `dml_jax.training.checkpoint.BEST`.
 
     Raises:
-        FileNotFoundError: there is no run, or no such checkpoint.
-        ValueError: there is something in `out`.
+        FileNotFoundError: the folder holds no run, or the run no such checkpoint.
+        ValueError: `out` is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not an empty folder; choose a new one")
     device = sharding.make_mesh(jax.local_devices()[:1])
     network, variables, step = trained.load(run, checkpoint, device)
     weights = traverse_util.flatten_dict(jax.device_get(variables), sep="/")
-    published = _without_places(run_directory.read_config(run))
+    published = _without_local_paths(run_directory.read_config(run))
     card = model_card.write(
         published,
         run_directory.read_result(run),
@@ -56,15 +56,15 @@ def write(run: Path, out: Path, checkpoint: str) -> None:
 
 
 def serialize(network: Network, weights: dict[str, Any]) -> bytes:
-    """The embedding function as `jax.export` serialises it, for `PLATFORMS`.
+    """Returns the embedding function, serialised by `jax.export` for `PLATFORMS`.
 
     Args:
         network: the network.
-        weights: its variables by their paths, joined by "/".
+        weights: its variables by path, joined by "/".
 
     Returns:
-        A function of the weights and of images [batch, size, size, 3], uint8, any number of them,
-        to raw float32 embeddings [batch, dim].
+        A serialised function (weights, images [batch, size, size, 3] uint8) -> raw embeddings
+        [batch, dim] float32, for any batch size.
     """
 
     def embed(weights: dict[str, Any], images: jax.Array) -> Any:
@@ -80,8 +80,8 @@ def serialize(network: Network, weights: dict[str, Any]) -> bytes:
     return bytes(exported.serialize())
 
 
-def _without_places(config: ConfigDict) -> dict[str, Any]:
-    """The configuration without paths of this machine, which are nobody else's business."""
+def _without_local_paths(config: ConfigDict) -> dict[str, Any]:
+    """Returns the configuration with paths reduced to file names, for privacy."""
     plain = json.loads(config.to_json())
     plain["data"]["root"] = Path(plain["data"]["root"]).name
     if not plain["model"]["pretrained"].startswith("hf:"):

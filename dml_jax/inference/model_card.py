@@ -1,4 +1,4 @@
-"""The page that goes with an exported network: what it is, what it can do, how to load it."""
+"""The model card of an exported network: data, scores, input, output and how to load it."""
 
 import json
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ tags:
 
 # Image embedding, {backbone}, {dim} dimensions
 
-A network that maps an image to {dim} numbers, such that images of one class point in the same
-direction, also where the class was never trained on. Images are compared by the cosine of the angle
-between their embeddings.
+A network that maps an image to a vector of {dim} dimensions. Images of one class have similar
+directions, also for classes that it was not trained on. Images are compared by the cosine
+similarity of their embeddings.
 
 It is a `{backbone}`, trained with {method}; the settings are at the end.
 
@@ -41,22 +41,21 @@ The checkpoint is `{checkpoint}`, after {step} steps.
 
 ## Input and output
 
-- Input: `uint8 [batch, {size}, {size}, 3]`, RGB, any number of images. Images that are larger or
-  smaller are resized so that their shorter side is {resize} pixels (where they shrink, by averaging
-  the pixels that are covered), and their centre is cropped. What else the network needs done to
-  the pixels, it does itself.
+- Input: `uint8 [batch, {size}, {size}, 3]`, RGB, with any batch size. Resize images of another size
+  so that their shorter side is {resize} pixels (by area averaging if they shrink) and crop the
+  centre. The network normalises the pixels itself.
 - Output: `float32 [batch, {dim}]`, raw: not normalised to unit length.
 
 ## How to load it
 
-JAX reads it by itself, on a CPU, on NVIDIA's GPUs and on TPUs: `pip install jax flatbuffers` (JAX
-needs the latter to read its own files). In this folder:
+JAX loads it without dml_jax, on CPUs, NVIDIA GPUs and TPUs: `pip install jax flatbuffers` (JAX
+needs the latter to read exported functions). In this folder:
 
 ```python
 {snippet}
 ```
 
-With dml_jax, images of any size and search among embeddings:
+dml_jax embeds images of any size, and searches among embeddings:
 
 ```
 import dml_jax
@@ -64,20 +63,20 @@ model = dml_jax.load("FOLDER")
 embeddings = model.embed(["photo.jpg"])
 ```
 
-| file | what it is |
+| file | contents |
 |---|---|
 | `embed.jax_export` | the function of weights and pixels |
-| `weights.safetensors` | the weights, float32, named as in dml_jax {version}'s networks |
+| `weights.safetensors` | the weights, float32, named as in the networks of dml_jax {version} |
 | `config.json` | the configuration of the run |
 
-The function was written by `jax.export` of JAX {jax_version} for {platforms}. JAX promises that its
-versions of the next six months read it; the weights are good for longer.
+The function was written by `jax.export` of JAX {jax_version} for {platforms}. JAX guarantees that
+its releases of the next six months read it; the weights have no such limit.
 
 ## Licence
 
-None is given here. dml_jax is under Apache-2.0, but what may be done with these weights depends on
-the images they were trained on, and on those of the pretrained weights they started from, if any
-(`model.pretrained` below). Say it here before you pass them on.
+Not stated. dml_jax is under Apache-2.0, but the terms of these weights depend on the images they
+were trained on, and on those of the pretrained weights they started from, if any
+(`model.pretrained` below). State the licence here before you distribute them.
 
 ## Configuration
 
@@ -95,7 +94,7 @@ import numpy as np
 
 
 def read_weights(path):
-    """A .safetensors file: the length of its header, the header, numbers."""
+    """Reads a .safetensors file: the length of the header, the header, the numbers."""
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         numbers = np.frombuffer(file.read(), np.float32)
@@ -126,18 +125,18 @@ def write(
     checkpoint: str,
     platforms: Sequence[str],
 ) -> str:
-    """Writes the card of an exported checkpoint.
+    """Returns the model card of an exported checkpoint.
 
     Args:
-        config: the run's.
-        result: the contents of its `result.json`; None if it has not ended.
+        config: configuration of the run.
+        result: contents of its `result.json`; None if the run is not complete.
         evaluated: the lines of its `metrics.jsonl` that have scores.
-        step: of the checkpoint.
-        checkpoint: its name.
-        platforms: for which the function is exported.
+        step: step of the checkpoint.
+        checkpoint: name of the checkpoint.
+        platforms: platforms of the exported function.
 
     Returns:
-        Markdown, with a header as model hubs read it.
+        Markdown, with the metadata header of model hubs.
     """
     size = config["data"]["image_size"]
     return _CARD.format(
@@ -170,7 +169,7 @@ def _method(config: dict[str, Any]) -> str:
 
 def _images(result: dict[str, Any] | None) -> str:
     if result is None:
-        return "(The run had not ended when this was exported; it counts its images at the end.)"
+        return "(The run was not complete when this was exported; it counts its images at the end.)"
     counts = [
         f"| {split} | {result['images'][split]} | {result['classes'][split]} |"
         for split in result["images"]
@@ -184,19 +183,19 @@ def _scores(
     evaluated: Sequence[dict[str, Any]],
     step: int,
 ) -> str:
-    """The scores at a step: those of the result, or those that were measured while training."""
-    ended = [] if result is None else [result["last"], *result["best_of"].values()]
-    for lines, held_out in ((ended, False), (evaluated, config["data"]["validation_classes"])):
+    """Returns a table of the scores at a step, from the result or the evaluations in training."""
+    final = [] if result is None else [result["last"], *result["best_of"].values()]
+    for lines, is_held_out in ((final, False), (evaluated, config["data"]["validation_classes"])):
         for line in lines:
             if line["step"] == step:
-                return _table(line, "validation" if held_out else "test")
+                return _table(line, "validation" if is_held_out else "test")
     return "This checkpoint was not evaluated."
 
 
 def _table(line: dict[str, Any], split: str) -> str:
     scores = [f"| {name} | {100 * line[metric]:.1f} |" for name, metric in retrieval.SCORES.items()]
     caption = (
-        f"Retrieval among the images of the {split} classes, in percent (R@1: the nearest image is "
-        "of the query's class; RP and MAP@R: arXiv 2003.08505):"
+        f"Retrieval among the images of the {split} classes, in percent (R@1: the nearest image "
+        "has the class of the query; RP and MAP@R: arXiv 2003.08505):"
     )
     return "\n".join([caption, "", "| score | % |", "|---|---|", *scores])

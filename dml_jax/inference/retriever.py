@@ -1,4 +1,4 @@
-"""A trained embedding as an object: embed any images, and search among embeddings."""
+"""A trained network that embeds images and searches among embeddings."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from dml_jax._utils import sharding
-from dml_jax.data import images as pictures
+from dml_jax.data.images import centre_view, decode, from_pillow
 from dml_jax.evaluation import embedding_files
 from dml_jax.inference import trained
 from dml_jax.retrieval import exact
@@ -22,10 +22,10 @@ from dml_jax.training import run_directory
 FUNCTION = "embed.jax_export"
 WEIGHTS = "weights.safetensors"
 
-_BATCH = 64  # Images that are embedded at a time; fewer are filled up to a power of two.
+_BATCH = 64  # Images embedded at a time; smaller batches are padded to a power of two.
 
-Picture = str | os.PathLike[str] | Image.Image | np.ndarray
-"""The path of an image, an image of Pillow, or upright RGB pixels, uint8 [h, w, 3]."""
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
+"""The path of an image, a Pillow image, or upright RGB pixels, uint8 [h, w, 3]."""
 
 
 class Neighbours(NamedTuple):
@@ -34,13 +34,13 @@ class Neighbours(NamedTuple):
     indices: Int64[np.ndarray, "q k"]
     """Rows of the gallery."""
     similarities: Float32[np.ndarray, "q k"]
-    """Cosines of the angles to the query."""
+    """Cosine similarities to the query."""
     names: tuple[tuple[str, ...], ...]
-    """Names of the images, where the gallery has them; else the rows as text."""
+    """Names of the images if the gallery has names; else the row numbers as strings."""
 
 
 class Retriever:
-    """A trained network, ready to embed images and to search with them; see `load`."""
+    """A trained network that embeds images and searches with them; see `load`."""
 
     def __init__(
         self,
@@ -49,34 +49,34 @@ class Retriever:
         image_size: int,
         resize: int,
     ) -> None:
-        """Takes the network.
+        """Wraps an embedding function.
 
         Args:
-            function: the network, compiled for every new number of images.
-            image_size: side of its images, pixels.
-            resize: length of an image's shorter side before its centre is cropped, pixels.
+            function: the network, compiled for every new batch size.
+            image_size: side of its input images, pixels.
+            resize: length of the shorter side of an image before the centre crop, pixels.
         """
         self._function, self._image_size, self._resize = function, image_size, resize
 
     def embed(
-        self, images: Sequence[Picture] | UInt8[np.ndarray, "n h w 3"]
+        self, images: Sequence[ImageLike] | UInt8[np.ndarray, "n h w 3"]
     ) -> Float32[np.ndarray, "n d"]:
-        """Embeds images, resized and cropped as for testing.
+        """Embeds images, with the test-time resizing and crop.
 
         Args:
-            images: n of them, at least one; see `Picture`.
+            images: n images, at least one; see `ImageLike`.
 
         Returns:
-            [n, d] raw embeddings, as the run exports them; their directions are what counts.
+            [n, d] raw embeddings, not normalised, like those that a run saves.
 
         Raises:
-            TypeError: not a sequence of images.
-            ValueError: an image that cannot be read, or no image at all.
-            FileNotFoundError: a path without a file.
+            TypeError: `images` is not a sequence of images.
+            ValueError: an image cannot be read, or there is none.
+            FileNotFoundError: a file does not exist.
         """
         single = isinstance(images, str | os.PathLike | Image.Image)
         if single or (isinstance(images, np.ndarray) and images.ndim == 3):
-            raise TypeError("images must be a list; for a single one, give [image]")
+            raise TypeError("images must be a list; pass a single image as [image]")
         for number, image in enumerate(images):
             _check(image, number)
         if not len(images):
@@ -85,36 +85,35 @@ class Retriever:
         blocks = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
         return np.concatenate([self._embed_block(block) for block in blocks])
 
-    def _embed_block(self, images: Sequence[Picture]) -> Float32[np.ndarray, "n d"]:
-        # Few shapes, because each is compiled.
+    def _embed_block(self, images: Sequence[ImageLike]) -> Float32[np.ndarray, "n d"]:
+        # Powers of two, because each batch size is compiled.
         rows = 1 << (len(images) - 1).bit_length()
         batch = np.zeros((rows, self._image_size, self._image_size, 3), np.uint8)
         for view, image in zip(batch, images, strict=False):
-            view[:] = pictures.centre_view(
-                _pixels(image), size=self._image_size, resize_to=self._resize
-            )
+            view[:] = centre_view(_pixels(image), size=self._image_size, resize_to=self._resize)
         return np.asarray(self._function(batch))[: len(images)]
 
     def search(
         self,
-        images: Sequence[Picture] | UInt8[np.ndarray, "n h w 3"],
+        images: Sequence[ImageLike] | UInt8[np.ndarray, "n h w 3"],
         gallery: str | os.PathLike[str] | Float32[np.ndarray, "m d"],
         *,
         k: int = 10,
     ) -> Neighbours:
-        """Finds the nearest embeddings of a gallery, exactly, by their cosines.
+        """Finds the nearest embeddings of a gallery by exact search with cosine similarity.
 
         Args:
-            images: q queries; see `Picture`.
-            gallery: [m, d] embeddings, or a file of them, as runs export them
-                (`embeddings.npz`) and `scripts/embed.py` writes them.
-            k: neighbours of each query, at most m.
+            images: q queries; see `ImageLike`.
+            gallery: [m, d] embeddings, or a file of embeddings, as written by a run
+                (`embeddings.npz`) or by `scripts/embed.py`.
+            k: number of neighbours of each query, at most m.
 
         Returns:
             [q, k] rows of the gallery with their similarities and names.
 
         Raises:
-            ValueError: the gallery is too small or of another network, or an image cannot be read.
+            ValueError: the gallery is too small or from another network, or an image cannot be
+                read.
             FileNotFoundError: there is no such file.
         """
         vectors, names = _gallery(gallery)
@@ -131,39 +130,40 @@ class Retriever:
 
 
 def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> Retriever:
-    """Loads a run, or what `scripts/export.py` made of one; the run's images are not needed.
+    """Loads a run or an export of one; the images of the run are not needed.
 
     Args:
-        path: folder of the run or of the export.
-        checkpoint: of a run: `last`, which is meant by default, `best_map`, `best_r1` or `best_rp`.
+        path: folder of the run, or of the export by `scripts/export.py`.
+        checkpoint: checkpoint of a run: `last` (the default), `best_map`, `best_r1` or `best_rp`.
 
     Returns:
         An object that embeds and searches.
 
     Raises:
-        FileNotFoundError: there is no run, no such checkpoint, or a file of an export is missing.
-        ValueError: a checkpoint of an export is asked for, or a file is damaged.
+        FileNotFoundError: the folder holds no run, the run no such checkpoint, or the export lacks
+            a file.
+        ValueError: a checkpoint is named for an export, or a file is damaged.
     """
     folder = Path(path)
     config = run_directory.read_config(folder)
     is_export = (folder / FUNCTION).exists()
     if is_export and checkpoint is not None:
-        raise ValueError(f"{folder} is an export, which holds one checkpoint; leave checkpoint out")
-    function = _exported(folder) if is_export else _of_run(folder, checkpoint or "last")
+        raise ValueError(f"{folder} is an export, which holds one checkpoint; omit `checkpoint`")
+    function = _load_export(folder) if is_export else _load_run(folder, checkpoint or "last")
     return Retriever(function, image_size=config.data.image_size, resize=config.data.resize)
 
 
-def _exported(folder: Path) -> Callable[[np.ndarray], Array]:
+def _load_export(folder: Path) -> Callable[[np.ndarray], Array]:
     try:
         exported = jax.export.deserialize(bytearray((folder / FUNCTION).read_bytes()))
-    except Exception as error:  # What reads it raises nearly anything.
+    except Exception as error:  # The parser raises nearly any exception.
         raise ValueError(f"{folder / FUNCTION} cannot be read by this JAX: {error}") from error
     weights = jax.device_put(load_file(folder / WEIGHTS))
     function = jax.jit(exported.call)
     return lambda images: function(weights, images)
 
 
-def _of_run(folder: Path, checkpoint: str) -> Callable[[np.ndarray], Array]:
+def _load_run(folder: Path, checkpoint: str) -> Callable[[np.ndarray], Array]:
     device = sharding.make_mesh(jax.local_devices()[:1])
     network, variables, _ = trained.load(folder, checkpoint, device)
     return lambda images: network.embed(variables, images)
@@ -181,22 +181,23 @@ def _check(image: Any, number: int) -> None:
             raise FileNotFoundError(f"image {number}: there is no file {image}")
     elif not isinstance(image, Image.Image):
         raise TypeError(
-            f"image {number} is of type {type(image).__name__}; it must be a path, an image of "
-            "Pillow or uint8 pixels"
+            f"image {number} has type {type(image).__name__}; it must be a path, a Pillow image or "
+            "uint8 pixels"
         )
 
 
-def _pixels(image: Picture) -> UInt8[np.ndarray, "h w 3"]:
+def _pixels(image: ImageLike) -> UInt8[np.ndarray, "h w 3"]:
     if isinstance(image, np.ndarray):
         return image
     if isinstance(image, Image.Image):
-        return pictures.from_pillow(image)
-    return pictures.decode(Path(image).read_bytes(), str(image))
+        return from_pillow(image)
+    return decode(Path(image).read_bytes(), str(image))
 
 
 def _gallery(
     gallery: str | os.PathLike[str] | np.ndarray,
 ) -> tuple[Float32[np.ndarray, "m d"], tuple[str, ...]]:
+    """Returns the unit vectors of a gallery, and the names of its images if it has any."""
     if isinstance(gallery, np.ndarray):
         return exact.unit_rows(gallery.astype(np.float32, copy=False)), ()
     saved = embedding_files.load_embeddings(gallery)

@@ -15,18 +15,18 @@ from dml_jax.training.config import parse
 def load(
     folder: Path, name: str, mesh: jax.sharding.Mesh
 ) -> tuple[Network, dict[str, PyTree], int]:
-    """Loads the network of a run, from its configuration and a checkpoint alone.
+    """Loads the network of a run from its configuration and a checkpoint.
 
     Args:
-        folder: the run's.
-        name: of the checkpoint: `last`, or a key of `checkpoint.BEST`.
+        folder: folder of the run.
+        name: name of the checkpoint: `last`, or a key of `checkpoint.BEST`.
         mesh: the devices to run on.
 
     Returns:
         The network, its variables, and the step of the checkpoint.
 
     Raises:
-        FileNotFoundError: there is no run, or no such checkpoint.
+        FileNotFoundError: the folder holds no run, or the run no such checkpoint.
         ValueError: its configuration is damaged.
     """
     config = parse(run_directory.read_config(folder))

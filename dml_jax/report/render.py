@@ -164,12 +164,12 @@ def _maps(groups: Sequence[Group], shown: Int64[np.ndarray, " n"]) -> list[np.nd
 
 def _pictures(
     sources: dict[str, data.Source], shown: Int64[np.ndarray, " n"]
-) -> list[thumbnails.Picture]:
+) -> list[thumbnails.Thumbnail]:
     tests = len(sources["test"])
     return [
-        thumbnails.Picture(sources["test"], int(i))
+        thumbnails.Thumbnail(sources["test"], int(i))
         if i < tests
-        else thumbnails.Picture(sources["gallery"], int(i) - tests)
+        else thumbnails.Thumbnail(sources["gallery"], int(i) - tests)
         for i in shown
     ]
 

@@ -22,7 +22,7 @@ _LARGE, _SMALL = 64, 48
 _MOST_LARGE = 6000
 
 
-class Picture(NamedTuple):
+class Thumbnail(NamedTuple):
     """An image of a data set, by its number there."""
 
     source: data.Source
@@ -41,7 +41,7 @@ class Sheets(NamedTuple):
     files: list[str]
 
 
-def draw(pictures: Sequence[Picture], config: ConfigDict) -> Sheets:
+def draw(pictures: Sequence[Thumbnail], config: ConfigDict) -> Sheets:
     """Draws thumbnails of what the network sees of images: their centre.
 
     Args:
@@ -54,10 +54,10 @@ def draw(pictures: Sequence[Picture], config: ConfigDict) -> Sheets:
     side = _LARGE if len(pictures) <= _MOST_LARGE else _SMALL
     resize = max(side, round(side * config.data.resize / config.data.image_size))
 
-    def small(picture: Picture) -> UInt8[np.ndarray, "h w 3"]:
+    def small(picture: Thumbnail) -> UInt8[np.ndarray, "h w 3"]:
         source, number = picture
         # Of a JPEG twice the pixels are enough to average.
-        pixels = data.decode(source[number], source.names[number], enough=2 * resize)
+        pixels = data.decode(source[number], source.names[number], min_side=2 * resize)
         return data.centre_view(pixels, size=side, resize_to=resize)
 
     per_sheet = COLUMNS**2

@@ -17,7 +17,7 @@ from dml_jax._utils import sharding
 from dml_jax.evaluation.embedding import embed_images
 from dml_jax.report import projection
 from dml_jax.report.runs import Run
-from dml_jax.report.thumbnails import Picture
+from dml_jax.report.thumbnails import Thumbnail
 from dml_jax.retrieval import exact
 from dml_jax.training import builder, checkpoint, run_directory
 from dml_jax.training.builder import Experiment
@@ -69,7 +69,7 @@ class TrainingMap(NamedTuple):
     second: Int64[np.ndarray, " n"]
     age: Int64[np.ndarray, " n"]
     classes: list[str]
-    pictures: list[Picture]
+    pictures: list[Thumbnail]
 
 
 def draw(run: Run) -> TrainingMap | None:
@@ -113,7 +113,7 @@ def draw(run: Run) -> TrainingMap | None:
         second=np.concatenate([part.second for part in points]),
         age=np.concatenate([part.age for part in points]),
         classes=[train.class_names[c] for c in chosen],
-        pictures=[Picture(train, int(i)) for i in images],
+        pictures=[Thumbnail(train, int(i)) for i in images],
     )
 
 

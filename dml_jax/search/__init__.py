@@ -1,1 +1,1 @@
-"""Searching an index of embeddings, from the terminal or on a local page."""
+"""Search in an index of embeddings, from the terminal or on a local page."""

@@ -1,4 +1,4 @@
-"""What was found, as HTML: a contact sheet in one file, and the page of the server."""
+"""Search results as HTML: a self-contained contact sheet, and the pages of the server."""
 
 import base64
 import hashlib
@@ -11,40 +11,40 @@ from dml_jax import data
 from dml_jax.search.index import Gallery, Neighbour
 
 THUMBNAIL = 240
-"""The longer side of a small picture, pixels."""
+"""Longer side of a thumbnail, pixels."""
 
-MOST_BYTES = 20 << 20
-"""The largest image that is uploaded."""
+MAX_UPLOAD_BYTES = 20 << 20
+"""Largest image that may be uploaded."""
 
 
 def sheet(gallery: Gallery, found: Sequence[tuple[str, bytes, Sequence[Neighbour]]]) -> str:
-    """A contact sheet that needs no other file, and no network.
+    """Returns a contact sheet with all images embedded, which needs no other file.
 
     Args:
-        gallery: in which was searched.
-        found: of each query its name, its encoded image and its neighbours.
+        gallery: the gallery that was searched.
+        found: the name, the encoded image and the neighbours of each query.
 
     Returns:
         The page.
     """
 
-    def picture(neighbour: Neighbour) -> str | None:
+    def embed_thumbnail(neighbour: Neighbour) -> str | None:
         encoded = thumbnail(gallery, neighbour.row)
-        return None if encoded is None else _inline(encoded)
+        return None if encoded is None else _data_url(encoded)
 
     parts = []
     for name, image, neighbours in found:
-        small = _inline(data.preview(image, name, side=THUMBNAIL))
+        preview = _data_url(data.preview(image, name, side=THUMBNAIL))
         parts.append(
-            f'<section><header class="query"><img src="{small}" alt="">'
+            f'<section><header class="query"><img src="{preview}" alt="">'
             f"<div><h2>{escape(name)}</h2>{_classes(neighbours)}</div></header>"
-            f"{_neighbours(neighbours, picture)}</section>"
+            f"{_neighbours(neighbours, embed_thumbnail)}</section>"
         )
     return _page("Contact sheet", gallery.facts, "\n".join(parts))
 
 
 def thumbnail(gallery: Gallery, row: int, *, side: int = THUMBNAIL) -> bytes | None:
-    """A JPEG of an image in the gallery; None if there is no such file, or it cannot be read."""
+    """Returns a JPEG of a gallery image; None if its file is missing or cannot be read."""
     file = gallery.file(row)
     try:
         return None if file is None else data.preview(file.read_bytes(), file.name, side=side)
@@ -53,17 +53,17 @@ def thumbnail(gallery: Gallery, row: int, *, side: int = THUMBNAIL) -> bytes | N
 
 
 def results(neighbours: Sequence[Neighbour]) -> str:
-    """What the server answers: pictures by the addresses at which it serves them."""
-    shown = _neighbours(
+    """Returns the server's answer to a query, with the URLs of the images."""
+    items = _neighbours(
         neighbours,
         lambda neighbour: f"/thumbnail/{neighbour.row}",
         lambda neighbour: f"/image/{neighbour.row}",
     )
-    return _classes(neighbours) + shown
+    return _classes(neighbours) + items
 
 
 def search_page(gallery: Gallery) -> str:
-    """The page on which an image is dropped."""
+    """Returns the page to which images are dropped."""
     return _page("Search by image", gallery.facts, _UPLOAD) + f"<script>{SCRIPT}</script>\n"
 
 
@@ -71,36 +71,42 @@ def _page(title: str, facts: str, body: str) -> str:
     return _PAGE.substitute(title=title, facts=escape(facts), style=_STYLE, body=body)
 
 
-def _inline(jpeg: bytes) -> str:
+def _data_url(jpeg: bytes) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
 
 
 def _classes(neighbours: Sequence[Neighbour]) -> str:
-    """How many neighbours each class has, the most first."""
+    """Returns the number of neighbours of each class, the most frequent first."""
     counts = Counter(neighbour.class_name for neighbour in neighbours).most_common(5)
-    told = ", ".join(f"{escape(name)} <b>×{count}</b>" for name, count in counts)
-    return f'<p class="classes">{told}</p>'
+    text = ", ".join(f"{escape(name)} <b>×{count}</b>" for name, count in counts)
+    return f'<p class="classes">{text}</p>'
 
 
 def _neighbours(
     neighbours: Sequence[Neighbour],
-    picture: Callable[[Neighbour], str | None],
-    link: Callable[[Neighbour], str] | None = None,
+    thumbnail_url: Callable[[Neighbour], str | None],
+    link_url: Callable[[Neighbour], str] | None = None,
 ) -> str:
-    """A list of pictures, by the addresses of each and of what it leads to."""
+    """Returns a list of neighbours.
+
+    Args:
+        neighbours: the neighbours.
+        thumbnail_url: returns the URL of a neighbour's thumbnail; None if it has none.
+        link_url: returns the URL that a thumbnail links to.
+    """
     items = []
     for rank, neighbour in enumerate(neighbours, 1):
-        source, name = picture(neighbour), escape(neighbour.name)
-        shown = (
-            f'<img src="{source}" alt="{name}" loading="lazy">'
-            if source
+        url, name = thumbnail_url(neighbour), escape(neighbour.name)
+        image = (
+            f'<img src="{url}" alt="{name}" loading="lazy">'
+            if url
             else '<span class="none">no picture</span>'
         )
-        if link is not None:
-            shown = f'<a href="{link(neighbour)}" target="_blank" rel="noopener">{shown}</a>'
+        if link_url is not None:
+            image = f'<a href="{link_url(neighbour)}" target="_blank" rel="noopener">{image}</a>'
         percent = max(0.0, min(100.0, 100 * neighbour.similarity))
         items.append(
-            f'<li><div class="picture">{shown}</div>'
+            f'<li><div class="picture">{image}</div>'
             f'<p><span class="rank">{rank}</span> <b>{escape(neighbour.class_name)}</b>'
             f'<span class="similarity">{neighbour.similarity:.3f}</span></p>'
             f'<div class="bar"><i style="width:{percent:.1f}%"></i></div>'
@@ -168,13 +174,13 @@ li b { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-s
 @media (prefers-color-scheme: dark) { #status.error { color: #ff9d94; } }
 """
 
-_UPLOAD = """<label class="drop"><img hidden alt="The image that is searched for">
+_UPLOAD = """<label class="drop"><img hidden alt="The query image">
 <input type="file" accept="image/bmp,image/jpeg,image/png,image/webp,.pgm,.ppm">
 <span><b>Drop an image here</b>, paste one, or choose a file.
 <span class="hint">It stays on the machine that serves this page.</span></span></label>
 <p id="status" role="status"></p><div id="results"></div>"""
 
-SCRIPT = """
+_SCRIPT = """
 const drop = document.querySelector(".drop"), shown = drop.querySelector("img");
 const status = document.querySelector("#status"), results = document.querySelector("#results");
 let latest = 0;
@@ -190,8 +196,8 @@ async function search(file) {
   results.replaceChildren();
   URL.revokeObjectURL(shown.src);
   shown.hidden = true;
-  if (!file.type.startsWith("image/")) return say(file.name + " is no image.", true);
-  if (file.size > MOST_BYTES) return say("This image is larger than MOST_MEGABYTES MB.", true);
+  if (!file.type.startsWith("image/")) return say(file.name + " is not an image.", true);
+  if (file.size > MAX_UPLOAD_BYTES) return say("This image is larger than MAX_MEGABYTES MB.", true);
   shown.src = URL.createObjectURL(file);
   shown.hidden = false;
   say("Searching\u2026", false);
@@ -221,7 +227,10 @@ for (const name of ["dragover", "dragleave", "drop"]) {
 }
 document.addEventListener("drop", event => search(event.dataTransfer.files[0]));
 document.addEventListener("paste", event => search(event.clipboardData.files[0]));
-""".replace("MOST_BYTES", str(MOST_BYTES)).replace("MOST_MEGABYTES", str(MOST_BYTES >> 20))
+"""
+SCRIPT = _SCRIPT.replace("MAX_UPLOAD_BYTES", str(MAX_UPLOAD_BYTES)).replace(
+    "MAX_MEGABYTES", str(MAX_UPLOAD_BYTES >> 20)
+)
 
 SCRIPT_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-"""By which the page tells the browser to run this script and no other."""
+"""SHA-256 digest by which the content security policy allows this script and no other."""

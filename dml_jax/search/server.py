@@ -1,7 +1,7 @@
-"""A small server on which people search a gallery by dropping an image on a page.
+"""A small server with a page on which dropping an image searches a gallery.
 
-Images of the gallery are asked for by their number in the index, never by a path, and are sent as
-newly made JPEGs; there is no way to any other file.
+Images of the gallery are requested by their row in the index, never by a path, and are sent as
+newly encoded JPEGs; no other file can be read.
 """
 
 import re
@@ -21,8 +21,8 @@ from dml_jax.search.index import Gallery
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-_LARGE = 1600  # The longer side of a picture that was clicked on, pixels.
-_PICTURE = re.compile(r"/(thumbnail|image)/(0|[1-9][0-9]{0,17})")
+_LARGE = 1600  # Longer side of an enlarged image, pixels.
+_IMAGE_PATH = re.compile(r"/(thumbnail|image)/(0|[1-9][0-9]{0,17})")
 _SECURITY = {
     "Content-Security-Policy": (
         "default-src 'none'; img-src 'self' blob: data:; connect-src 'self'; "
@@ -35,11 +35,11 @@ _SECURITY = {
 }
 
 
-class Refused(Exception):
-    """A request that is not answered as it wants."""
+class RequestError(Exception):
+    """A request that is answered with an error."""
 
     def __init__(self, status: HTTPStatus, message: str) -> None:
-        """Says with what status, and why."""
+        """Takes the status and the message of the answer."""
         super().__init__(message)
         self.status = status
 
@@ -52,29 +52,29 @@ def make_server(
     port: int,
     neighbours: int,
 ) -> ThreadingHTTPServer:
-    """A server that listens, and answers once `serve_forever` is called.
+    """Returns a listening server, which answers once `serve_forever` is called.
 
     Args:
-        gallery: to search in.
-        embed_one: from an encoded image and what to call it to its embedding.
-        host: the address to listen at.
-        port: the port; 0 for any that is free.
-        neighbours: how many to show.
+        gallery: the gallery to search.
+        embed_one: maps an encoded image and its name to its embedding.
+        host: the address to listen on.
+        port: the port; 0 for any free one.
+        neighbours: number of neighbours to show.
 
     Returns:
-        The server; `server_address` tells the port.
+        The server; `server_address` has the port.
 
     Raises:
-        OSError: the address or the port is not to be had.
+        OSError: the address or the port is not available.
     """
     try:
         return _Server((host, port), gallery, embed_one, neighbours)
     except OSError as error:
-        raise OSError(f"cannot listen at {host}, port {port}: {error.strerror}") from error
+        raise OSError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
 
 
 class _Server(ThreadingHTTPServer):
-    """What there is to tell; how it is told is the handler's."""
+    """Produces the contents of the answers; the handler sends them."""
 
     daemon_threads = True
 
@@ -88,23 +88,23 @@ class _Server(ThreadingHTTPServer):
         self.local = address[0] in LOOPBACK
         self.start_page = html.search_page(gallery).encode()
         self._gallery, self._embed_one, self._neighbours = gallery, embed_one, neighbours
-        self._one_at_a_time = threading.Lock()
+        self._search_lock = threading.Lock()
         super().__init__(address, _Handler)
 
-    def picture(self, row: int, *, side: int) -> bytes | None:
-        """An image of the gallery as JPEG; None if there is none."""
-        there = row < len(self._gallery.names)
-        return html.thumbnail(self._gallery, row, side=side) if there else None
+    def gallery_image(self, row: int, *, side: int) -> bytes | None:
+        """Returns an image of the gallery as JPEG; None if there is none."""
+        exists = row < len(self._gallery.names)
+        return html.thumbnail(self._gallery, row, side=side) if exists else None
 
     def search(self, image: bytes) -> str:
-        """What is found for an encoded image, as HTML."""
-        with self._one_at_a_time:
+        """Returns the neighbours of an encoded image, as HTML."""
+        with self._search_lock:
             data.check_upload(image)
             embedding = self._embed_one(image, "this image")
             return html.results(self._gallery.nearest(embedding, self._neighbours))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Says nothing of clients that went away."""
+        """Reports errors, except those of clients that disconnected."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
@@ -113,14 +113,14 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "dml_jax", ""
-    timeout = 30  # Seconds without a byte, after which a client is left.
+    timeout = 30  # Seconds without data until a connection is closed.
 
     def do_GET(self) -> None:  # noqa: N802
-        """Answers with the page, or a picture."""
+        """Answers with the page or an image."""
         self._answer(self._get)
 
     def do_POST(self) -> None:  # noqa: N802
-        """Answers an image with its neighbours."""
+        """Answers with the neighbours of an uploaded image."""
         self._answer(self._post)
 
     def _answer(self, respond: Callable[[], tuple[str, bytes]]) -> None:
@@ -128,9 +128,9 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self._check_host()
             kind, content = respond()
-        except Refused as refusal:
-            status, content = refusal.status, str(refusal).encode()
-            self.close_connection = True  # What it sent may not have been read.
+        except RequestError as error:
+            status, content = error.status, str(error).encode()
+            self.close_connection = True  # The body of the request may not have been read.
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
@@ -142,47 +142,47 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def _check_host(self) -> None:
-        """Keeps pages of other sites out, whose name their owner may point at this machine."""
+        """Rejects requests to other host names, against DNS rebinding."""
         name = re.sub(r":\d*$", "", self.headers.get("Host", "")).strip("[]").lower()
         if self.server.local and name not in LOOPBACK:
-            raise Refused(HTTPStatus.FORBIDDEN, "ask for localhost")
+            raise RequestError(HTTPStatus.FORBIDDEN, "use the host name localhost")
 
     def _get(self) -> tuple[str, bytes]:
         if self.path == "/":
             return "text/html; charset=utf-8", self.server.start_page
-        asked = _PICTURE.fullmatch(self.path)
-        if asked:
-            side = html.THUMBNAIL if asked[1] == "thumbnail" else _LARGE
-            picture = self.server.picture(int(asked[2]), side=side)
-            if picture is not None:
-                return "image/jpeg", picture
-        raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
+        match = _IMAGE_PATH.fullmatch(self.path)
+        if match:
+            side = html.THUMBNAIL if match[1] == "thumbnail" else _LARGE
+            image = self.server.gallery_image(int(match[2]), side=side)
+            if image is not None:
+                return "image/jpeg", image
+        raise RequestError(HTTPStatus.NOT_FOUND, "there is no such page")
 
     def _post(self) -> tuple[str, bytes]:
-        # Read first: a connection that is closed with something unread takes the answer with it.
+        # Read first: the answer is lost if a connection is closed before its body is read.
         image = self._body()
         if self.path != "/search":
-            raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
+            raise RequestError(HTTPStatus.NOT_FOUND, "there is no such page")
         if not self.headers.get_content_type().startswith("image/"):
-            raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "only images are searched for")
+            raise RequestError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "only images are accepted")
         try:
             return "text/html; charset=utf-8", self.server.search(image).encode()
         except ValueError as error:
-            raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, str(error)) from error
+            raise RequestError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, str(error)) from error
 
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch(r"[0-9]{1,18}", length):
-            raise Refused(HTTPStatus.LENGTH_REQUIRED, "say how large the image is")
-        if int(length) > html.MOST_BYTES:
-            raise Refused(
+            raise RequestError(HTTPStatus.LENGTH_REQUIRED, "the request needs a Content-Length")
+        if int(length) > html.MAX_UPLOAD_BYTES:
+            raise RequestError(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"images of up to {html.MOST_BYTES >> 20} MB are searched for",
+                f"images of up to {html.MAX_UPLOAD_BYTES >> 20} MB are accepted",
             )
         body = self.rfile.read(int(length))
         if len(body) < int(length):
-            raise Refused(HTTPStatus.BAD_REQUEST, "the image is not whole")
+            raise RequestError(HTTPStatus.BAD_REQUEST, "the image is incomplete")
         return body
 
     def log_message(self, *_: object) -> None:
-        """Keeps the terminal for what its user wants to know."""
+        """Writes no access log to the terminal."""

@@ -26,7 +26,7 @@ def progress():
 
 
 def make_tar(path, *members):
-    """Members are (name, kind, content or target)."""
+    """Writes an archive of members (name, type, content or link target)."""
     with tarfile.open(path, "w:gz") as file:
         for name, kind, content in members:
             info = tarfile.TarInfo(name)
@@ -40,7 +40,7 @@ def make_tar(path, *members):
 
 
 def make_zip(path, *members):
-    """Members are (name, kind, content)."""
+    """Writes an archive of members (name, file type, content)."""
     with zipfile.ZipFile(path, "w") as file:
         for name, kind, content in members:
             info = zipfile.ZipInfo(name)
@@ -50,7 +50,7 @@ def make_zip(path, *members):
 
 
 @pytest.mark.parametrize("kind", ["zip", "tgz"])
-def test_archives_are_unpacked(kind, tmp_path, progress):
+def test_unpack_zip_and_tar(kind, tmp_path, progress):
     if kind == "zip":
         members = [("a/", stat.S_IFDIR, ""), ("a/b/1.txt", stat.S_IFREG, "1"), ("2.txt", 0, "2")]
         archive = make_zip(tmp_path / "x.ZIP", *members)
@@ -75,7 +75,7 @@ def test_archives_are_unpacked(kind, tmp_path, progress):
         ("a", stat.S_IFCHR, "is a link or a device"),
     ],
 )
-def test_malicious_zips_write_nothing(name, kind, message, tmp_path, progress):
+def test_malicious_zip_writes_nothing(name, kind, message, tmp_path, progress):
     archive = make_zip(tmp_path / "x.zip", ("good.txt", 0, "good"), (name, kind, "/etc/passwd"))
     with pytest.raises(ValueError, match=message):
         archives.unpack(archive, tmp_path / "to", progress)
@@ -93,7 +93,7 @@ def test_malicious_zips_write_nothing(name, kind, message, tmp_path, progress):
         ("a", tarfile.FIFOTYPE, "is a link or a device"),
     ],
 )
-def test_malicious_tars_write_nothing(name, kind, message, tmp_path, progress):
+def test_malicious_tar_writes_nothing(name, kind, message, tmp_path, progress):
     good = ("good.txt", tarfile.REGTYPE, "good")
     archive = make_tar(tmp_path / "x.tar.gz", good, (name, kind, "/etc/passwd"))
     with pytest.raises(ValueError, match=message):
@@ -102,7 +102,7 @@ def test_malicious_tars_write_nothing(name, kind, message, tmp_path, progress):
 
 
 @pytest.mark.parametrize("name", ["x.zip", "x.tgz", "x.tar"])
-def test_broken_archives_are_named(name, tmp_path, progress):
+def test_damaged_archive_is_named_in_the_error(name, tmp_path, progress):
     (tmp_path / name).write_bytes(b"not an archive" * 100)
     with pytest.raises(ValueError, match=rf"{name} cannot be unpacked (.|\n)*; get it again"):
         archives.unpack(tmp_path / name, tmp_path / "to", progress)
@@ -112,44 +112,44 @@ def test_broken_archives_are_named(name, tmp_path, progress):
         archives.unpack(tmp_path / "half.tgz", tmp_path / "to", progress)
 
 
-def test_a_data_set_is_prepared_from_its_archive(tmp_path):
+def test_prepare_from_an_archive(tmp_path):
     root = public_data.cub200(tmp_path / "cub")
     with tarfile.open(tmp_path / "any.tgz", "w:gz") as file:
         file.add(root, ".")
     published = dataclasses.replace(prepare.DATA_SETS["cub200"], counts=public_data.CUB_COUNTS)
-    index = prepare.prepare(
+    manifest = prepare.prepare(
         "cub200", source=tmp_path / "any.tgz", out=tmp_path / "out", published=published
     )
-    assert len(index.splits["train"].labels) == 6
+    assert len(manifest.splits["train"].labels) == 6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["any.tgz", "cub", "out"]
     with pytest.raises(ValueError, match="is neither a directory nor named"):
         prepare.prepare("cub200", source=root / "attributes.txt", out=tmp_path / "other")
 
 
-def test_sop_is_prepared_from_its_zip(tmp_path):
+def test_prepare_sop_from_its_zip(tmp_path):
     (root := tmp_path / "source").mkdir()
     images = public_data.sop(tmp_path / "images")
     shutil.make_archive(str(root / "Stanford_Online_Products"), "zip", images)
     published = dataclasses.replace(prepare.DATA_SETS["sop"], counts=public_data.SOP_COUNTS)
     sources = {"a": root, "b": root / "Stanford_Online_Products.zip", "c": images}
-    indices = [
+    manifests = [
         prepare.prepare("sop", source=source, out=tmp_path / out, published=published)
         for out, source in sources.items()
     ]
-    assert len(indices[0].splits["train"].labels) == 22
-    # The names are those of the folders, wherever these lie.
-    assert indices[0] == indices[1] == indices[2]
+    assert len(manifests[0].splits["train"].labels) == 22
+    # Image names do not depend on the location of the archive.
+    assert manifests[0] == manifests[1] == manifests[2]
     assert [path.name for path in root.iterdir()] == ["Stanford_Online_Products.zip"]
 
 
-def test_cub_is_downloaded_from_its_address_once(tmp_path, monkeypatch):
+def test_cub_is_downloaded_once(tmp_path, monkeypatch):
     archive = tmp_path / "copy.tgz"
     with tarfile.open(archive, "w:gz") as file:
         file.add(public_data.cub200(tmp_path / "cub") / "CUB_200_2011", "CUB_200_2011")
-    asked = []
+    requested = []
 
     def urlopen(url, timeout):
-        asked.append(url)
+        requested.append(url)
         response = io.BytesIO(archive.read_bytes())
         response.headers = {"Content-Length": str(archive.stat().st_size)}
         return response
@@ -158,31 +158,31 @@ def test_cub_is_downloaded_from_its_address_once(tmp_path, monkeypatch):
     real = prepare.DATA_SETS["cub200"]
     (address,) = real.addresses
 
-    def prepared(out, sha256):
-        here = dataclasses.replace(
+    def prepare_with_checksum(out, sha256):
+        published = dataclasses.replace(
             real, counts=public_data.CUB_COUNTS, addresses=(address._replace(sha256=sha256),)
         )
         source = tmp_path / "downloads"
-        return prepare.prepare("cub200", source=source, out=out, download=True, published=here)
+        return prepare.prepare("cub200", source=source, out=out, download=True, published=published)
 
-    with pytest.raises(ValueError, match="is not what was published"):
-        prepared(tmp_path / "out", address.sha256)
+    with pytest.raises(ValueError, match="is not the published file"):
+        prepare_with_checksum(tmp_path / "out", address.sha256)
     assert not (tmp_path / "out").exists()
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    index = prepared(tmp_path / "out", digest)
-    assert {split: len(x.labels) for split, x in index.splits.items()} == {"train": 6, "test": 6}
-    assert prepared(tmp_path / "again", digest) == index
-    assert asked == [address.url, address.url]
+    manifest = prepare_with_checksum(tmp_path / "out", digest)
+    assert {split: len(x.labels) for split, x in manifest.splits.items()} == {"train": 6, "test": 6}
+    assert prepare_with_checksum(tmp_path / "again", digest) == manifest
+    assert requested == [address.url, address.url]
     assert [path.name for path in (tmp_path / "downloads").iterdir()] == ["CUB_200_2011.tgz"]
 
 
 @pytest.fixture
 def server(tmp_path):
-    """Serves a directory: (its path, its address)."""
+    """Serves a directory; returns its path and its URL."""
     root = tmp_path / "served"
     root.mkdir()
 
-    class Quiet(http.server.SimpleHTTPRequestHandler):
+    class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments):
             pass
 
@@ -192,9 +192,9 @@ def server(tmp_path):
             self.send_response(200)
             self.send_header("Content-Length", "1000")
             self.end_headers()
-            return io.BytesIO(b"less than that")
+            return io.BytesIO(b"14 bytes only.")
 
-    handler = functools.partial(Quiet, directory=str(root))
+    handler = functools.partial(Handler, directory=str(root))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
         thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
         thread.start()
@@ -203,7 +203,7 @@ def server(tmp_path):
         thread.join()
 
 
-def test_downloads_come_whole_or_not_at_all(server, tmp_path, progress):
+def test_downloads_are_atomic_and_verified(server, tmp_path, progress):
     root, url = server
     content = bytes(range(256)) * 10_000
     (root / "a.zip").write_bytes(content)
@@ -211,7 +211,7 @@ def test_downloads_come_whole_or_not_at_all(server, tmp_path, progress):
     into = tmp_path / "downloads"
 
     altered = address._replace(sha256="0" * 64)
-    with pytest.raises(ValueError, match=r"a.zip sent is not what was published: its SHA-256 is"):
+    with pytest.raises(ValueError, match=r"a.zip is not the published file: its SHA-256 is"):
         archives.download(altered, into, progress)
     assert [path.name for path in into.iterdir()] == ["b.zip.part"]
     for name, message in [("none", "HTTP Error 404"), ("short", "ended after 14 of 1000 bytes")]:
@@ -222,7 +222,7 @@ def test_downloads_come_whole_or_not_at_all(server, tmp_path, progress):
     assert archives.download(address, into, progress) == into / "b.zip"
     assert (into / "b.zip").read_bytes() == content
     assert [path.name for path in into.iterdir()] == ["b.zip"]
-    (root / "a.zip").unlink()  # What is there is not downloaded again.
+    (root / "a.zip").unlink()  # An existing file is not downloaded again.
     archives.download(address, into, progress)
 
 
@@ -243,20 +243,20 @@ def test_omniglot_is_downloaded_unpacked_and_prepared(server, tmp_path):
         addresses=tuple(addresses),
     )
     downloads, out = tmp_path / "downloads", tmp_path / "out"
-    index = prepare.prepare(
+    manifest = prepare.prepare(
         "omniglot", source=downloads, out=out, download=True, published=published
     )
-    assert len(index.splits["train"].labels) == 10
+    assert len(manifest.splits["train"].labels) == 10
     assert len(list(downloads.iterdir())) == 2
     again = prepare.prepare("omniglot", source=downloads, out=tmp_path / "o2", published=published)
-    assert again == index
+    assert again == manifest
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--download needs a directory to download to"):
         prepare.prepare("omniglot", source=tmp_path / "file", out=tmp_path / "o3", download=True)
 
 
 def zeros(path, size):
-    """An archive of one file of zeros, which compresses a thousandfold."""
+    """Writes an archive of one file of zeros, which compresses by a factor of 1000."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
             file.writestr("zeros", bytes(size))
@@ -269,34 +269,39 @@ def zeros(path, size):
 
 
 @pytest.mark.parametrize("name", ["x.zip", "x.tgz"])
-def test_bombs_are_refused_before_anything_is_written(name, tmp_path, progress, monkeypatch):
+def test_decompression_bomb_writes_nothing(name, tmp_path, progress, monkeypatch):
     archive = zeros(tmp_path / name, 1 << 20)
     archives.unpack(archive, tmp_path / "harmless", progress)
-    monkeypatch.setattr(archives, "_HARMLESS", 1 << 16)
+    monkeypatch.setattr(archives, "_ALWAYS_ALLOWED", 1 << 16)
     with pytest.raises(ValueError, match=rf"{name} is not unpacked: its \d+ bytes become 1\d+ or"):
         archives.unpack(archive, tmp_path / "to", progress)
     assert not list((tmp_path / "to").iterdir())
 
 
-def test_a_tar_is_not_read_further_than_it_may_be_long(tmp_path, progress, monkeypatch):
-    monkeypatch.setattr(archives, "_HARMLESS", 1 << 16)
+def test_tar_is_not_read_beyond_the_maximum_size(tmp_path, progress, monkeypatch):
+    monkeypatch.setattr(archives, "_ALWAYS_ALLOWED", 1 << 16)
     header = tarfile.TarInfo("././@PaxHeader")
-    header.type, header.size = tarfile.XHDTYPE, 1 << 32  # Which tarfile would read into memory.
+    header.type, header.size = (
+        tarfile.XHDTYPE,
+        1 << 32,
+    )  # tarfile would read this header into memory.
     with gzip.open(tmp_path / "x.tgz", "wb") as file:
         file.write(header.tobuf(tarfile.USTAR_FORMAT) + bytes(1 << 17))
     with pytest.raises(ValueError, match="x.tgz is not unpacked: its .* become 4294967808 or"):
         archives.unpack(tmp_path / "x.tgz", tmp_path / "to", progress)
     sparse = tarfile.TarInfo("sparse")
-    sparse.size = 1 << 32  # More than follows, in an archive that is not compressed.
+    sparse.size = 1 << 32  # More than follows, in an uncompressed archive.
     (tmp_path / "y.tar").write_bytes(sparse.tobuf(tarfile.USTAR_FORMAT) + bytes(1024))
     with pytest.raises(ValueError, match="y.tar"):
         archives.unpack(tmp_path / "y.tar", tmp_path / "to", progress)
     assert not list((tmp_path / "to").iterdir())
 
 
-def test_an_archive_without_room_for_it_is_refused(tmp_path, progress, monkeypatch):
+def test_archive_larger_than_the_free_space_is_rejected(tmp_path, progress, monkeypatch):
     archive = zeros(tmp_path / "x.zip", 1000)
     usage = shutil.disk_usage(tmp_path)._replace(free=999)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ValueError, match="x.zip unpacks to 1000 bytes, but .* room for 999; make"):
+    with pytest.raises(
+        ValueError, match="x.zip unpacks to 1000 bytes, but .* has 999 free; free some"
+    ):
         archives.unpack(archive, tmp_path / "to", progress)

@@ -1,4 +1,4 @@
-"""Folders, lists and images of arbitrary content: only the errors that are documented."""
+"""Folders, lists and images of arbitrary content raise only the documented errors."""
 
 import os
 
@@ -11,7 +11,7 @@ from dml_jax.data import images, records
 from dml_jax.data.prepare import DATA_SETS, layouts, prepare
 from tests.data.test_inspection import BAD, GOOD
 from tests.helpers import public_data
-from tests.helpers.fuzz import CHANGES, changed, damaged
+from tests.helpers.fuzz import CHANGES, apply_changes, damaged
 
 EXAMPLES = int(os.environ.get("DML_JAX_FUZZ_EXAMPLES", "100"))
 fuzzed = settings(
@@ -19,12 +19,12 @@ fuzzed = settings(
 )
 
 
-WHOLE = st.sampled_from(["cmyk.jpg", "transparent palette.png", "animated.webp"])
+VALID = st.sampled_from(["cmyk.jpg", "transparent palette.png", "animated.webp"])
 
 
 @fuzzed
-@given(WHOLE.flatmap(lambda name: damaged(GOOD[name])))
-def test_images(content):
+@given(VALID.flatmap(lambda name: damaged(GOOD[name])))
+def test_decode(content):
     try:
         assert images.decode(content, "x").shape[2] == 3
     except ValueError as error:
@@ -46,7 +46,7 @@ TREES = st.dictionaries(
 
 @settings(max_examples=EXAMPLES // 2)
 @given(tree=TREES)
-def test_folders(tree, tmp_path_factory):
+def test_folder_sources(tree, tmp_path_factory):
     root = tmp_path_factory.mktemp("tree")
     for path, content in tree.items():
         try:
@@ -56,7 +56,7 @@ def test_folders(tree, tmp_path_factory):
                 file.write_bytes(content)
             else:
                 file.symlink_to(content)
-        except (OSError, ValueError):  # A name that this file system does not have.
+        except (OSError, ValueError):  # A name that this file system does not allow.
             continue
     for read in (lambda: data.create("folder", root=root), lambda: {"x": data.images_below(root)}):
         try:
@@ -74,28 +74,28 @@ LISTS = {
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_lists(name, tmp_path):
+def test_published_lists(name, tmp_path):
     root = getattr(public_data, name)(tmp_path / "source")
     files = [next(root.rglob(file)) for file in LISTS[name]]
-    whole = [file.read_bytes() for file in files]
+    originals = [file.read_bytes() for file in files]
 
     @settings(max_examples=EXAMPLES)
     @given(st.tuples(*[CHANGES] * len(files)))
     def try_all(changes):
-        for file, content, change in zip(files, whole, changes, strict=True):
-            file.write_bytes(changed(content, change))
+        for file, content, change in zip(files, originals, changes, strict=True):
+            file.write_bytes(apply_changes(content, change))
         check_layout(name, root)
 
     try_all()
 
 
-def test_annotations_of_matlab(tmp_path):
+def test_matlab_annotations(tmp_path):
     root = public_data.cars196_annos(tmp_path / "source")
     file = root / "cars_annos.mat"
-    whole = file.read_bytes()
+    original = file.read_bytes()
 
     @settings(max_examples=EXAMPLES)
-    @given(damaged(whole))
+    @given(damaged(original))
     def try_all(content):
         file.write_bytes(content)
         check_layout("cars196", root)
@@ -109,19 +109,19 @@ def check_layout(name, root):
     except (ValueError, OSError) as error:
         assert str(root) in str(error)
     else:
-        for picture in contents.pictures:
-            assert picture.file.is_relative_to(root) and ".." not in picture.file.parts
+        for entry in contents.entries:
+            assert entry.file.is_relative_to(root) and ".." not in entry.file.parts
 
 
-def test_the_index_of_a_prepared_data_set(tmp_path):
+def test_manifest_of_a_prepared_data_set(tmp_path):
     prepare("folder", source=public_data.folder(tmp_path / "images"), out=tmp_path / "out")
-    file = tmp_path / "out" / records.INDEX
-    whole = file.read_bytes()
+    file = tmp_path / "out" / records.MANIFEST
+    original = file.read_bytes()
 
     @settings(max_examples=EXAMPLES)
     @given(CHANGES)
     def try_all(changes):
-        file.write_bytes(changed(whole, changes))
+        file.write_bytes(apply_changes(original, changes))
         try:
             data.inspect(data.create("folder", root=tmp_path / "out"))
         except (ValueError, OSError) as error:
@@ -130,7 +130,7 @@ def test_the_index_of_a_prepared_data_set(tmp_path):
     try_all()
 
 
-def test_lists_may_not_lead_out_of_their_directory(tmp_path):
+def test_listed_files_outside_the_directory_are_rejected(tmp_path):
     root = public_data.sop(tmp_path / "sop")
     file = next(root.rglob("Ebay_test.txt"))
     for name in ("../../secret.jpg", "/etc/passwd", "a/../../b.jpg"):
@@ -139,7 +139,7 @@ def test_lists_may_not_lead_out_of_their_directory(tmp_path):
             prepare("sop", source=root, out=tmp_path / "out")
 
 
-def test_a_link_back_up_is_not_followed_for_ever(tmp_path):
+def test_link_to_a_parent_directory_is_not_followed_forever(tmp_path):
     root = public_data.folder(tmp_path / "images")
     (root / "train" / "a" / "up").symlink_to("../..")
     source = data.images_below(root)

@@ -8,7 +8,8 @@ from matplotlib.ft2font import FT2Font, LoadFlags
 from PIL import ImageFont
 
 from dml_jax import data
-from dml_jax.data import glyphs, images
+from dml_jax.data import images
+from dml_jax.data.sources import glyphs
 
 TYPEFACES = Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf"
 
@@ -19,13 +20,13 @@ def letters():
 
 
 def every_image(letters):
-    """Split, class, typeface, character and pixels of every image."""
+    """Yields split, class, typeface, character and pixels of every image."""
     for split, source in letters.items():
         for index, name in enumerate(source.names):
             typeface, code = name.split("/U+")
-            picture = images.decode(source[index], name)
+            pixels = images.decode(source[index], name)
             label = source.class_names[source.labels[index]]
-            yield split, label, typeface, chr(int(code, 16)), picture
+            yield split, label, typeface, chr(int(code, 16)), pixels
 
 
 def test_numbers_of_classes_and_images(letters):
@@ -41,7 +42,7 @@ def test_numbers_of_classes_and_images(letters):
     assert not set(letters["train"].class_names) & set(letters["test"].class_names)
 
 
-def test_letters_of_one_shape_are_one_class_and_of_other_shapes_are_not(letters):
+def test_letters_of_one_shape_form_one_class(letters):
     train, test = (set(letters[split].class_names) for split in ("train", "test"))
     assert {"LATIN CAPITAL LETTER A", "LATIN SMALL LETTER A"} <= train
     assert {"LATIN CAPITAL LETTER O", "LATIN SMALL LETTER O"} <= train
@@ -49,7 +50,7 @@ def test_letters_of_one_shape_are_one_class_and_of_other_shapes_are_not(letters)
     assert "LATIN SMALL LETTER A WITH ACUTE" not in train
     for same in ("CAPITAL LETTER ALPHA", "SMALL LETTER OMICRON"):
         assert f"GREEK {same}" not in train
-    # The last two are drawn with other points than Latin turned M and Greek Phi.
+    # The outlines of the last two have other points than those of Latin turned M and Greek Phi.
     assert not test & {
         "CYRILLIC CAPITAL LETTER A",
         "ARMENIAN SMALL LETTER OH",
@@ -58,7 +59,7 @@ def test_letters_of_one_shape_are_one_class_and_of_other_shapes_are_not(letters)
     }
 
 
-def test_scripts_of_the_splits(letters):
+def test_splits_have_disjoint_scripts(letters):
     prefixes = {"train": ("LATIN ", "GREEK "), "test": ("CYRILLIC ", "GEORGIAN ", "ARMENIAN ")}
     for split, source in letters.items():
         assert all(name.startswith(prefixes[split]) for name in source.class_names)
@@ -67,13 +68,13 @@ def test_scripts_of_the_splits(letters):
         assert bool(of_train) == (split == "train")
 
 
-def test_no_two_images_are_equal(letters):
-    pictures = [picture.tobytes() for *_, picture in every_image(letters)]
-    assert len(set(pictures)) == len(pictures)
+def test_all_images_are_distinct(letters):
+    encoded = [pixels.tobytes() for *_, pixels in every_image(letters)]
+    assert len(set(encoded)) == len(encoded)
 
 
-def test_no_two_images_have_the_same_outline(letters):
-    """Reads the outlines in font units with FreeType, instead of fontTools."""
+def test_all_outlines_are_distinct(letters):
+    """The outlines are read in font units with FreeType, independently of fontTools."""
     fonts, seen = {}, {}
     for split, label, typeface, character, _ in every_image(letters):
         if typeface not in fonts:
@@ -85,7 +86,7 @@ def test_no_two_images_have_the_same_outline(letters):
         assert seen.setdefault(key, here) == here
 
 
-def test_no_two_classes_share_a_drawing_at_another_size(letters):
+def test_classes_share_no_drawing_at_another_size(letters):
     fonts, seen = {}, {}
     for split, label, typeface, character, _ in every_image(letters):
         if typeface not in fonts:
@@ -99,48 +100,48 @@ def test_no_two_classes_share_a_drawing_at_another_size(letters):
         assert seen.setdefault(key, (split, label)) == (split, label)
 
 
-def test_inspection_finds_nothing(letters, capsys):
-    findings = data.inspect(letters)
-    assert not any(findings.unreadable.values())
-    assert [copies.images for copies in findings.copies.values()] == [0, 0, 0]
-    data.report(findings)
+def test_inspection_report_is_empty(letters, capsys):
+    report = data.inspect(letters)
+    assert not any(report.unreadable.values())
+    assert [copies.images for copies in report.copies.values()] == [0, 0, 0]
+    data.report(report)
     assert not capsys.readouterr().err
 
 
-def test_glyphs_are_dark_letters_in_the_middle_and_never_boxes(letters):
+def test_glyphs_are_dark_centred_and_not_placeholder_boxes(letters):
     found = list(every_image(letters))
     assert found[0][1:4] == ("LATIN CAPITAL LETTER A", "DejaVuSans", "A")
-    pictures = np.stack([picture for *_, picture in found])
-    assert pictures.shape[1:] == (32, 32, 3)
-    ink = 255 - pictures[..., 0].astype(int)
+    pixels = np.stack([image for *_, image in found])
+    assert pixels.shape[1:] == (32, 32, 3)
+    ink = 255 - pixels[..., 0].astype(int)
     assert (ink.max((1, 2)) > 200).all()
     for axis in (1, 2):
-        drawn = ink.max(3 - axis) > 0
-        off_centre = abs(drawn.argmax(1) - drawn[:, ::-1].argmax(1))
+        has_ink = ink.max(3 - axis) > 0
+        off_centre = abs(has_ink.argmax(1) - has_ink[:, ::-1].argmax(1))
         assert np.quantile(off_centre, 0.95) <= 3
-    # A font draws a box for a character that it lacks. No font has U+FFFF.
-    drawn_pictures = {picture.tobytes() for picture in pictures[..., 0]}
+    # Fonts draw a box for a missing character, and no font has U+FFFF.
+    drawings = {image.tobytes() for image in pixels[..., 0]}
     for path in {TYPEFACES / f"{typeface}.ttf" for _, _, typeface, _, _ in found}:
         font = ImageFont.truetype(str(path), 22, layout_engine=ImageFont.Layout.BASIC)
-        assert glyphs._picture(font, "\uffff").tobytes() not in drawn_pictures
+        assert glyphs._render(font, "\uffff").tobytes() not in drawings
 
 
-def test_glyphs_are_the_same_every_time(letters):
+def test_glyphs_are_deterministic(letters):
     again = data.create("glyphs")["test"]
     assert again.records == letters["test"].records
     assert again.names == letters["test"].names
 
 
 def drawing(letter, typeface, shape):
-    """A drawing whose outline and picture depend on the number `shape` alone."""
+    """Returns a drawing whose outline and image depend on the number `shape` alone."""
     rng = np.random.default_rng(shape)
     outline = rng.uniform(0, 20, (5, 2))
     return glyphs._Drawing(letter, typeface, outline, (5,), rng.integers(0, 255, (4, 4), np.uint8))
 
 
-def test_coinciding_letters_are_joined_and_their_copies_left_out(monkeypatch):
-    # By letter, the shape in each typeface. Greek Alpha is as Latin A in one typeface, Cyrillic A
-    # as Alpha in another, and B's last two typefaces draw it alike.
+def test_coinciding_letters_are_merged_without_duplicates(monkeypatch):
+    # The shape of each letter by typeface. Greek Alpha equals Latin A in one typeface, Cyrillic A
+    # equals Alpha in another. The last two drawings of B are equal, and so are those of C.
     shapes = {
         "\N{CYRILLIC CAPITAL LETTER A}": range(119, 129),
         "\N{CYRILLIC CAPITAL LETTER BE}": range(200, 208),
@@ -152,12 +153,12 @@ def test_coinciding_letters_are_joined_and_their_copies_left_out(monkeypatch):
     }
     monkeypatch.setattr(
         glyphs,
-        "_drawings",
+        "_draw_all",
         lambda: (drawing(c, f"t{i}", s) for c, row in shapes.items() for i, s in enumerate(row)),
     )
     names = {
         split: {label: [name for name, _ in members] for label, members in classes.items()}
-        for split, classes in glyphs.create().items()
+        for split, classes in glyphs.draw_classes().items()
     }
     assert names == {
         "train": {
@@ -169,7 +170,7 @@ def test_coinciding_letters_are_joined_and_their_copies_left_out(monkeypatch):
     }
 
 
-def test_drawings_coincide_within_a_quarter_of_a_pixel_or_of_black():
+def test_drawings_coincide_within_the_tolerances():
     original = drawing("A", "t", 0)
     other = original.outline + 9
 
@@ -178,25 +179,25 @@ def test_drawings_coincide_within_a_quarter_of_a_pixel_or_of_black():
 
     assert coincide()
     assert coincide(outline=other)
-    assert not coincide(outline=other, picture=255 - original.picture)
-    assert coincide(outline=original.outline + 0.24, picture=255 - original.picture)
-    assert not coincide(outline=original.outline + 0.26, picture=255 - original.picture)
-    assert not coincide(contours=(4,), picture=255 - original.picture)
-    shifted = np.pad(original.picture, ((2, 0), (0, 3)), constant_values=255)
-    assert coincide(outline=other, picture=shifted)
-    assert not coincide(outline=other, picture=shifted[:-1])
+    assert not coincide(outline=other, image=255 - original.image)
+    assert coincide(outline=original.outline + 0.24, image=255 - original.image)
+    assert not coincide(outline=original.outline + 0.26, image=255 - original.image)
+    assert not coincide(contours=(4,), image=255 - original.image)
+    shifted = np.pad(original.image, ((2, 0), (0, 3)), constant_values=255)
+    assert coincide(outline=other, image=shifted)
+    assert not coincide(outline=other, image=shifted[:-1])
     for change, same in ((64, True), (65, False)):
-        picture = original.picture.copy()
-        row, column = np.unravel_index(picture.argmin(), picture.shape)
-        picture[row, column] += change
-        assert coincide(outline=other, picture=picture) == same
+        image = original.image.copy()
+        row, column = np.unravel_index(image.argmin(), image.shape)
+        image[row, column] += change
+        assert coincide(outline=other, image=image) == same
 
 
-def test_what_is_missing_is_named(monkeypatch, tmp_path):
+def test_missing_package_or_typeface_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(glyphs, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
         data.create("glyphs")
-    there = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(glyphs, "find_spec", lambda name: there)
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(glyphs, "find_spec", lambda name: spec)
     with pytest.raises(FileNotFoundError, match=r"DejaVuSans\.ttf is missing: install matplotlib"):
         data.create("glyphs")

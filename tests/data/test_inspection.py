@@ -1,4 +1,4 @@
-"""What of a data set cannot be read, or is there twice, is known before a run begins."""
+"""Inspection of unreadable images and copies, and what runs do about them."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def encoded(image, file_format, **options):
 
 
 def bomb(width, height):
-    """A PNG of a hundred bytes that claims to be as large as asked for."""
+    """Returns a PNG of a hundred bytes whose header claims the given size."""
 
     def chunk(kind, content):
         return (
@@ -47,8 +47,8 @@ def bomb(width, height):
 
 
 def truncated(file_format):
-    whole = encoded(Image.fromarray(noise(1, 64, 64)), file_format)
-    return whole[: len(whole) * 3 // 4]
+    content = encoded(Image.fromarray(noise(1, 64, 64)), file_format)
+    return content[: len(content) * 3 // 4]
 
 
 BAD = {
@@ -59,7 +59,7 @@ BAD = {
     "bomb.png": bomb(50_000, 50_000),
     "smaller bomb.png": bomb(8200, 8200),
     "no pixels.ppm": b"P6 0 0 255\n",
-    # Pillow would hand the first to Ghostscript, and sees the second's size too late.
+    # Pillow would run Ghostscript on the first, and learns the size of the second too late.
     "postscript.jpg": encoded(Image.fromarray(noise(14)), "EPS"),
     "icon.png": encoded(Image.fromarray(noise(15)), "ICO"),
 }
@@ -94,16 +94,19 @@ def root(tmp_path):
     return tiny.write_images(tmp_path / "images")
 
 
-def put(root, files):
+def write_files(root, files):
     for name, content in files.items():
         (root / name).write_bytes(content)
 
 
-def spoil(root):
-    """Adds every kind of bad file; two of the links go on for ever, and one leads nowhere."""
-    put(root / "train" / "class1", BAD)
+def add_bad_files(root):
+    """Adds every kind of bad file; returns their numbers in train and test.
+
+    Among them are a link to itself, a dangling link and a link to an endless device.
+    """
+    write_files(root / "train" / "class1", BAD)
     (root / "train/class1/loop.jpg").symlink_to("loop.jpg")
-    (root / "train/class1/nowhere.jpg").symlink_to("missing.jpg")
+    (root / "train/class1/dangling.jpg").symlink_to("missing.jpg")
     (root / "train/class1/device.jpg").symlink_to("/dev/zero")
     (root / "train/class1/directory.jpg").mkdir()
     os.mkfifo(root / "train/class1/pipe.jpg")
@@ -112,88 +115,86 @@ def spoil(root):
 
 
 def test_every_kind_of_bad_file_is_found_and_named_with_its_path(root):
-    train, test = spoil(root)
+    train, test = add_bad_files(root)
     sources = data.create("folder", root=root)
-    findings = data.inspect(sources)
-    assert findings.counts()["unreadable"] == {"train": train, "test": test}
-    for names in findings.unreadable.values():
+    report = data.inspect(sources)
+    assert report.counts()["unreadable"] == {"train": train, "test": test}
+    for names in report.unreadable.values():
         for name, reason in names.items():
             assert str(root / name) in reason
             assert len(reason) < len(str(root)) + 200
-    reasons = findings.unreadable["train"]
+    reasons = report.unreadable["train"]
     assert "Premature end" in reasons["train/class1/truncated.jpg"] or (
         "truncated" in reasons["train/class1/truncated.jpg"].partition("(")[2]
     )
     assert "2500000000 pixels" in reasons["train/class1/bomb.png"]
     assert "8200 x 8200 pixels" in reasons["train/class1/smaller bomb.png"]
-    with pytest.raises(ValueError) as refusal:
-        data.accept(sources, findings, "fail")
-    lines = str(refusal.value).splitlines()
+    with pytest.raises(ValueError) as error:
+        data.accept(sources, report, "fail")
+    lines = str(error.value).splitlines()
     assert lines[0] == f"{train + test} of {60 + train + test} images cannot be read:"
     assert lines[-2:] == [
         f"  and {train + test - 5} more",
-        "Mend or remove them, or set config.data.unreadable to skip",
+        "Repair or remove them, or set config.data.unreadable to skip",
     ]
 
 
-def test_what_is_odd_but_an_image_trains_and_is_tested(root):
-    put(root / "train" / "class0", GOOD)
+def test_unusual_but_valid_images_are_trained_on_and_tested(root):
+    write_files(root / "train" / "class0", GOOD)
     sources = data.create("folder", root=root)
-    findings = data.inspect(sources)
-    assert not any(findings.unreadable.values())
+    report = data.inspect(sources)
+    assert not any(report.unreadable.values())
     train = sources["train"]
-    moved = data.Augmentation(rotation=10.0, zoom=0.1, shift=0.1)
+    augmentation = data.Augmentation(rotation=10.0, zoom=0.1, shift=0.1)
     settings = {"image_size": 16, "num_workers": 0}
-    trained = data.train_batches(
+    train_batches = data.train_batches(
         train,
         batch_size=len(train),
         n_instance=1,
-        augmentation=moved,
+        augmentation=augmentation,
         seed=0,
         start_step=0,
         num_steps=2,
         **settings,
     )
-    tested = data.test_batches(train, batch_size=len(train), resize=18, **settings)
-    for batch in (*trained, *tested):
+    test_batches = data.test_batches(train, batch_size=len(train), resize=18, **settings)
+    for batch in (*train_batches, *test_batches):
         assert batch["image"].shape == (len(train), 16, 16, 3)
 
 
-def test_of_an_animation_the_first_frame_is_taken():
+def test_animations_yield_their_first_frame():
     np.testing.assert_array_equal(images.decode(GOOD["animated.webp"], "x"), noise(5))
     np.testing.assert_array_equal(images.decode(GOOD["animated.png"], "x"), noise(7))
 
 
-def test_a_bomb_is_refused_in_one_message_before_it_is_decoded(monkeypatch):
+def test_decompression_bomb_is_rejected_before_it_is_decoded(monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(ValueError, match=r"8200 x 8200 pixels; up to 67108864 are read"):
         images.decode(BAD["smaller bomb.png"], "x")
 
 
 def test_bad_images_stop_a_run_before_anything_is_written(root, tmp_path):
-    spoil(root)
+    add_bad_files(root)
     with pytest.raises(ValueError, match=f"images cannot be read:\n  .*{root}/train/class1/"):
         run.train(tiny.config(root), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_skipped_images_are_counted_and_the_rest_trains_as_ever(root, tmp_path, capfd):
+def test_skipped_images_are_counted_and_do_not_change_training(root, tmp_path, capfd):
     config = tiny.config(root, data__unreadable="skip", epochs=1)
-    undisturbed = run.train(config, tmp_path / "undisturbed")
-    train, test = spoil(root)
+    clean = run.train(config, tmp_path / "clean")
+    train, test = add_bad_files(root)
     result = run.train(config, tmp_path / "run")
     assert "images cannot be read" in capfd.readouterr().err
     assert result["unreadable"] == {"train": train, "test": test}
-    assert undisturbed["unreadable"] == {"train": 0, "test": 0}
+    assert clean["unreadable"] == {"train": 0, "test": 0}
     assert result["images"] == {"train": 36, "test": 24}
-    for name in (run_directory.METRICS,):
-        assert (tmp_path / "run" / name).read_bytes() == (
-            tmp_path / "undisturbed" / name
-        ).read_bytes()
+    metrics = [(tmp_path / x / run_directory.METRICS).read_bytes() for x in ("run", "clean")]
+    assert metrics[0] == metrics[1]
 
 
-def test_a_run_that_goes_on_keeps_to_what_was_found_when_it_began(root, tmp_path, monkeypatch):
-    spoil(root)
+def test_resumed_run_keeps_its_inspection_report(root, tmp_path, monkeypatch):
+    add_bad_files(root)
     config = tiny.config(root, data__unreadable="skip", epochs=2)
 
     def killed(*arguments):
@@ -203,9 +204,9 @@ def test_a_run_that_goes_on_keeps_to_what_was_found_when_it_began(root, tmp_path
         patch.setattr(loop.result, "write", killed)
         with pytest.raises(KeyboardInterrupt):
             run.train(config, tmp_path / "run")
-    # Mended since, but the batches must stay the same ones.
+    # The image is repaired, but the batches must stay the same.
     (root / "train/class1/text.jpg").write_bytes(GOOD["cmyk.jpg"])
-    monkeypatch.setattr(data, "inspect", lambda sources: pytest.fail("looked again"))
+    monkeypatch.setattr(data, "inspect", lambda sources: pytest.fail("inspected again"))
     result = run.train(config, tmp_path / "run")
     assert result["images"]["train"] == 36
     assert (
@@ -229,7 +230,7 @@ def test_a_class_that_loses_all_its_images_is_left_out(root):
         data.accept(sources, data.inspect(sources), "skip")
 
 
-def test_queries_and_gallery_still_number_their_classes_alike():
+def test_queries_and_gallery_keep_one_numbering_of_classes():
     def source(labels, prefix):
         return data.Source(
             tuple(bytes([k]) for k in labels),
@@ -248,7 +249,7 @@ def test_queries_and_gallery_still_number_their_classes_alike():
     assert kept["train"].class_names == ("a", "b", "c", "d")
 
 
-def test_copies_are_counted_by_what_they_spoil(root, capfd):
+def test_copies_are_counted_by_kind(root, capfd):
     def copy(source, to):
         (root / to).write_bytes((root / source).read_bytes())
 
@@ -256,13 +257,13 @@ def test_copies_are_counted_by_what_they_spoil(root, capfd):
     copy("train/class1/0.png", "train/class2/between.png")
     copy("test/class2/0.png", "test/class2/within.png")
     copy("test/class2/0.png", "test/class2/within again.png")
-    findings = data.inspect(data.create("folder", root=root))
-    assert findings.counts()["copies"] == {
+    report = data.inspect(data.create("folder", root=root))
+    assert report.counts()["copies"] == {
         "across_splits": 2,
         "between_classes": 2,
         "within_class": 3,
     }
-    data.report(findings)
+    data.report(report)
     assert capfd.readouterr().err.splitlines() == [
         f"warning: 2 images have a copy in another split, which inflates scores, such as "
         f"{root}/test/class0/across.png and {root}/train/class0/0.png",
@@ -273,14 +274,14 @@ def test_copies_are_counted_by_what_they_spoil(root, capfd):
     ]
 
 
-def test_findings_are_the_same_after_they_were_written(root):
-    spoil(root)
+def test_inspection_report_round_trip(root):
+    add_bad_files(root)
     (root / "test/class0/copy.png").write_bytes((root / "train/class0/0.png").read_bytes())
-    findings = data.inspect(data.create("folder", root=root))
-    assert data.InspectionReport.from_json(json.loads(json.dumps(findings._asdict()))) == findings
+    report = data.inspect(data.create("folder", root=root))
+    assert data.InspectionReport.from_json(json.loads(json.dumps(report._asdict()))) == report
 
 
-def test_one_class_alone_is_refused_and_a_class_of_one_image_trains(root, tmp_path):
+def test_single_class_is_rejected_and_a_class_of_one_image_trains(root, tmp_path):
     for path in list((root / "train/class0").iterdir())[1:]:
         path.unlink()
     mesh = sharding.make_mesh()
@@ -290,10 +291,10 @@ def test_one_class_alone_is_refused_and_a_class_of_one_image_trains(root, tmp_pa
     result = run.train(tiny.config(root, epochs=1, **tiniest), tmp_path / "run")
     assert np.isfinite(result["last"]["loss"]) and result["classes"]["train"] == 6
     for split in ("train", "test"):
-        alone = tmp_path / split
-        tiny.write_images(alone)
-        for directory in sorted((alone / split).iterdir())[1:]:
+        single = tmp_path / split
+        tiny.write_images(single)
+        for directory in sorted((single / split).iterdir())[1:]:
             directory.rename(tmp_path / f"{split}-{directory.name}")
-        config = tiny.config(alone, batch_size=4, evaluation__recall_at=(1,))
+        config = tiny.config(single, batch_size=4, evaluation__recall_at=(1,))
         with pytest.raises(ValueError, match=f"of '{split}' are all of one class, class0"):
             builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))

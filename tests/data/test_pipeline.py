@@ -24,7 +24,7 @@ def png(array):
 
 @pytest.fixture(scope="module")
 def source():
-    """Ten images, the i-th all of brightness i, in 4 classes."""
+    """Ten images in 4 classes; all pixels of image i have value i."""
     return data.Source(
         records=tuple(png(np.full((12, 10), i, np.uint8)) for i in range(10)),
         labels=np.array([0, 0, 0, 1, 1, 1, 2, 2, 2, 3], np.int32),
@@ -35,7 +35,7 @@ def source():
 
 @pytest.fixture(scope="module")
 def textured():
-    """Twelve images of noise, so that any difference in crop or mirroring shows."""
+    """Twelve images of noise, so that any change of the crop or the mirroring is visible."""
     rng = np.random.default_rng(0)
     return data.Source(
         records=tuple(png(rng.integers(0, 256, (20, 16, 3), np.uint8)) for _ in range(12)),
@@ -91,27 +91,27 @@ def test_training_batches_follow_the_order_of_their_epoch(source, n_instance):
         np.testing.assert_array_equal(batch["label"], source.labels[order[position]])
 
 
-def test_training_continues_exactly_at_any_step(textured):
-    whole = train(textured)
+def test_training_batches_resume_at_any_step(textured):
+    batches = train(textured)
     for start in (1, 2, 3, 5, 9):
-        assert_same(train(textured, start_step=start), whole[start:])
+        assert_same(train(textured, start_step=start), batches[start:])
 
 
-def test_seeds_and_visits_differ(textured):
+def test_views_differ_between_seeds_and_epochs(textured):
     first, other = train(textured), train(textured, seed=8)
     assert any((a["image"] != b["image"]).any() for a, b in zip(first, other, strict=True))
-    # The same image looks another way in the next epoch.
-    looks = {}
+    # An image has another view in every epoch.
+    views = {}
     for step, batch in enumerate(first):
         order = data.epoch_order(
             textured.labels, batch_size=4, n_instance=1, seed=7, epoch=step // 3
         )
         for index, image in zip(order[step % 3], batch["image"], strict=True):
-            looks.setdefault(int(index), set()).add(image.tobytes())
-    assert all(len(views) == 3 for views in looks.values())
+            views.setdefault(int(index), set()).add(image.tobytes())
+    assert all(len(distinct) == 3 for distinct in views.values())
 
 
-def test_without_crop_and_flip_training_images_are_only_resized(textured):
+def test_training_images_are_only_resized_without_crop_and_flip(textured):
     square = data.Source(
         tuple(png(np.full((8, 8), i, np.uint8) + np.eye(8, dtype=np.uint8)) for i in range(12)),
         textured.labels,
@@ -124,18 +124,18 @@ def test_without_crop_and_flip_training_images_are_only_resized(textured):
         np.testing.assert_array_equal(image, images.decode(square[index], "x"))
 
 
-def test_processes_share_out_the_rows_of_a_batch(textured):
+def test_processes_share_the_rows_of_a_batch(textured):
     for read, last in ((train, "label"), (test, "index")):
-        whole = read(textured)
+        batches = read(textured)
         shares = [read(textured, process_index=p, process_count=2) for p in range(2)]
         joined = [
             {key: np.concatenate([low[key], high[key]]) for key in ("image", last)}
             for low, high in zip(*shares, strict=True)
         ]
-        assert_same(joined, whole)
+        assert_same(joined, batches)
 
 
-def test_test_batches_hold_every_image_once_and_equal_shapes(source):
+def test_test_batches_hold_every_image_once_in_equal_shapes(source):
     batches = test(source)
     assert [batch["index"].tolist() for batch in batches] == [
         [0, 1, 2, 3],
@@ -150,7 +150,7 @@ def test_test_batches_hold_every_image_once_and_equal_shapes(source):
     assert test(source, batch_size=16)[0]["index"].tolist() == [*range(10), *[-1] * 6]
 
 
-def test_impossible_requests_are_refused_at_once(source):
+def test_invalid_arguments_are_rejected_at_once(source):
     for changes, message in [
         ({"batch_size": 11}, "larger than the training set of 10 images"),
         ({"n_instance": 3}, "not divisible by n_instance 3"),
@@ -165,19 +165,19 @@ def test_impossible_requests_are_refused_at_once(source):
         test(source, resize=7)
 
 
-def test_a_closed_iterator_ends(source):
+def test_closed_iterator_ends(source):
     batches = data.test_batches(source, batch_size=2, image_size=8, resize=8, num_workers=0)
     next(batches)
     batches.close()
     assert list(batches) == []
 
 
-def test_a_broken_image_is_named(source):
+def test_damaged_image_is_named_in_the_error(source):
     records = (*source.records[:9], source.records[9][:-30])
-    broken = data.Source(records, source.labels, source.class_names, source.names)
+    damaged = data.Source(records, source.labels, source.class_names, source.names)
     for num_workers in (0, 1):
         settings = {"batch_size": 4, "image_size": 8, "resize": 8, "num_workers": num_workers}
-        batches = data.test_batches(broken, **settings)
+        batches = data.test_batches(damaged, **settings)
         assert next(batches)["index"].tolist() == [0, 1, 2, 3]
         next(batches)
         with pytest.raises(ValueError, match="image9: not a readable image"):
@@ -222,7 +222,7 @@ def test_workers_read_the_same_batches_and_end_with_the_program(tmp_path, textur
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Any use of a device would fail, in the program and in its workers.
+        # Any use of a device fails, in the program and in its workers.
         env=os.environ | {"JAX_PLATFORMS": "none", "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     checksums, workers = (
@@ -244,42 +244,42 @@ def test_workers_read_the_same_batches_and_end_with_the_program(tmp_path, textur
     assert not any(map(running, workers))
 
 
-WATCHED = """
+DYING_WORKER = """
 import gc, multiprocessing, os, signal, sys, time, traceback
 import numpy as np
 from dml_jax import data
 from dml_jax.data import pipeline
 
-if sys.argv[1] == "leaves":
-    pipeline._LONG_PATIENCE = 3
+if sys.argv[1] == "exits":
+    pipeline._CLEAN_EXIT_SECONDS = 3
 
 class Records(tuple):
     def __getitem__(self, index):
         if sys.argv[1] == "raises" and index == 5:
-            raise LookupError("this disk is from another planet")
-        if sys.argv[1] == "leaves" and index == 5:
+            raise LookupError("an unexpected error")
+        if sys.argv[1] == "exits" and index == 5:
             os._exit(0)
         return super().__getitem__(index)
 
 if __name__ == "__main__":
-    picture = b"P6 100 100 255 " + bytes(range(200)) * 150
+    image = b"P6 100 100 255 " + bytes(range(200)) * 150
     labels, names = np.zeros(8, np.int32), tuple("abcdefgh")
     batches = data.train_batches(
-        data.Source(Records([picture] * 8), labels, ("x",), names), batch_size=8, n_instance=1,
+        data.Source(Records([image] * 8), labels, ("x",), names), batch_size=8, n_instance=1,
         image_size=224, augmentation=data.Augmentation(), seed=0, start_step=0, num_steps=10**6,
         num_workers=2,
     )
-    began = time.monotonic()
+    start = time.monotonic()
     try:
         for step, _ in enumerate(batches):
             if step == 2:
-                time.sleep(0.5)  # Both workers now wait in the middle of a batch.
+                time.sleep(0.5)  # Both workers now wait while they send a batch.
                 workers = multiprocessing.active_children()
                 os.kill(workers[0].pid, signal.SIGKILL)
-                began = time.monotonic()
+                start = time.monotonic()
     except Exception as error:
         traceback.print_exc()
-        print(time.monotonic() - began, flush=True)
+        print(time.monotonic() - start, flush=True)
     batches.close()
     del batches
     gc.collect()
@@ -287,26 +287,26 @@ if __name__ == "__main__":
 """
 
 
-LATE = """
+SLOW_WORKER = """
 import time
 import grain
 import numpy as np
 from dml_jax import data
 from dml_jax.data import pipeline
 
-def late(index):
-    time.sleep(2.5 * pipeline._PATIENCE * (index == 1))
+def load(index):
+    time.sleep(2.5 * pipeline._POLL_SECONDS * (index == 1))
     return {"index": index}
 
 if __name__ == "__main__":
-    batches = grain.MapDataset.source(range(3)).map(late)
-    nothing = data.Source((), np.zeros(0, np.int32), (), ())
-    print(len(list(pipeline._read(batches, 2, nothing))))
+    batches = grain.MapDataset.source(range(3)).map(load)
+    empty = data.Source((), np.zeros(0, np.int32), (), ())
+    print(len(list(pipeline._read(batches, 2, empty))))
 """
 
 
-def test_a_worker_that_is_done_first_is_not_missed(tmp_path):
-    (tmp_path / "program.py").write_text(LATE)
+def test_worker_that_finishes_first_is_not_reported(tmp_path):
+    (tmp_path / "program.py").write_text(SLOW_WORKER)
     program = subprocess.run(
         [sys.executable, tmp_path / "program.py"],
         capture_output=True,
@@ -317,9 +317,9 @@ def test_a_worker_that_is_done_first_is_not_missed(tmp_path):
     assert program.stdout == "3\n", program.stderr
 
 
-@pytest.mark.parametrize("how", ["killed", "raises", "leaves"])
-def test_a_worker_that_dies_is_reported_and_never_waited_for(tmp_path, how):
-    (tmp_path / "program.py").write_text(WATCHED)
+@pytest.mark.parametrize("how", ["killed", "raises", "exits"])
+def test_dead_worker_is_reported(tmp_path, how):
+    (tmp_path / "program.py").write_text(DYING_WORKER)
     program = subprocess.run(
         [sys.executable, tmp_path / "program.py", how],
         capture_output=True,
@@ -332,9 +332,9 @@ def test_a_worker_that_dies_is_reported_and_never_waited_for(tmp_path, how):
         message = r"ChildProcessError: process \d+, which read images, was ended by SIGKILL;"
         assert re.search(message, program.stderr)
         assert float(program.stdout.splitlines()[0]) < 10
-    elif how == "leaves":
+    elif how == "exits":
         assert "which read images, was ended by exit code 0;" in program.stderr
-    else:  # With the worker's own lines in the traceback.
-        assert "LookupError: this disk is from another planet" in program.stderr
+    else:  # The traceback has the lines of the worker.
+        assert "LookupError: an unexpected error" in program.stderr
         assert "raise LookupError(" in program.stderr
     assert not any(map(running, json.loads(program.stdout.splitlines()[1])))

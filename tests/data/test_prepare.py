@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 
 from dml_jax import data
 from dml_jax.data import prepare as preparation
+from dml_jax.data import records
 from tests.helpers import public_data
 
 LAYOUTS = {
@@ -44,7 +45,7 @@ def cub(tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_becomes_a_data_set_of_disjoint_classes(layout, tmp_path):
+def test_every_layout_is_prepared_with_disjoint_classes(layout, tmp_path):
     name, make, counts = LAYOUTS[layout]
     make(tmp_path / "source")
     out = tmp_path / "data" / "out"
@@ -66,7 +67,7 @@ def test_every_layout_becomes_a_data_set_of_disjoint_classes(layout, tmp_path):
     if layout in numbers:
         assert list(found["train"].class_names) == numbers[layout]
 
-    # Plain TFDS reads the same, in the same order.
+    # TFDS reads the same images in the same order.
     builder = tfds.builder_from_directory(out)
     class_names = builder.info.features["label"].names
     for split, source in found.items():
@@ -80,9 +81,9 @@ def test_every_layout_becomes_a_data_set_of_disjoint_classes(layout, tmp_path):
     assert "tensorflow" not in sys.modules
 
 
-def test_images_are_stored_as_they_are_with_their_own_labels(tmp_path):
+def test_images_are_stored_unchanged_with_their_labels(tmp_path):
     root = public_data.cars196_annos(tmp_path / "cars")
-    (tmp_path / "out").mkdir()  # An empty directory may be there.
+    (tmp_path / "out").mkdir()  # An empty directory may exist.
     prepare("cars196", root, tmp_path / "out", public_data.CARS_COUNTS)
     test = data.create("cars196", root=tmp_path / "out")["test"]
     assert test.names[0] == "car_ims/000001.jpg"
@@ -90,7 +91,7 @@ def test_images_are_stored_as_they_are_with_their_own_labels(tmp_path):
     assert test.class_names[test.labels[0]] == public_data.CARS[3]  # (0·5 + 3) mod 4
 
 
-def test_the_devkits_two_lists_are_joined_and_their_equal_names_kept_apart(tmp_path):
+def test_lists_of_the_devkit_are_merged_with_distinct_names(tmp_path):
     root = public_data.cars196_devkit(tmp_path / "cars")
     prepare("cars196", root, tmp_path / "out", public_data.CARS_COUNTS)
     found = data.create("cars196", root=tmp_path / "out")
@@ -100,13 +101,13 @@ def test_the_devkits_two_lists_are_joined_and_their_equal_names_kept_apart(tmp_p
     assert images["cars_test/00001.jpg"] == public_data.jpeg(101)
 
 
-def test_the_devkit_without_labels_of_the_test_images_is_refused(tmp_path):
+def test_devkit_without_test_labels_is_rejected(tmp_path):
     root = public_data.cars196_devkit(tmp_path / "cars", labelled=False)
     with pytest.raises(FileNotFoundError, match="no cars_test_annos_withlabels.mat.*has them"):
         prepare("cars196", root, tmp_path / "out", public_data.CARS_COUNTS)
 
 
-def test_annotations_of_images_that_are_elsewhere_do_not_hide_the_devkit(tmp_path):
+def test_annotations_without_their_images_do_not_hide_the_devkit(tmp_path):
     root = public_data.cars196_devkit(tmp_path / "cars")
     (root / "cars_annos.mat").write_text("beside cars_train/ and cars_test/, as on Kaggle")
     labels = root / "car_devkit/devkit/cars_test_annos_withlabels.mat"
@@ -114,7 +115,7 @@ def test_annotations_of_images_that_are_elsewhere_do_not_hide_the_devkit(tmp_pat
     prepare("cars196", root, tmp_path / "out", public_data.CARS_COUNTS)
 
 
-def test_cub_from_a_copy_by_tfds_whose_classes_have_no_names(tmp_path):
+def test_cub_from_a_tfds_copy_without_class_names(tmp_path):
     splits = {
         split: [(public_data.jpeg(i), i, "x") for i in range(4)] for split in ("train", "test")
     }
@@ -126,17 +127,17 @@ def test_cub_from_a_copy_by_tfds_whose_classes_have_no_names(tmp_path):
     assert [test[i] for i in range(4)] == [public_data.jpeg(i) for i in (2, 3, 2, 3)]
 
 
-def test_halves_of_the_classes_are_the_same_by_number_and_by_name():
-    """So a folder tree, which has no numbers, gives the official split."""
-    names = tfds.builder_cls("cars196")  # Its module has the official list.
-    official = sys.modules[names.__module__]._NAMES
+def test_halves_of_the_cars_classes_do_not_depend_on_their_order():
+    """A folder tree, which has no class numbers, thus gives the official split."""
+    builder = tfds.builder_cls("cars196")  # Its module has the official list.
+    official = sys.modules[builder.__module__]._NAMES
     assert len(official) == 196 and official != sorted(official)
     assert set(official[:98]) == set(sorted(official)[:98])
-    # Where a folder's name cannot have a slash.
+    # A folder name cannot contain a slash.
     assert set(sorted(name.replace("/", "-") for name in official)[:98]) == set(official[:98])
 
 
-def test_queries_and_gallery_share_a_numbering(tmp_path):
+def test_queries_and_gallery_share_one_numbering_of_classes(tmp_path):
     root = public_data.inshop(tmp_path / "inshop")
     prepare("inshop", root, tmp_path / "out", public_data.INSHOP_COUNTS)
     found = data.create("inshop", root=tmp_path / "out")
@@ -147,21 +148,21 @@ def test_queries_and_gallery_share_a_numbering(tmp_path):
     assert "/00_1" in found["test"].names[0] and "/01_1" in found["gallery"].names[0]
 
 
-def test_classes_of_sop_are_in_the_order_of_their_numbers(tmp_path):
+def test_classes_of_sop_are_in_numerical_order(tmp_path):
     root = public_data.sop(tmp_path / "sop")
     prepare("sop", root, tmp_path / "out", public_data.SOP_COUNTS)
     train = data.create("sop", root=tmp_path / "out")["train"]
     assert train.class_names == tuple(map(str, range(1, 12)))
 
 
-def test_omniglot_tests_on_alphabets_that_do_not_train(tmp_path):
+def test_omniglot_splits_have_disjoint_alphabets(tmp_path):
     root = public_data.omniglot(tmp_path / "omniglot")
     prepare("omniglot", root, tmp_path / "out", public_data.OMNIGLOT_COUNTS)
     test = data.create("omniglot", root=tmp_path / "out")["test"]
     assert test.class_names == ("Greek_character01", "Greek_character02")
 
 
-def test_omniglot_from_a_copy_by_tfds(tmp_path):
+def test_omniglot_from_a_tfds_copy(tmp_path):
     classes = ["Korean_0", "Korean_1", "Japanese_(katakana)_0", "Greek_0"]
     splits = {
         "train": [(public_data.jpeg(0), 1, "a")],
@@ -182,19 +183,19 @@ def test_omniglot_from_a_copy_by_tfds(tmp_path):
         prepare("omniglot", tmp_path / "less", tmp_path / "other", counts)
 
 
-def test_a_tfrecord_that_was_cut_short_is_refused(tmp_path):
+def test_truncated_tfrecord_is_rejected(tmp_path):
     root = public_data.cars196_tfds(tmp_path / "cars")
     path = next(root.rglob("*train.tfrecord-00001*"))
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(ValueError, match=f"{path} is cut short"):
+    with pytest.raises(ValueError, match=f"{path} is truncated"):
         prepare("cars196", root, tmp_path / "out", public_data.CARS_COUNTS)
 
 
-def test_counts_that_differ_are_refused_by_class_unless_allowed(cub, tmp_path, capsys):
+def test_different_counts_are_rejected_unless_allowed(cub, tmp_path, capsys):
     counts = {"train": (2, 7), "test": (2, 5)}
-    with pytest.raises(ValueError) as refusal:
+    with pytest.raises(ValueError) as error:
         prepare("cub200", cub, tmp_path / "out", counts)
-    lines = str(refusal.value).splitlines()
+    lines = str(error.value).splitlines()
     assert lines[1:5] == [
         "train: expected 7 images of 2 classes, found 6 of 2",
         "test: expected 5 images of 2 classes, found 6 of 2",
@@ -208,7 +209,7 @@ def test_counts_that_differ_are_refused_by_class_unless_allowed(cub, tmp_path, c
     assert len(data.create("cub200", root=tmp_path / "out")["train"]) == 6
 
 
-def test_missing_images_are_counted_by_class_and_left_out_if_allowed(cub, tmp_path):
+def test_missing_images_are_counted_and_left_out_if_allowed(cub, tmp_path):
     (cub / "CUB_200_2011/images/003.Bird_3/Bird_0.jpg").unlink()
     message = "test, class 003.Bird_3: 1 of 3 images are missing\n"
     with pytest.raises(ValueError, match=message):
@@ -219,17 +220,17 @@ def test_missing_images_are_counted_by_class_and_left_out_if_allowed(cub, tmp_pa
     assert test.labels.tolist() == [1, 0, 1, 0, 1]
 
 
-def test_a_split_nobody_expects_is_a_difference(tmp_path):
+def test_unexpected_split_is_a_difference(tmp_path):
     contents = preparation.DATA_SETS["inshop"].layout(public_data.inshop(tmp_path))
     lines = preparation.differences(contents, public_data.CUB_COUNTS)
     assert "gallery: expected 0 images of 0 classes, found 4 of 2" in lines
     assert preparation.differences(contents, {}) == []
 
 
-def test_unreadable_images_are_all_named_and_left_out_if_allowed(tmp_path, capsys):
+def test_unreadable_images_are_named_and_left_out_if_allowed(tmp_path, capsys):
     root = public_data.folder(tmp_path / "images")
-    whole = (root / "train/b/2.jpg").read_bytes()
-    (root / "train/b/2.jpg").write_bytes(whole[: len(whole) // 2])
+    content = (root / "train/b/2.jpg").read_bytes()
+    (root / "train/b/2.jpg").write_bytes(content[: len(content) // 2])
     (root / "test/c/1.jpg").write_text("no image")
     with pytest.raises(ValueError, match=r"train/b/2.jpg: not a readable(.|\n)*test/c/1.jpg: not"):
         prepare("folder", root, tmp_path / "out", {})
@@ -241,14 +242,14 @@ def test_unreadable_images_are_all_named_and_left_out_if_allowed(tmp_path, capsy
     assert found["test"].names == ("test/c/2.jpg",)
 
 
-def test_a_class_on_both_sides_is_refused(tmp_path):
+def test_class_in_both_splits_is_rejected(tmp_path):
     root = public_data.folder(tmp_path / "images")
     public_data.put(root / "test/b/1.jpg", public_data.jpeg(0))
     with pytest.raises(ValueError, match="1 classes are both in training and in testing.*: b;"):
         prepare("folder", root, tmp_path / "out", {})
 
 
-def test_a_killed_preparation_leaves_nothing_that_reads_as_whole(cub, tmp_path):
+def test_killed_preparation_leaves_no_data_set(cub, tmp_path):
     program = f"""
 import os
 from pathlib import Path
@@ -258,7 +259,7 @@ from dml_jax.data.prepare import writer
 def killed(*arguments):
     os._exit(9)
 
-writer.records.write_index = killed
+writer.records.write_manifest = killed
 prepare.prepare("cub200", source=Path({str(cub)!r}), out=Path({str(tmp_path / "out")!r}),
                 allow_different_counts=True)
 """
@@ -271,18 +272,18 @@ prepare.prepare("cub200", source=Path({str(cub)!r}), out=Path({str(tmp_path / "o
     assert len(data.create("cub200", root=tmp_path / "out")["train"]) == 6
 
 
-def test_what_is_complete_is_not_done_again(cub, tmp_path):
+def test_existing_data_set_is_not_prepared_again(cub, tmp_path):
     out = tmp_path / "out"
-    index = prepare("cub200", cub, out, public_data.CUB_COUNTS)
+    manifest = prepare("cub200", cub, out, public_data.CUB_COUNTS)
     shutil.rmtree(cub)
-    assert prepare("cub200", cub, out, public_data.CUB_COUNTS) == index
+    assert prepare("cub200", cub, out, public_data.CUB_COUNTS) == manifest
     with pytest.raises(ValueError, match="holds the data set 'cub200'; name a new directory"):
         prepare("sop", cub, out, public_data.SOP_COUNTS)
     with pytest.raises(ValueError, match=f"{tmp_path} is not empty; name a new directory"):
         prepare("cub200", cub, tmp_path, public_data.CUB_COUNTS)
 
 
-def test_a_damaged_data_set_is_refused(cub, tmp_path):
+def test_damaged_data_set_is_rejected(cub, tmp_path):
     out = tmp_path / "out"
     prepare("cub200", cub, out, public_data.CUB_COUNTS)
     path = out / "cub200-test.array_record-00000"
@@ -291,15 +292,15 @@ def test_a_damaged_data_set_is_refused(cub, tmp_path):
         with pytest.raises(ValueError, match=f"cannot read the ArrayRecord files in {out}"):
             read("cub200", root=out)
     shutil.copy(out / "cub200-train.array_record-00000", path)
-    index = preparation.records.read_index(out)
-    test = dataclasses.replace(index.splits["test"], labels=(2, 3))
-    index.splits["test"] = test
-    preparation.records.write_index(out, index)
+    manifest = records.read_manifest(out)
+    test = dataclasses.replace(manifest.splits["test"], labels=(2, 3))
+    manifest.splits["test"] = test
+    records.write_manifest(out, manifest)
     with pytest.raises(ValueError, match="6 images but 2 labels in split 'test'"):
         data.create("cub200", root=out)
 
 
-def test_the_name_and_the_root_must_fit(cub, tmp_path):
+def test_data_set_of_another_name_is_rejected(cub, tmp_path):
     prepare("cub200", cub, tmp_path / "out", public_data.CUB_COUNTS)
     with pytest.raises(ValueError, match="holds the data set 'cub200', not 'sop'"):
         data.create("sop", root=tmp_path / "out")
@@ -309,18 +310,18 @@ def test_the_name_and_the_root_must_fit(cub, tmp_path):
         data.create("sop", root=cub)
 
 
-def test_a_source_is_lazy_and_cheap_to_send(cub, tmp_path):
+def test_source_is_lazy_and_cheap_to_pickle(cub, tmp_path):
     prepare("cub200", cub, tmp_path / "out", public_data.CUB_COUNTS)
     train = data.create("cub200", root=tmp_path / "out")["train"]
     assert train[0] == public_data.jpeg(2)
-    sent = pickle.dumps(train)
-    assert train[1] not in sent
-    assert pickle.loads(sent)[1] == train[1] == public_data.jpeg(3)
-    chosen, _ = data.split_classes(train, 0.5, seed=0)
-    assert pickle.loads(pickle.dumps(chosen))[2] == chosen[2]
+    pickled = pickle.dumps(train)
+    assert train[1] not in pickled
+    assert pickle.loads(pickled)[1] == train[1] == public_data.jpeg(3)
+    subset, _ = data.split_classes(train, 0.5, seed=0)
+    assert pickle.loads(pickle.dumps(subset))[2] == subset[2]
 
 
-def test_test_batches_are_read_from_a_prepared_data_set(cub, tmp_path):
+def test_test_batches_of_a_prepared_data_set(cub, tmp_path):
     prepare("cub200", cub, tmp_path / "out", public_data.CUB_COUNTS)
     test = data.create("cub200", root=tmp_path / "out")["test"]
     batches = data.test_batches(test, batch_size=4, image_size=8, resize=8, num_workers=0)
@@ -329,7 +330,7 @@ def test_test_batches_are_read_from_a_prepared_data_set(cub, tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_training_batches_are_read_from_a_part_of_a_prepared_data_set(cub, tmp_path, num_workers):
+def test_training_batches_of_a_subset_of_a_prepared_data_set(cub, tmp_path, num_workers):
     prepare("cub200", cub, tmp_path / "out", public_data.CUB_COUNTS)
     train = data.create("cub200", root=tmp_path / "out")["train"]
     batches = data.train_batches(
@@ -370,7 +371,7 @@ print([name for name in sys.modules if name.startswith("tensorflow")])
         ("folder", "no train/"),
     ],
 )
-def test_a_source_of_another_layout_is_refused(name, message, tmp_path):
+def test_unknown_layout_is_rejected(name, message, tmp_path):
     (tmp_path / "source").mkdir()
     with pytest.raises(FileNotFoundError, match=f"found {message}.* in {tmp_path / 'source'}"):
         preparation.prepare(name, source=tmp_path / "source", out=tmp_path / "out")
@@ -378,7 +379,7 @@ def test_a_source_of_another_layout_is_refused(name, message, tmp_path):
         preparation.prepare(name, source=tmp_path / "nowhere", out=tmp_path / "out")
 
 
-def test_what_a_mac_puts_into_archives_is_passed_over(tmp_path):
+def test_metadata_of_macos_archives_is_ignored(tmp_path):
     root = public_data.folder(tmp_path / "source" / "photos")
     for image in root.rglob("*.jpg"):
         shadow = image.relative_to(root).with_name(f"._{image.name}")
@@ -386,7 +387,7 @@ def test_what_a_mac_puts_into_archives_is_passed_over(tmp_path):
     prepare("folder", tmp_path / "source", tmp_path / "out", public_data.FOLDER_COUNTS)
 
 
-def test_broken_lists_are_refused_by_line(cub, tmp_path):
+def test_damaged_lists_are_rejected_with_their_line(cub, tmp_path):
     path = cub / "CUB_200_2011/images.txt"
     path.write_text(path.read_text() + "13\n")
     with pytest.raises(ValueError, match=f"{path}, line 13: expected 2 columns, got '13'"):
@@ -397,19 +398,19 @@ def test_broken_lists_are_refused_by_line(cub, tmp_path):
     with pytest.raises(ValueError, match="is in a split 'galery', not in"):
         prepare("inshop", tmp_path / "inshop", tmp_path / "out", public_data.INSHOP_COUNTS)
     public_data.cars196_annos(tmp_path / "cars")
-    (tmp_path / "cars/cars_annos.mat").write_text("not MATLAB's")
+    (tmp_path / "cars/cars_annos.mat").write_text("not a MATLAB file")
     with pytest.raises(ValueError, match="cars_annos.mat: cannot read 'class_names' in it"):
         prepare("cars196", tmp_path / "cars", tmp_path / "out", public_data.CARS_COUNTS)
 
 
-def test_what_cannot_be_prepared_or_downloaded_is_refused(tmp_path):
+def test_unknown_or_unavailable_data_set_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="unknown data set 'birds'; there are cars196, cub200"):
         preparation.prepare("birds", source=tmp_path, out=tmp_path / "out")
     with pytest.raises(ValueError, match="inshop cannot be downloaded: the authors of DeepFashion"):
         preparation.prepare("inshop", source=tmp_path, out=tmp_path / "out", download=True)
 
 
-def test_the_program(cub, tmp_path):
+def test_program(cub, tmp_path):
     program = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
     flags = [f"--source={cub}", f"--out={tmp_path / 'out'}", "--allow_different_counts"]
 

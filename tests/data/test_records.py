@@ -8,7 +8,7 @@ from dml_jax.data import records
 
 
 @given(image=st.binary(max_size=300), name=st.text(max_size=200), label=st.integers(0, 2**40))
-def test_bytes_are_found_in_an_example_as_protobuf_writes_it(image, name, label):
+def test_bytes_feature_agrees_with_protobuf(image, name, label):
     features = {
         "image": tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[image])),
         "label": tf_feature_pb2.Feature(int64_list=tf_feature_pb2.Int64List(value=[label])),
@@ -19,11 +19,11 @@ def test_bytes_are_found_in_an_example_as_protobuf_writes_it(image, name, label)
     data = example.SerializeToString()
     assert records.bytes_feature(data, "image") == image
     assert records.bytes_feature(data, "name").decode() == name
-    with pytest.raises(KeyError, match="picture"):
-        records.bytes_feature(data, "picture")
+    with pytest.raises(KeyError, match="missing"):
+        records.bytes_feature(data, "missing")
 
 
-def test_large_images_are_found_in_an_example():
+def test_bytes_feature_of_a_large_image():
     image = np.random.default_rng(0).bytes(3_000_000)  # Its length takes four bytes.
     values = tf_feature_pb2.BytesList(value=[image])
     feature = {"image": tf_feature_pb2.Feature(bytes_list=values)}
@@ -31,10 +31,10 @@ def test_large_images_are_found_in_an_example():
     assert records.bytes_feature(example.SerializeToString(), "image") == image
 
 
-def test_an_index_is_read_as_it_was_written(tmp_path):
+def test_manifest_round_trip(tmp_path):
     split = records.Split(("a-00000", "a-00001"), (1, 0, 1), ("Käfer/1", "2", "3"))
-    index = records.Index("folder", ("Käfer", "b"), {"train": split, "test": split})
-    records.write_index(tmp_path, index)
-    assert records.read_index(tmp_path) == index
+    manifest = records.Manifest("folder", ("Käfer", "b"), {"train": split, "test": split})
+    records.write_manifest(tmp_path, manifest)
+    assert records.read_manifest(tmp_path) == manifest
     with pytest.raises(FileNotFoundError, match="holds no prepared data set"):
-        records.read_index(tmp_path / records.INDEX)
+        records.read_manifest(tmp_path / records.MANIFEST)

@@ -8,21 +8,19 @@ from dml_jax.data import Order, epoch_order, steps_per_epoch
 
 @st.composite
 def balanced(draw):
-    """Labels, and a batch that they can fill with n_instance > 1 images of each class."""
+    """Draws labels, n_instance > 1, and a batch size that they allow."""
     sizes = draw(st.lists(st.integers(1, 9), min_size=2, max_size=12))
     labels = np.random.default_rng(draw(st.integers(0, 99))).permutation(
         np.repeat(np.arange(len(sizes)), sizes)
     )
     n_instance = draw(st.integers(2, 4))
-    most = min(len(sizes), len(labels) // n_instance)
-    classes = draw(st.integers(1, most)) if most else 0
+    limit = min(len(sizes), len(labels) // n_instance)
+    classes = draw(st.integers(1, limit)) if limit else 0
     return labels, n_instance, classes * n_instance
 
 
 @given(n=st.integers(1, 60), batch_size=st.integers(1, 60), seed=st.integers(0, 2**32))
-def test_an_epoch_without_classes_is_a_permutation_without_its_last_partial_batch(
-    n, batch_size, seed
-):
+def test_unbalanced_epoch_is_a_permutation_without_the_partial_batch(n, batch_size, seed):
     if batch_size > n:
         return
     order = epoch_order(np.zeros(n, int), batch_size=batch_size, n_instance=1, seed=seed, epoch=2)
@@ -32,7 +30,7 @@ def test_an_epoch_without_classes_is_a_permutation_without_its_last_partial_batc
 
 
 @given(case=balanced(), epoch=st.integers(0, 5))
-def test_a_balanced_batch_holds_distinct_classes_and_as_distinct_images_as_there_are(case, epoch):
+def test_balanced_batch_has_distinct_classes_and_images(case, epoch):
     labels, n_instance, batch_size = case
     if not batch_size:
         return
@@ -46,7 +44,7 @@ def test_a_balanced_batch_holds_distinct_classes_and_as_distinct_images_as_there
             assert len(set(group)) == min(n_instance, (labels == label).sum())
 
 
-def test_balanced_batches_draw_every_class_about_equally():
+def test_balanced_batches_draw_classes_uniformly():
     labels = np.repeat(np.arange(5), [2, 4, 40, 40, 114])
     drawn = [
         labels[epoch_order(labels, batch_size=8, n_instance=4, seed=3, epoch=e)] for e in range(40)
@@ -56,7 +54,7 @@ def test_balanced_batches_draw_every_class_about_equally():
 
 
 @pytest.mark.parametrize("n_instance", [1, 2])
-def test_order_depends_on_seed_and_epoch_and_nothing_else(n_instance):
+def test_order_depends_on_seed_and_epoch_only(n_instance):
     labels = np.repeat(np.arange(10), 5)
 
     def order(seed, epoch):
@@ -79,7 +77,7 @@ def test_order_depends_on_seed_and_epoch_and_nothing_else(n_instance):
         (4, 0, "must be positive, got 4 and 0"),
     ],
 )
-def test_impossible_batches_are_refused(batch_size, n_instance, message):
+def test_impossible_batches_are_rejected(batch_size, n_instance, message):
     labels = np.repeat(np.arange(3), 4)
     with pytest.raises(ValueError, match=message):
         steps_per_epoch(labels, batch_size=batch_size, n_instance=n_instance)
@@ -87,7 +85,7 @@ def test_impossible_batches_are_refused(batch_size, n_instance, message):
         epoch_order(labels, batch_size=batch_size, n_instance=n_instance, seed=0, epoch=0)
 
 
-def test_the_images_of_a_step_are_those_of_its_epoch():
+def test_order_of_a_step_follows_its_epoch():
     labels = np.repeat(np.arange(5), 4)
     order = Order(labels, batch_size=6, n_instance=2, seed=3)
     epochs = [

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from dml_jax import data
-from dml_jax.data import images, sources
+from dml_jax.data import images
+from dml_jax.data.sources import orl_faces
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_sources_travel_to_other_processes():
+def test_source_can_be_pickled():
     source = numbered([3, 1, 4])
     copy = pickle.loads(pickle.dumps(source))
     assert copy[5] == source[5] == b"5"
@@ -39,12 +40,12 @@ def test_orl_faces():
 
 
 def test_orl_faces_name_the_missing_extra(monkeypatch):
-    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    monkeypatch.setattr(orl_faces, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "dml_jax\[demo\]"'):
         data.create("orl_faces")
 
 
-def test_folder_is_read_in_the_order_of_names(folder):
+def test_folder_is_sorted_by_name(folder):
     (folder / "train" / ".cache").mkdir()
     (folder / "train" / "notes.txt").write_text("about the classes")
     (folder / "train" / "a" / ".hidden.png").write_text("")
@@ -57,14 +58,14 @@ def test_folder_is_read_in_the_order_of_names(folder):
     assert train[0] == (folder / "train/a/0.pgm").read_bytes()
 
 
-def test_a_class_may_have_a_single_image(folder):
+def test_class_of_a_single_image(folder):
     (folder / "test" / "single").mkdir()
     Image.new("RGB", (4, 4)).save(folder / "test" / "single" / "x.webp")
     assert data.create("folder", root=folder)["test"].labels.tolist() == [0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("missing", [".", "train", "test"])
-def test_a_missing_directory_is_named(folder, missing):
+def test_missing_directory_is_named_in_the_error(folder, missing):
     root = folder / "nowhere" if missing == "." else folder
     if missing != ".":
         (folder / missing).rename(folder / "elsewhere")
@@ -72,7 +73,7 @@ def test_a_missing_directory_is_named(folder, missing):
         data.create("folder", root=root)
 
 
-def test_folders_with_a_wrong_layout_are_refused(folder):
+def test_folders_with_a_wrong_layout_are_rejected(folder):
     empty = folder / "train" / "empty"
     empty.mkdir()
     with pytest.raises(ValueError, match=f"class folder {empty} holds no images"):
@@ -86,8 +87,10 @@ def test_folders_with_a_wrong_layout_are_refused(folder):
         data.create("folder", root=folder)
 
 
-def test_wrong_names_and_roots_are_refused(folder):
-    with pytest.raises(ValueError, match="unknown data set 'birds'; there are folder, glyphs, orl"):
+def test_unknown_names_and_wrong_roots_are_rejected(folder):
+    with pytest.raises(
+        ValueError, match="unknown data set 'birds'; choose one of folder, glyphs, orl"
+    ):
         data.create("birds")
     with pytest.raises(ValueError, match="'folder' needs root"):
         data.create("folder")
@@ -95,7 +98,7 @@ def test_wrong_names_and_roots_are_refused(folder):
         data.create("glyphs", root=folder)
 
 
-def test_images_below_takes_every_image_with_its_directory_as_class(folder):
+def test_images_below_labels_images_by_directory(folder):
     (folder / "notes.txt").write_text("not an image")
     (folder / ".hidden").mkdir()
     (folder / ".hidden" / "1.png").write_bytes(b"")
@@ -106,13 +109,13 @@ def test_images_below_takes_every_image_with_its_directory_as_class(folder):
     assert source.labels.tolist() == [0, *[1] * 3, *[2] * 3, *[3] * 3]
 
 
-def test_images_below_names_a_directory_without_images(tmp_path):
+def test_images_below_rejects_a_directory_without_images(tmp_path):
     with pytest.raises(FileNotFoundError, match="found no images in"):
         data.images_below(tmp_path)
 
 
 def numbered(sizes):
-    """A source whose every record is its number; class k has sizes[k] of them, mixed."""
+    """Returns a source whose records are their indices; class k has sizes[k] of them, shuffled."""
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
     return data.Source(
         records=tuple(str(i).encode() for i in range(len(labels))),
@@ -139,20 +142,20 @@ def test_split_classes_holds_out_whole_classes():
     assert sorted(seen) == list(range(len(source)))
 
 
-def test_split_classes_depends_on_the_seed_alone():
+def test_split_classes_depends_on_the_seed_only():
     source = numbered([2] * 20)
-    chosen = [data.split_classes(source, 0.2, seed)[1].class_names for seed in (0, 0, 1, 2)]
-    assert chosen[0] == chosen[1]
-    assert len(set(chosen)) == 3
+    held_out = [data.split_classes(source, 0.2, seed)[1].class_names for seed in (0, 0, 1, 2)]
+    assert held_out[0] == held_out[1]
+    assert len(set(held_out)) == 3
 
 
 @pytest.mark.parametrize(("fraction", "held_out"), [(0.01, 1), (0.5, 2), (0.99, 2)])
-def test_split_classes_leaves_classes_on_both_sides(fraction, held_out):
+def test_split_classes_keeps_a_class_in_both_parts(fraction, held_out):
     parts = data.split_classes(numbered([1, 2, 3]), fraction, seed=0)
     assert [len(part.class_names) for part in parts] == [3 - held_out, held_out]
 
 
-def test_split_classes_refuses_what_cannot_be_split():
+def test_split_classes_rejects_invalid_arguments():
     with pytest.raises(ValueError, match="1 class cannot be split"):
         data.split_classes(numbered([3]), 0.5, seed=0)
     for fraction in (0.0, 1.0, -0.1):

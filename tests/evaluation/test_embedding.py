@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 
 from dml_jax._utils.sharding import make_mesh
-from dml_jax.evaluation import embedding_files as embed_module
+from dml_jax.evaluation import embedding, embedding_files
 from dml_jax.evaluation.embedding import embed
 from dml_jax.evaluation.embedding_files import load_embeddings, save_embeddings
 from tests.helpers.fuzz import damaged
 
 
 def padded_batches(images, size):
-    """What the test pipeline yields: in order, the last batch filled up with index -1."""
+    """Yields batches like those of the test pipeline, with index -1 in the padding."""
     for start in range(0, len(images), size):
         index = np.full(size, -1, np.int32)
         index[: len(images) - start] = np.arange(start, min(start + size, len(images)))
@@ -35,7 +35,7 @@ def mesh_of(devices):
 
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("count", [1, 8, 21, 32])
-def test_rows_come_in_order_without_padding(count, devices):
+def test_embeddings_are_in_order_without_padding(count, devices):
     rng = np.random.default_rng(0)
     images = rng.integers(256, size=(count, 4, 4, 3), dtype=np.uint8)
     variables = {"w": rng.standard_normal((48, 5)).astype(np.float32)}
@@ -46,21 +46,21 @@ def test_rows_come_in_order_without_padding(count, devices):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_every_device_gets_its_share_of_the_images():
-    seen = []
+def test_images_are_sharded_over_the_devices():
+    shards = []
 
     def spy(variables, images):
-        seen.extend((shard.data.shape[0], shard.device) for shard in images.addressable_shards)
+        shards.extend((shard.data.shape[0], shard.device) for shard in images.addressable_shards)
         return project(variables, images)
 
     images = np.zeros((16, 4, 4, 3), np.uint8)
     embed(spy, {"w": np.ones((48, 2), np.float32)}, padded_batches(images, 16), 16, mesh_of(8))
-    assert seen == [(2, device) for device in jax.devices()[:8]]
+    assert shards == [(2, device) for device in jax.devices()[:8]]
 
 
 @pytest.mark.parametrize("on_cpu", [False, True])
-def test_accelerators_compute_one_batch_while_the_next_is_decoded(monkeypatch, on_cpu):
-    monkeypatch.setattr(embed_module, "on_cpu", lambda mesh: on_cpu)
+def test_accelerators_compute_while_the_next_batch_is_decoded(monkeypatch, on_cpu):
+    monkeypatch.setattr(embedding, "on_cpu", lambda mesh: on_cpu)
     events = []
     fetch = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda x: events.append("fetch") or fetch(x))
@@ -82,7 +82,7 @@ def test_accelerators_compute_one_batch_while_the_next_is_decoded(monkeypatch, o
 @pytest.mark.parametrize(
     "count, message", [(4, "holds image 4, but there are 4"), (7, "hold 5 of 7 images")]
 )
-def test_embed_counts_its_images(count, message):
+def test_embed_rejects_wrong_counts(count, message):
     images = np.zeros((5, 4, 4, 3), np.uint8)
     with pytest.raises(ValueError, match=message):
         embed(
@@ -100,7 +100,7 @@ NAMES = ("a/ü 1.jpg", "b/2.png", "a/\u05d0.pgm")
 CLASSES = ("b", "a")
 
 
-def test_save_and_load(tmp_path):
+def test_embeddings_file_round_trip(tmp_path):
     path = tmp_path / "embeddings.npz"
     path.write_text("an old file")
     save_embeddings(path, EMBEDDINGS, LABELS, NAMES, CLASSES)
@@ -113,7 +113,7 @@ def test_save_and_load(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "embeddings.npz"
     save_embeddings(path, EMBEDDINGS, LABELS, NAMES, CLASSES)
 
@@ -128,7 +128,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_does_not_fit_is_not_saved(tmp_path):
+def test_inconsistent_embeddings_are_not_saved(tmp_path):
     path = tmp_path / "embeddings.npz"
     with pytest.raises(ValueError, match="3 embeddings, 3 labels and 2 names"):
         save_embeddings(path, EMBEDDINGS, LABELS, NAMES[:2], CLASSES)
@@ -144,10 +144,10 @@ def test_what_does_not_fit_is_not_saved(tmp_path):
         ({"embeddings": EMBEDDINGS[0]}, r"embeddings has shape \(2,\)"),
         ({"labels": LABELS / 2}, "labels has shape .* float64"),
         ({"names": np.array(NAMES[:2])}, "2 names"),
-        ({"names": np.array(NAMES, dtype=object)}, "no embeddings file"),
+        ({"names": np.array(NAMES, dtype=object)}, "not an embeddings file"),
     ],
 )
-def test_foreign_files_are_refused(tmp_path, changes, message):
+def test_inconsistent_files_are_rejected(tmp_path, changes, message):
     path = tmp_path / "embeddings.npz"
     arrays = {
         "embeddings": EMBEDDINGS,
@@ -161,48 +161,50 @@ def test_foreign_files_are_refused(tmp_path, changes, message):
         load_embeddings(path)
 
 
-def test_files_that_are_no_archives_are_refused(tmp_path):
+def test_missing_and_damaged_files_are_rejected(tmp_path):
     with pytest.raises(FileNotFoundError, match="no embeddings file .*missing.npz"):
         load_embeddings(tmp_path / "missing.npz")
     path = tmp_path / "embeddings.npz"
     save_embeddings(path, EMBEDDINGS, LABELS, NAMES, CLASSES)
-    whole = path.read_bytes()
-    for content in (b"", b"some text", whole[: len(whole) // 2]):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="no embeddings file"):
+    content = path.read_bytes()
+    for damaged_content in (b"", b"some text", content[: len(content) // 2]):
+        path.write_bytes(damaged_content)
+        with pytest.raises(ValueError, match="not an embeddings file"):
             load_embeddings(path)
     with path.open("wb") as file:
         np.save(file, EMBEDDINGS)
-    with pytest.raises(ValueError, match="no embeddings file"):
+    with pytest.raises(ValueError, match="not an embeddings file"):
         load_embeddings(path)
 
 
-def test_a_file_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+def test_decompression_bomb_is_rejected(tmp_path, monkeypatch):
     path = tmp_path / "embeddings.npz"
     np.savez_compressed(path, embeddings=np.zeros((4096, 64), np.float32))
-    monkeypatch.setattr("dml_jax.evaluation.embedding_files._HARMLESS", 1 << 16)
-    with pytest.raises(ValueError, match=f"{path} is no .*its .* bytes become 1\\d+, as no emb"):
+    monkeypatch.setattr(embedding_files, "_ALWAYS_ALLOWED", 1 << 16)
+    with pytest.raises(
+        ValueError, match=f"{path} is not .*its .* bytes unpack to 1\\d+, which is impl"
+    ):
         load_embeddings(path)
     header = np.lib.format.magic(1, 0) + b"v\x00{'descr': '<f4', 'fortran_order': False, 'shape': "
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("embeddings.npy", header + b"(1000000000000, 512), }" + b" " * 46 + b"\n")
-    with pytest.raises(ValueError, match=f"{path} is no embeddings file"):
+    with pytest.raises(ValueError, match=f"{path} is not an embeddings file"):
         load_embeddings(path)
 
 
 class Bomb:
     def __reduce__(self):
-        return pytest.fail, ("a pickle was run",)
+        return pytest.fail, ("a pickle was executed",)
 
 
-def test_a_pickle_is_refused_and_never_run(tmp_path):
+def test_pickle_is_rejected_and_not_executed(tmp_path):
     path = tmp_path / "embeddings.npz"
     np.savez(path, embeddings=np.array([Bomb()], dtype=object))
-    with pytest.raises(ValueError, match=f"{path} is no embeddings file .*without pickles"):
+    with pytest.raises(ValueError, match=f"{path} is not an embeddings file .*without pickles"):
         load_embeddings(path)
 
 
-def test_arbitrary_files_raise_only_what_is_documented(tmp_path):
+def test_arbitrary_files_raise_only_documented_errors(tmp_path):
     path = tmp_path / "embeddings.npz"
     save_embeddings(path, EMBEDDINGS, LABELS, NAMES, CLASSES)
 

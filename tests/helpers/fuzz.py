@@ -1,21 +1,23 @@
-"""Damage to files: what hypothesis puts in, puts over or cuts away."""
+"""Hypothesis strategies for damaged files."""
 
 from hypothesis import strategies as st
 
 CHANGES = st.lists(
     st.tuples(st.integers(0, 1 << 20), st.integers(0, 2), st.binary(max_size=8)), max_size=6
 )
+"""Lists of changes (position, operation, bytes); see `apply_changes`."""
 
 
-def changed(content, changes):
-    """Bytes with some put in, put over others, or cut away at places."""
-    for place, how, what in changes:
-        at = place % (len(content) + 1)
-        skip = (0, len(what), place % 97)[how]
-        content = content[:at] + what + content[at + skip :]
+def apply_changes(content, changes):
+    """Returns the content with bytes inserted, overwritten or removed at some positions."""
+    for position, operation, new in changes:
+        start = position % (len(content) + 1)
+        removed = (0, len(new), position % 97)[operation]
+        content = content[:start] + new + content[start + removed :]
     return content
 
 
-def damaged(whole):
-    """The content of a file after changes, or something else altogether."""
-    return st.one_of(CHANGES.map(lambda changes: changed(whole, changes)), st.binary(max_size=64))
+def damaged(content):
+    """Returns a strategy for damaged versions of a file's content, or arbitrary bytes."""
+    changed = CHANGES.map(lambda changes: apply_changes(content, changes))
+    return st.one_of(changed, st.binary(max_size=64))

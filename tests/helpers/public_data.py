@@ -1,4 +1,4 @@
-"""Small copies of the public data sets, laid out as the real ones are on people's disks."""
+"""Small copies of the public data sets in their published directory layouts."""
 
 import io
 import itertools
@@ -13,12 +13,12 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 CARS = ("Acura TL Sedan 2012", "Acura Integra 2001", "smart fortwo 2012", "Volvo 240 1993")
-"""The official order is not quite that of the names; the halves are the same."""
+"""The official order differs from that of the names; its halves are the same."""
 CARS_COUNTS = {"train": (2, 6), "test": (2, 6)}
 
 
 def jpeg(number, mode="RGB"):
-    """An encoded image unlike those of other numbers."""
+    """Returns an encoded image that depends on the number."""
     pixels = np.random.default_rng(number).integers(0, 256, (9, 12, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(file, "JPEG" if mode == "RGB" else "PNG")
@@ -26,7 +26,7 @@ def jpeg(number, mode="RGB"):
 
 
 def put(path, data):
-    """Writes a file, with the directories above it."""
+    """Writes a file and creates its parent directories."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
 
@@ -41,7 +41,7 @@ def _structs(rows):
 
 
 def cars196_annos(root: Path) -> Path:
-    """`cars_annos.mat` and `car_ims/`, three images a class, in an order of its own."""
+    """Writes `cars_annos.mat` and `car_ims/`, with three images per class in mixed order."""
     rows = []
     for number in range(12):
         name, label = f"car_ims/{number + 1:06}.jpg", (number * 5 + 3) % 4 + 1
@@ -54,14 +54,14 @@ def cars196_annos(root: Path) -> Path:
 
 
 def cars196_devkit(root: Path, labelled=True) -> Path:
-    """`cars_train/cars_train/`, `cars_test/cars_test/` and the devkit, as on Kaggle."""
+    """Writes `cars_train/cars_train/`, `cars_test/cars_test/` and the devkit, as on Kaggle."""
     for split, first, more in (("train", 0, ""), ("test", 100, "_withlabels")):
         rows = []
         for number in range(1, 7):
             name = f"{number:05}.jpg"
             put(root / f"cars_{split}/cars_{split}/{name}", jpeg(first + number))
             rows.append({"bbox_x1": 1, "class": np.uint8(number % 4 + 1), "fname": name})
-        if split == "test":  # 2 3 4 1 2 3 in training, so 4 1 2 3 4 1 make three of each.
+        if split == "test":  # Training has 2 3 4 1 2 3; 4 1 2 3 4 1 makes three of each.
             for number, row in enumerate(rows, 3):
                 row["class"] = np.uint8(number % 4 + 1)
         if labelled or split == "train":
@@ -73,7 +73,7 @@ def cars196_devkit(root: Path, labelled=True) -> Path:
 
 
 def cars196_tree(root: Path) -> Path:
-    """`car_data/train/CLASS/*` and `car_data/test/CLASS/*`: a classification split."""
+    """Writes `car_data/train/CLASS/*` and `car_data/test/CLASS/*`, a classification split."""
     for label, name in enumerate(CARS):
         for number in range(3):
             split = "test" if number == 2 else "train"
@@ -82,7 +82,7 @@ def cars196_tree(root: Path) -> Path:
 
 
 def cars196_numbers(root: Path) -> Path:
-    """`train/CLASS/*` and `test/CLASS/*` with all classes, which are called by numbers."""
+    """Writes `train/CLASS/*` and `test/CLASS/*`, each with all classes, named by numbers."""
     for number, split in itertools.product((1, 2, 9, 10), ("train", "test")):
         for i in range(2 if split == "train" else 1):
             put(root / f"{split}/{number}/{i}.jpg", jpeg(10 * number + i + 5 * (split == "test")))
@@ -90,7 +90,7 @@ def cars196_numbers(root: Path) -> Path:
 
 
 def cars196_prepared(root: Path) -> Path:
-    """`carDB/train/1...` and `carDB/test/...196`, as the official programs write it."""
+    """Writes `carDB/train/1...` and `carDB/test/...196`, as the official programs do."""
     for label, number in enumerate((1, 98, 99, 196)):
         for i in range(3):
             split = "train" if number < 99 else "test"
@@ -99,7 +99,7 @@ def cars196_prepared(root: Path) -> Path:
 
 
 def cars196_tfds(root: Path, file_format="tfrecord") -> Path:
-    """A copy by TensorFlow Datasets, in `cars196/2.1.0`."""
+    """Writes a copy by TensorFlow Datasets, in `cars196/2.1.0`."""
     directory = root / "cars196/2.1.0"
     splits = {
         "train": [(jpeg(i), i % 4, f"{i:05}") for i in range(8)],
@@ -110,7 +110,15 @@ def cars196_tfds(root: Path, file_format="tfrecord") -> Path:
 
 
 def tfds_copy(directory: Path, name: str, classes, splits, file_format: str) -> None:
-    """What TFDS writes: splits of (image, label, id); `classes` are names or a number."""
+    """Writes a TFDS data set.
+
+    Args:
+        directory: the directory to create.
+        name: name of the data set.
+        classes: class names, or their number.
+        splits: rows (image, label, id) by split.
+        file_format: "array_record" or "tfrecord".
+    """
     directory.mkdir(parents=True)
     options = {"num_classes": classes} if isinstance(classes, int) else {"names": classes}
     label = tfds.features.ClassLabel(**options)
@@ -164,7 +172,7 @@ def tfds_copy(directory: Path, name: str, classes, splits, file_format: str) -> 
 
 
 def cub200(root: Path) -> Path:
-    """`CUB_200_2011/`, whose classes are not in the order of its images; three images a class."""
+    """Writes `CUB_200_2011/`, with three images per class, which are not sorted by class."""
     top = root / "CUB_200_2011"
     classes = [f"{k:03}.Bird_{k}" for k in range(1, 5)]
     images, labels = [], []
@@ -186,7 +194,7 @@ CUB_COUNTS = {"train": (2, 6), "test": (2, 6)}
 
 
 def sop(root: Path) -> Path:
-    """`Stanford_Online_Products/`, 12 classes of two images, of which 11 train."""
+    """Writes `Stanford_Online_Products/`, 12 classes of two images, 11 of them for training."""
     top = root / "Stanford_Online_Products"
     tables = {"train": [], "test": []}
     for number in range(24):
@@ -203,7 +211,7 @@ SOP_COUNTS = {"train": (11, 22), "test": (1, 2)}
 
 
 def inshop(root: Path) -> Path:
-    """`Eval/list_eval_partition.txt` and `Img/img/`; items 3 and 4 are queries and gallery."""
+    """Writes `Eval/list_eval_partition.txt` and `Img/img/`; items 3 and 4 are for testing."""
     rows = []
     for item in (4, 2, 3, 1):
         for view in range(3):
@@ -220,7 +228,7 @@ INSHOP_COUNTS = {"train": (2, 6), "test": (2, 2), "gallery": (2, 4)}
 
 
 def omniglot(root: Path) -> Path:
-    """`images_background_small1/` and `..2/`, which share the alphabet Korean."""
+    """Writes `images_background_small1/` and `..2/`, which share the alphabet Korean."""
     for small, alphabets in (("1", {"Korean": 2, "Latin": 3}), ("2", {"Greek": 2, "Korean": 2})):
         for alphabet, characters in alphabets.items():
             for character in range(1, characters + 1):
@@ -234,7 +242,7 @@ OMNIGLOT_COUNTS = {"train": (5, 10), "test": (2, 4)}
 
 
 def folder(root: Path) -> Path:
-    """`train/CLASS/*` and `test/CLASS/*`."""
+    """Writes `train/CLASS/*` and `test/CLASS/*`."""
     for number, name in enumerate(("train/b/1", "train/b/2", "train/a/1", "test/c/1", "test/c/2")):
         put(root / f"{name}.jpg", jpeg(number))
     return root

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 import dml_jax
-from dml_jax._utils import sharding
-from dml_jax.data import images as pictures
+from dml_jax._utils import files, sharding
+from dml_jax.data import centre_view
 from dml_jax.evaluation import embedding_files
 from dml_jax.inference import export
 from dml_jax.training import builder, checkpoint, resume, run_directory
@@ -24,7 +24,7 @@ SCORES = {"recall@1": 0.75, "r_precision": 0.5, "map@r": 0.25}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run that was not trained, and whose images are no longer where they were."""
+    """An untrained run whose images have been moved since."""
     root = tmp_path_factory.mktemp("export")
     images = tiny.write_images(root / "images")
     config = tiny.config(images, "ps_memvir")
@@ -68,21 +68,21 @@ def unit(vectors):
 
 
 @pytest.mark.parametrize("kind", ["run", "exported"])
-def test_a_run_and_its_export_embed_as_the_run_did(kind, request, saved, paths):
+def test_run_and_export_reproduce_the_saved_embeddings(kind, request, saved, paths):
     model = dml_jax.load(request.getfixturevalue(kind))
-    ours = model.embed(paths)
+    vectors = model.embed(paths)
     np.testing.assert_allclose(
-        np.linalg.norm(ours, axis=1), np.linalg.norm(saved.embeddings, axis=1), rtol=1e-5
+        np.linalg.norm(vectors, axis=1), np.linalg.norm(saved.embeddings, axis=1), rtol=1e-5
     )
-    np.testing.assert_allclose(unit(ours), unit(saved.embeddings), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(unit(vectors), unit(saved.embeddings), rtol=0, atol=1e-6)
 
 
-# What JAX needs, and it to read its exports.
+# The packages that JAX needs, also to read exported functions.
 JAX = ("flatbuffers", "jax", "jaxlib", "ml_dtypes", "numpy", "opt_einsum", "scipy")
 
 
-def jax_alone(folder):
-    """How to start Python with nothing but JAX."""
+def python_with_jax_only(folder):
+    """Returns a command that runs a program with no package but JAX, and its first line."""
     for name in JAX:
         package = Path(importlib.util.find_spec(name).origin).parent
         for part in (package, package.with_name(f"{name}.libs")):
@@ -91,32 +91,32 @@ def jax_alone(folder):
     return [sys.executable, "-I", "-S", "-c"], f"import sys; sys.path.append({str(folder)!r})\n"
 
 
-def test_the_card_says_how_jax_alone_loads_it(run, exported, saved, paths, tmp_path):
+def test_snippet_of_the_card_works_with_jax_only(run, exported, saved, paths, tmp_path):
     _, _, rest = (exported / export.CARD).read_text().partition("```python\n")
     snippet, _, _ = rest.partition("```")
     zeros = f"images = np.zeros((2, {tiny.SIZE}, {tiny.SIZE}, 3), np.uint8)"
     assert zeros in snippet
     pixels = np.stack([np.asarray(Image.open(path)) for path in paths])
     np.save(run.parent / "images.npy", pixels)
-    python, program = jax_alone(tmp_path)
+    python, program = python_with_jax_only(tmp_path)
     program += snippet.replace(zeros, 'images = np.load("../images.npy")')
     program += """
 np.save("../unit.npy", unit)
 import importlib.util
-others = {"dml_jax", "flax", "safetensors"}
-assert not others & sys.modules.keys() and not any(map(importlib.util.find_spec, others))
+absent = {"dml_jax", "flax", "safetensors"}
+assert not absent & sys.modules.keys() and not any(map(importlib.util.find_spec, absent))
 """
     done = subprocess.run([*python, program], cwd=exported, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    ours = np.load(run.parent / "unit.npy")
-    np.testing.assert_allclose(ours, unit(saved.embeddings), rtol=0, atol=1e-6)
+    vectors = np.load(run.parent / "unit.npy")
+    np.testing.assert_allclose(vectors, unit(saved.embeddings), rtol=0, atol=1e-6)
 
 
-def test_the_card_tells_scores_and_no_place_of_this_machine(run, exported, tmp_path):
-    files = {path.name for path in exported.iterdir()}
-    assert files == {"README.md", "config.json", "embed.jax_export", "weights.safetensors"}
+def test_card_has_scores_and_no_local_paths(run, exported, tmp_path):
+    names = {path.name for path in exported.iterdir()}
+    assert names == {"README.md", "config.json", "embed.jax_export", "weights.safetensors"}
     card = (exported / export.CARD).read_text()
-    assert "had not ended" in card and "This checkpoint was not evaluated." in card
+    assert "was not complete" in card and "This checkpoint was not evaluated." in card
     assert json.loads((exported / "config.json").read_text())["data"]["root"] == "images"
     assert str(run.parent) not in card
 
@@ -133,7 +133,7 @@ def test_the_card_tells_scores_and_no_place_of_this_machine(run, exported, tmp_p
     assert "Proxy Synthesis" in card and "MemVir" in card
 
 
-def test_an_export_writes_over_nothing(run, tmp_path):
+def test_export_does_not_overwrite(run, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="not an empty folder"):
         export.write(run, tmp_path, "last")
@@ -142,11 +142,11 @@ def test_an_export_writes_over_nothing(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_paths_and_pillow_images_and_pixels_are_one(exported):
+def test_paths_pillow_images_and_pixels_are_equivalent(exported):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (3, 40, 30, 3), np.uint8)
     model = dml_jax.load(exported)
-    expected = model.embed([pictures.centre_view(x, size=16, resize_to=16) for x in pixels])
+    expected = model.embed([centre_view(x, size=16, resize_to=16) for x in pixels])
     path = exported.parent / "third.png"
     Image.fromarray(pixels[2]).save(path)
     mixed = model.embed([pixels[0], Image.fromarray(pixels[1]), path])
@@ -154,31 +154,31 @@ def test_paths_and_pillow_images_and_pixels_are_one(exported):
     np.testing.assert_array_equal(model.embed(pixels), expected)
 
 
-def test_any_number_of_images_is_embedded(exported):
+def test_embeddings_do_not_depend_on_the_batch_size(exported):
     pixels = np.random.default_rng(1).integers(0, 256, (69, 16, 16, 3), np.uint8)
     model = dml_jax.load(exported)
-    each = np.concatenate([model.embed(pixels[i : i + 1]) for i in (0, 63, 64, 68)])
+    single = np.concatenate([model.embed(pixels[i : i + 1]) for i in (0, 63, 64, 68)])
     together = model.embed(pixels)
     assert together.shape == (69, 16)
-    np.testing.assert_allclose(unit(together[[0, 63, 64, 68]]), unit(each), atol=1e-6)
+    np.testing.assert_allclose(unit(together[[0, 63, 64, 68]]), unit(single), atol=1e-6)
 
 
-def test_search_finds_what_is_nearest(run, exported, saved, paths):
+def test_search_returns_the_nearest_embeddings(run, exported, saved, paths):
     model = dml_jax.load(exported)
     found = model.search(paths[:3], run / run_directory.EMBEDDINGS, k=5)
     cosines = unit(saved.embeddings[:3]) @ unit(saved.embeddings).T
-    # Not the indices, which may change places where two embeddings are next to equal.
+    # Not the indices, whose order is arbitrary if two embeddings are almost equal.
     nearest = -np.sort(-cosines, axis=1)[:, :5]
     np.testing.assert_allclose(found.similarities, nearest, atol=1e-6)
-    of_found = np.take_along_axis(cosines, found.indices, axis=1)
-    np.testing.assert_allclose(of_found, nearest, atol=1e-6)
+    found_cosines = np.take_along_axis(cosines, found.indices, axis=1)
+    np.testing.assert_allclose(found_cosines, nearest, atol=1e-6)
     assert found.names == tuple(tuple(saved.names[i] for i in row) for row in found.indices)
     unnamed = model.search(paths[:3], saved.embeddings, k=5)
     np.testing.assert_array_equal(unnamed.indices, found.indices)
     assert unnamed.names[2][0] == str(found.indices[2, 0])
 
 
-def test_what_cannot_be_embedded_or_searched_is_told(run, exported, tmp_path):
+def test_invalid_images_and_galleries_are_rejected(run, exported, tmp_path):
     model = dml_jax.load(exported)
     with pytest.raises(TypeError, match="must be a list"):
         model.embed("photo.jpg")

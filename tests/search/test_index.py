@@ -28,14 +28,14 @@ def exact(images, query, k):
 @pytest.mark.parametrize(
     "count, kind", [(1, "flat"), (50_000, "flat"), (50_001, "hnsw"), (200_001, "ivf")]
 )
-def test_the_kind_goes_by_size(count, kind):
+def test_kind_depends_on_the_number_of_images(count, kind):
     assert index.kind_for(count) == kind
 
 
-def test_a_flat_index_is_exact_and_survives_the_disk(tmp_path):
+def test_flat_index_is_exact_and_can_be_saved(tmp_path):
     images = embeddings(300)
-    built, measured = index.build(images)
-    assert [(x.effort, x.recall) for x in measured] == [(0, 1.0)]
+    built, measurements = index.build(images)
+    assert [(x.effort, x.recall) for x in measurements] == [(0, 1.0)]
     index.save(built, tmp_path / "new" / "index")
     gallery = index.load(tmp_path / "new" / "index")
     assert gallery[1:] == built[1:]
@@ -50,17 +50,17 @@ def test_a_flat_index_is_exact_and_survives_the_disk(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["hnsw", "ivf"])
-def test_effort_grows_until_the_measured_recall_is_as_wanted(kind, tmp_path):
-    everything = embeddings(4100, dim=24)
-    images = everything._replace(**{x: getattr(everything, x)[:4000] for x in PER_IMAGE})
-    built, measured = index.build(images, kind=kind)
-    recalls = [x.recall for x in measured]
-    assert recalls[-1] >= index.WANTED_RECALL > max([0, *recalls[:-1]])
+def test_effort_is_the_smallest_that_reaches_the_target_recall(kind, tmp_path):
+    all_images = embeddings(4100, dim=24)
+    images = all_images._replace(**{x: getattr(all_images, x)[:4000] for x in PER_IMAGE})
+    built, measurements = index.build(images, kind=kind)
+    recalls = [x.recall for x in measurements]
+    assert recalls[-1] >= index.TARGET_RECALL > max([0, *recalls[:-1]])
     assert built.recall == recalls[-1]
     index.save(built, tmp_path / "index")
     gallery = index.load(tmp_path / "index")
-    # The effort is kept, and what was measured holds for others.
-    queries = everything.embeddings[4000:, None]
+    # The effort is saved, and the measured recall holds for other queries.
+    queries = all_images.embeddings[4000:, None]
     hits = [
         len({x.row for x in gallery.nearest(query, 10)} & set(exact(images, query, 10)[0]))
         for query in queries
@@ -68,21 +68,21 @@ def test_effort_grows_until_the_measured_recall_is_as_wanted(kind, tmp_path):
     assert abs(np.mean(hits) / 10 - built.recall) < 0.05
 
 
-def test_recall_is_of_others_than_the_query_and_any_copy_will_do():
+def test_recall_excludes_the_query_and_accepts_any_copy():
     images = embeddings(40)
     copies = images._replace(embeddings=np.repeat(images.embeddings[:1], 40, axis=0))
     assert index.build(copies, kind="hnsw")[0].recall == 1.0
     unit = np.eye(4, dtype=np.float32)
-    own, true = np.array([0, 1]), np.array([[1.0, 0.0], [1.0, 0.0]], np.float32)
-    assert index._recall(unit, own, np.array([[0, 2], [1, -1]]), true) == 0.5
+    queries, true = np.array([0, 1]), np.array([[1.0, 0.0], [1.0, 0.0]], np.float32)
+    assert index._recall(unit, queries, np.array([[0, 2], [1, -1]]), true) == 0.5
 
 
-def test_an_index_of_one_image(tmp_path):
+def test_index_of_one_image():
     gallery, _ = index.build(embeddings(1))
     assert [x.row for x in gallery.nearest(embeddings(1).embeddings, 12)] == [0]
 
 
-def test_only_files_inside_the_folder_are_the_gallerys(tmp_path):
+def test_only_files_inside_the_folder_belong_to_the_gallery(tmp_path):
     folder = tmp_path / "images"
     (folder / "0").mkdir(parents=True)
     names = ("0/0.png", "0/../../secret.png", str(tmp_path / "secret.png"), "0/gone.png")
@@ -97,18 +97,18 @@ def test_only_files_inside_the_folder_are_the_gallerys(tmp_path):
         index.build(images, folder=str(folder))
 
 
-def test_another_network_is_told():
+def test_another_network_is_rejected():
     images = embeddings(30)
     gallery, _ = index.build(images)
     gallery.check_network(images.embeddings[:1] * 3)
     for other in (images.embeddings[1:2], images.embeddings[:1, :8]):
-        with pytest.raises(ValueError, match=r"embeds 0/0\.png otherwise"):
+        with pytest.raises(ValueError, match=r"embedding of 0/0\.png differs"):
             gallery.check_network(other)
     with pytest.raises(ValueError, match="have 8 dimensions, the index's 16"):
         gallery.nearest(images.embeddings[:1, :8], 3)
 
 
-def test_what_cannot_be_indexed():
+def test_invalid_embeddings_are_rejected():
     images = embeddings(3)
     with pytest.raises(ValueError, match="no embeddings to index"):
         index.build(images._replace(embeddings=np.zeros((0, 4), np.float32)))
@@ -126,21 +126,21 @@ def saved(tmp_path):
     return folder
 
 
-def test_an_index_is_not_overwritten(saved):
+def test_index_is_not_overwritten(saved):
     with pytest.raises(FileExistsError, match="remove it, or choose another --out"):
         index.save(index.build(embeddings(3))[0], saved)
     assert len(index.load(saved).names) == 20
     assert list(saved.parent.iterdir()) == [saved]
 
 
-@pytest.mark.parametrize("file", [index.VECTORS, index.IMAGES])
-def test_a_missing_index_is_told(saved, file):
+@pytest.mark.parametrize("file", [index.VECTORS, index.METADATA])
+def test_missing_index_is_rejected(saved, file):
     (saved / file).unlink()
     with pytest.raises(FileNotFoundError, match=f"no index: there is no .*{file}"):
         index.load(saved)
 
 
-def cut(path):
+def truncate(path):
     path.write_bytes(path.read_bytes()[:-9])
 
 
@@ -150,10 +150,10 @@ def flip(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [cut, flip])
-def test_damaged_vectors_are_told(saved, damage):
+@pytest.mark.parametrize("damage", [truncate, flip])
+def test_damaged_vectors_are_rejected(saved, damage):
     damage(saved / index.VECTORS)
-    with pytest.raises(ValueError, match="damaged .*not as it was written.*make it again"):
+    with pytest.raises(ValueError, match="damaged .*checksum of .* differs.*build it again"):
         index.load(saved)
 
 
@@ -168,16 +168,16 @@ def test_damaged_vectors_are_told(saved, damage):
         {"more": 1},
     ],
 )
-def test_a_damaged_list_of_images_is_told(saved, changes):
-    about = json.loads((saved / index.IMAGES).read_text()) | changes
-    (saved / index.IMAGES).write_text(
-        json.dumps({name: value for name, value in about.items() if value is not ...})
+def test_damaged_list_of_images_is_rejected(saved, changes):
+    metadata = json.loads((saved / index.METADATA).read_text()) | changes
+    (saved / index.METADATA).write_text(
+        json.dumps({name: value for name, value in metadata.items() if value is not ...})
     )
     with pytest.raises(ValueError, match="is damaged"):
         index.load(saved)
 
 
-def test_a_list_of_images_that_was_cut_short_is_told(saved):
-    cut(saved / index.IMAGES)
+def test_truncated_list_of_images_is_rejected(saved):
+    truncate(saved / index.METADATA)
     with pytest.raises(ValueError, match="is damaged"):
         index.load(saved)

@@ -21,7 +21,7 @@ def png(colour, size=8):
 
 
 def colour_of(image, name="image"):
-    """A network that sees nothing but the mean colour."""
+    """Embeds an image as its mean colour."""
     return data.decode(image, name).mean((0, 1), dtype=np.float32)[None]
 
 
@@ -34,7 +34,7 @@ def make_gallery(folder):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_bytes(png(colour))
     (folder / "secret.txt").write_text("secret")
-    names.append("secret.txt")  # In the index, but no image.
+    names.append("secret.txt")  # In the index, but not an image.
     vectors = np.array([*COLOURS.values(), (100, 100, 100)], np.float32)
     images = Embeddings(vectors, np.arange(4), tuple(names), (*COLOURS, "grey"))
     return index.build(images, folder=str(folder))[0]
@@ -47,50 +47,50 @@ def gallery(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def port(gallery):
-    serving = server.make_server(gallery, colour_of, host="127.0.0.1", port=0, neighbours=3)
-    thread = threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.02})
+    running = server.make_server(gallery, colour_of, host="127.0.0.1", port=0, neighbours=3)
+    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    yield serving.server_address[1]
-    serving.shutdown()
+    yield running.server_address[1]
+    running.shutdown()
     thread.join()
-    serving.server_close()
+    running.server_close()
 
 
-def ask(port, method, path, body=None, **headers):
+def request(port, method, path, body=None, **headers):
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     with contextlib.closing(connection):
         connection.request(method, path, body, named)
-        answer = connection.getresponse()
-        return answer, answer.read()
+        response = connection.getresponse()
+        return response, response.read()
 
 
 def search(port, image, **headers):
-    return ask(port, "POST", "/search", image, **{"Content_Type": "image/png"} | headers)
+    return request(port, "POST", "/search", image, **{"Content_Type": "image/png"} | headers)
 
 
-def test_the_page_allows_its_own_script_alone(port):
-    answer, content = ask(port, "GET", "/")
-    assert answer.status == 200
+def test_page_allows_only_its_own_script(port):
+    response, content = request(port, "GET", "/")
+    assert response.status == 200
     assert "4 images, flat index (exact)" in content.decode()
-    policy = answer.headers["Content-Security-Policy"]
+    policy = response.headers["Content-Security-Policy"]
     assert f"script-src 'sha256-{html.SCRIPT_HASH}'" in policy
     assert "default-src 'none'" in policy
     (script,) = re.findall("<script>(.*?)</script>", content.decode(), re.DOTALL)
     assert script == html.SCRIPT
-    assert "Python" not in answer.headers["Server"]
+    assert "Python" not in response.headers["Server"]
 
 
-def test_an_image_finds_its_neighbours(port):
-    answer, content = search(port, png((20, 30, 240)))
-    assert answer.status == 200
+def test_image_query_returns_its_neighbours(port):
+    response, content = search(port, png((20, 30, 240)))
+    assert response.status == 200
     shown = content.decode()
     assert re.findall('src="([^"]*)"', shown) == ["/thumbnail/2", "/thumbnail/3", "/thumbnail/1"]
     assert "blue &lt;b&gt;" in shown and "blue <b>/" not in shown
-    answer, picture = ask(port, "GET", "/thumbnail/2")
-    assert (answer.status, answer.headers["Content-Type"]) == (200, "image/jpeg")
-    assert colour_of(picture)[0].argmax() == 2
-    assert ask(port, "GET", "/image/2")[0].status == 200
+    response, image = request(port, "GET", "/thumbnail/2")
+    assert (response.status, response.headers["Content-Type"]) == (200, "image/jpeg")
+    assert colour_of(image)[0].argmax() == 2
+    assert request(port, "GET", "/image/2")[0].status == 200
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_an_image_finds_its_neighbours(port):
         "/secret.txt",
         "/red/red.png",
         "/thumbnail/secret.txt",
-        "/thumbnail/3",  # It is in the index, but no image.
+        "/thumbnail/3",  # It is in the index, but not an image.
         "/thumbnail/4",
         "/thumbnail/-1",
         "/thumbnail/01",
@@ -113,62 +113,62 @@ def test_an_image_finds_its_neighbours(port):
         "/thumbnail/0?",
     ],
 )
-def test_nothing_else_is_served(port, path):
-    answer, content = ask(port, "GET", path)
-    assert (answer.status, content) == (404, b"there is no such page")
+def test_no_other_file_is_served(port, path):
+    response, content = request(port, "GET", path)
+    assert (response.status, content) == (404, b"there is no such page")
 
 
-def test_a_page_that_takes_no_images(port):
-    assert ask(port, "POST", "/", png("red"), Content_Type="image/png")[0].status == 404
-    assert ask(port, "PUT", "/search", png("red"))[0].status == 501
+def test_other_paths_accept_no_images(port):
+    assert request(port, "POST", "/", png("red"), Content_Type="image/png")[0].status == 404
+    assert request(port, "PUT", "/search", png("red"))[0].status == 501
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/octet-stream", ""])
-def test_what_is_not_said_to_be_an_image_is_refused(port, kind):
-    answer, content = search(port, png("red"), Content_Type=kind)
-    assert (answer.status, content) == (415, b"only images are searched for")
+def test_other_content_types_are_rejected(port, kind):
+    response, content = search(port, png("red"), Content_Type=kind)
+    assert (response.status, content) == (415, b"only images are accepted")
 
 
 @pytest.mark.parametrize("image", [b"", b"%!PS-Adobe-3.0 EPSF-3.0", png("red", 64)[:60]])
-def test_what_is_no_image_is_refused(port, image):
-    answer, content = search(port, image)
-    assert answer.status == 415
+def test_upload_that_is_not_an_image_is_rejected(port, image):
+    response, content = search(port, image)
+    assert response.status == 415
     assert b"image" in content
-    assert search(port, png("red"))[0].status == 200  # It goes on.
+    assert search(port, png("red"))[0].status == 200  # The server still works.
 
 
-def test_an_upload_is_refused_by_what_it_says_of_its_size(port):
-    answer, content = search(port, b"", Content_Length=str(html.MOST_BYTES + 1))
-    assert (answer.status, content) == (413, b"images of up to 20 MB are searched for")
-    assert answer.headers["Connection"] == "close"
+def test_upload_is_rejected_by_its_declared_size(port):
+    response, content = search(port, b"", Content_Length=str(html.MAX_UPLOAD_BYTES + 1))
+    assert (response.status, content) == (413, b"images of up to 20 MB are accepted")
+    assert response.headers["Connection"] == "close"
     for length in ("-1", "1e3", "x"):
         assert search(port, b"", Content_Length=length)[0].status == 411
-    # Chunks of unknown number; the answer comes before the first.
+    # The response to a chunked request comes before its first chunk.
     assert search(port, b"", Transfer_Encoding="chunked")[0].status == 411
 
 
 @pytest.mark.parametrize(
     "host, status", [("localhost:9", 200), ("[::1]", 200), ("evil.example:80", 403), ("", 403)]
 )
-def test_other_sites_names_for_this_machine_are_refused(port, host, status):
-    assert ask(port, "GET", "/", Host=host)[0].status == status
+def test_other_host_names_are_rejected(port, host, status):
+    assert request(port, "GET", "/", Host=host)[0].status == status
 
 
-def test_a_port_that_is_taken_is_told(port, gallery):
-    with pytest.raises(OSError, match=f"cannot listen at 127.0.0.1, port {port}"):
+def test_port_in_use_is_named_in_the_error(port, gallery):
+    with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1, port {port}"):
         server.make_server(gallery, colour_of, host="127.0.0.1", port=port, neighbours=3)
 
 
-def test_a_contact_sheet_is_whole_without_any_other_file(gallery):
+def test_contact_sheet_is_self_contained(gallery):
     image = png((20, 30, 240))
     found = gallery.nearest(colour_of(image), 3)
-    made = html.sheet(gallery, [("que<ry>.png", image, found)])
-    sources = re.findall('src="([^"]*)"', made)
-    assert len(sources) == 3  # The query, and two of three neighbours: the last is no image.
+    page = html.sheet(gallery, [("que<ry>.png", image, found)])
+    sources = re.findall('src="([^"]*)"', page)
+    assert len(sources) == 3  # The query and two of three neighbours; the last is not an image.
     assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
-    assert made.count("no picture") == 1
-    assert "que&lt;ry&gt;.png" in made and "<ry>" not in made
-    assert "http" not in made and "<script" not in made
+    assert page.count("no picture") == 1
+    assert "que&lt;ry&gt;.png" in page and "<ry>" not in page
+    assert "http" not in page and "<script" not in page
 
 
 DROP = """
@@ -188,7 +188,7 @@ DROP = """
 
 @chromium.needed
 @pytest.mark.parametrize(("width", "touch"), [(1280, False), (390, True)])
-def test_an_image_is_dropped_on_the_page(port, tmp_path, width, touch):
+def test_image_dropped_on_the_page(port, tmp_path, width, touch):
     with chromium.Page(tmp_path / "profile", width=width, touch=touch) as browser:
         browser.open(f"http://127.0.0.1:{port}/", ready="document.readyState === 'complete'")
         browser.get(DROP)
@@ -199,4 +199,4 @@ def test_an_image_is_dropped_on_the_page(port, tmp_path, width, touch):
         assert browser.get(f"{pictures}.filter(x => x.naturalWidth > 0).length") == 2
         assert browser.get("document.documentElement.scrollWidth") <= width
         (problem,) = browser.problems
-        assert "404" in problem  # The third neighbour is no image.
+        assert "404" in problem  # The third neighbour is not an image.

@@ -68,7 +68,7 @@ def roots(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "create", few)
-        patch.setattr(splits, "_inspected", lambda sources: data.InspectionReport({}, {}))
+        patch.setattr(splits, "_inspect_once", lambda sources: data.InspectionReport({}, {}))
         # Variants of equal shape compile once for all files, and not for long.
         jax.config.update("jax_disable_most_optimizations", True)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -428,7 +428,10 @@ BAD = {
     "data.name": ("cifar", "config.data.name is 'cifar'; choose one of folder, glyphs, .*inshop"),
     "data.root": ("letters", "config.data.root is 'letters', but glyphs comes with its images"),
     "data.resize": (16, "config.data.resize is 16; it must be at least config.data.image_size, 32"),
-    "data.augmentation.crop_scale": ((0.9, 0.5), r"crop_scale is \(0.9, 0.5\); .* least and most"),
+    "data.augmentation.crop_scale": (
+        (0.9, 0.5),
+        r"crop_scale is \(0.9, 0.5\); .* a minimum and a maximum",
+    ),
     "data.cache": ("gpu", "config.data.cache is 'gpu'; choose one of none, host, device"),
     "data.cache_size": (0, "config.data.cache_size is 0; it must be an integer from 1 to"),
     "model.channels": ("RGB", "config.model.channels is 'RGB'; choose one of rgb, bgr, or None"),

@@ -1,4 +1,7 @@
-"""Archives: downloaded whole or not at all, unpacked nowhere but where they should be."""
+"""Download and safe unpacking of archives.
+
+Downloads are atomic and verified by checksum. Unpacking never writes outside the target directory.
+"""
 
 import errno
 import gzip
@@ -20,23 +23,23 @@ from dml_jax._utils import files
 from dml_jax.data import records
 
 SUFFIXES = (".zip", ".tgz", ".tar.gz", ".tar")
-"""What the names of archives end in, in lower case."""
+"""Extensions of archives, in lower case."""
 
-# An OSError is gzip's, a RuntimeError a zip's that needs a password.
-_BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
+# gzip raises OSError, and a zip file that needs a password RuntimeError.
+_UNPACK_ERRORS = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 _CHUNK = 1 << 20
-_RATIO = 100  # No archive of images unpacks to as many times its size; one of zeros does.
-_HARMLESS = 1 << 28  # Bytes that may be unpacked in any case.
-_TIMEOUT = 60  # Seconds without a byte.
+_MAX_RATIO = 100  # Unpacked over packed size; images compress far less, decompression bombs more.
+_ALWAYS_ALLOWED = 1 << 28  # Bytes that may be unpacked whatever the ratio.
+_TIMEOUT = 60  # Seconds without data.
 
 
 class Address(NamedTuple):
-    """Where an archive is published.
+    """The address of a published archive.
 
     Attributes:
-        url: its address (https or ftp).
-        file_name: what to store it as.
-        sha256: checksum, in hexadecimal.
+        url: its URL (https or ftp).
+        file_name: name of the downloaded file.
+        sha256: its checksum, in hexadecimal.
     """
 
     url: str
@@ -45,19 +48,21 @@ class Address(NamedTuple):
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a path is a file named like an archive."""
+    """Returns whether a path is a file named like an archive."""
     return path.is_file() and path.name.lower().endswith(SUFFIXES)
 
 
 def download(address: Address, directory: Path, progress: Progress) -> Path:
-    """Downloads an archive into a directory, from its beginning, unless it is already there.
+    """Downloads an archive to a directory unless it is already there.
+
+    An interrupted download starts over.
 
     Returns:
-        Where it is.
+        The path of the archive.
 
     Raises:
         OSError: the address cannot be read, or the connection broke.
-        ValueError: what came is not what was published.
+        ValueError: the checksum differs from the published one.
     """
     path = directory / address.file_name
     if path.exists():
@@ -80,26 +85,25 @@ def download(address: Address, directory: Path, progress: Progress) -> Path:
                 raise OSError(f"the connection ended after {part.stat().st_size} of {size} bytes")
             if digest.hexdigest() != address.sha256:
                 raise ValueError(
-                    f"what {address.url} sent is not what was published: its SHA-256 is "
-                    f"{digest.hexdigest()}, not {address.sha256}; it is in {part}"
+                    f"{address.url} is not the published file: its SHA-256 is "
+                    f"{digest.hexdigest()}, not {address.sha256}; the download is kept in {part}"
                 )
     except (OSError, EOFError, http.client.HTTPException) as error:  # EOFError is ftplib's.
         raise OSError(
             f"cannot download {address.url} ({error}); run the same command again, which starts "
-            f"over, or put the file from elsewhere at {path}"
+            f"over, or copy the file to {path}"
         ) from error
     return path
 
 
 def unpack(archive: Path, directory: Path, progress: Progress) -> None:
-    """Unpacks an archive's files and directories into a directory.
+    """Unpacks the files and directories of an archive to a directory.
 
-    Everything is looked at before anything is written.
+    All members are checked before any is written.
 
     Raises:
-        ValueError: the archive is broken; or a member is a link, a device or the like, or would
-            lie outside the directory; or it would unpack to far more than images do, or to more
-            than there is room for.
+        ValueError: the archive is damaged; a member is a link or a device, or lies outside the
+            directory; or the unpacked size is implausible for images or exceeds the free space.
     """
     directory.mkdir(parents=True, exist_ok=True)
     try:
@@ -107,9 +111,9 @@ def unpack(archive: Path, directory: Path, progress: Progress) -> None:
             _unpack_zip(archive, directory, progress)
         else:
             _unpack_tar(archive, directory, progress)
-    except _BROKEN as error:
+    except _UNPACK_ERRORS as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise  # The disk's fault. EINVAL is the archive's, which sends its reader nowhere.
+            raise  # An error of the disk. EINVAL comes from a damaged archive with invalid offsets.
         raise ValueError(f"{archive} cannot be unpacked ({error}); get it again") from error
 
 
@@ -117,10 +121,10 @@ def _unpack_zip(archive: Path, directory: Path, progress: Progress) -> None:
     with zipfile.ZipFile(archive) as file:
         members = file.infolist()
         for member in members:
-            # The upper half holds the mode where the archive was made on a Unix, else zero.
+            # The upper half holds the file mode if the archive was made on Unix, else zero.
             kind = stat.S_IFMT(member.external_attr >> 16)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise _refusal(archive, member.filename, "is a link or a device")
+                raise _rejection(archive, member.filename, "is a link or a device")
             _check_path(archive, member.filename)
         _check_size(archive, sum(member.file_size for member in members), directory)
         for member in progress.track(members, description=f"unpack {archive.name}"):
@@ -134,61 +138,62 @@ def _unpack_zip(archive: Path, directory: Path, progress: Progress) -> None:
 
 
 def _unpack_tar(archive: Path, directory: Path, progress: Progress) -> None:
-    with _Bounded(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as file:
+    with _BoundedReader(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as file:
         members = file.getmembers()
         _check_size(archive, sum(member.size for member in members), directory)
         for member in members:
             if not (member.isreg() or member.isdir()):
-                raise _refusal(archive, member.name, "is a link or a device")
+                raise _rejection(archive, member.name, "is a link or a device")
             _check_path(archive, member.name)
         for member in progress.track(members, description=f"unpack {archive.name}"):
             file.extract(member, directory, filter="data")
 
 
-class _Bounded(io.BufferedReader):
-    """A tar file, compressed or not, that is read no further than an archive may be long.
+class _BoundedReader(io.BufferedReader):
+    """Reader of a tar file, compressed or not, that raises beyond the maximum unpacked size.
 
-    Its list of members is known only when all of it is read, and its headers are read into memory.
+    The members of a tar file are known only after reading all of it, and tarfile reads its headers
+    into memory.
     """
 
     def __init__(self, archive: Path):
         with archive.open("rb") as file:
-            is_packed = file.read(2) == b"\x1f\x8b"
-        super().__init__(gzip.GzipFile(archive) if is_packed else io.FileIO(archive))
+            is_compressed = file.read(2) == b"\x1f\x8b"
+        super().__init__(gzip.GzipFile(archive) if is_compressed else io.FileIO(archive))
         self._archive = archive
 
     def read(self, size: int | None = -1, /) -> bytes:
         end = self.tell() + (size or 0)
-        if end > _most(self._archive):
+        if end > _max_size(self._archive):
             raise _too_large(self._archive, end)
         return super().read(size)
 
 
-def _most(archive: Path) -> int:
-    return max(_HARMLESS, _RATIO * archive.stat().st_size)
+def _max_size(archive: Path) -> int:
+    return max(_ALWAYS_ALLOWED, _MAX_RATIO * archive.stat().st_size)
 
 
 def _too_large(archive: Path, size: int) -> ValueError:
     return ValueError(
-        f"{archive} is not unpacked: its {archive.stat().st_size} bytes become {size} or more, as "
-        "no images do"
+        f"{archive} is not unpacked: its {archive.stat().st_size} bytes become {size} or more, "
+        "which is implausible for images"
     )
 
 
 def _check_size(archive: Path, size: int, directory: Path) -> None:
-    if size > _most(archive):
+    if size > _max_size(archive):
         raise _too_large(archive, size)
     if size > (free := shutil.disk_usage(directory).free):
         raise ValueError(
-            f"{archive} unpacks to {size} bytes, but {directory} has room for {free}; make room, "
+            f"{archive} unpacks to {size} bytes, but {directory} has {free} free; free some space, "
             "or choose another --out"
         )
 
 
 def _check_path(archive: Path, name: str) -> None:
-    if records.leads_elsewhere(name):
-        raise _refusal(archive, name, "would lie outside the directory it is unpacked into")
+    if records.escapes_directory(name):
+        raise _rejection(archive, name, "would lie outside the directory it is unpacked to")
 
 
-def _refusal(archive: Path, name: str, why: str) -> ValueError:
-    return ValueError(f"{archive} is not unpacked: {name!r} in it {why}")
+def _rejection(archive: Path, name: str, reason: str) -> ValueError:
+    return ValueError(f"{archive} is not unpacked: {name!r} in it {reason}")

@@ -1,6 +1,6 @@
-"""How each public data set lies on people's disks: which image has which class and split.
+"""Directory layouts of the public data sets: the class and the split of each image.
 
-A layout is a function of a directory. It reads lists, annotations and names of files, no images.
+A layout is a function of a directory. It reads lists, annotations and file names, but no images.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -9,28 +9,30 @@ from typing import Any, NamedTuple, Protocol
 
 import scipy.io
 
-from dml_jax.data import records, sources
+from dml_jax.data import records
 from dml_jax.data.prepare import tfds_copy
+from dml_jax.data.sources import folder as folder_source
+from dml_jax.data.sources.folder import visible_entries
 
 
 class ImageFile(Protocol):
-    """An encoded image: a path, or a place in a larger file."""
+    """An encoded image: a path, or a part of a larger file."""
 
     def is_file(self) -> bool:
-        """Whether it exists."""
+        """Returns whether the image exists."""
 
     def read_bytes(self) -> bytes:
-        """The encoded image."""
+        """Returns the encoded image."""
 
 
-class Picture(NamedTuple):
-    """An image of a data set.
+class ImageEntry(NamedTuple):
+    """An image that a data set lists.
 
     Attributes:
-        split: "train", "test" or "gallery".
+        split: "train", "test" or "gallery"; empty if it is not decided yet.
         class_name: its class.
-        name: what to call it, unique in its split.
-        file: where it is, or should be.
+        name: its name, unique in its split.
+        file: its file, which may be missing.
     """
 
     split: str
@@ -40,18 +42,18 @@ class Picture(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """A data set: its classes in order, and its pictures."""
+    """A listed data set: its classes in order, and its images."""
 
     class_names: tuple[str, ...]
-    pictures: list[Picture]
+    entries: list[ImageEntry]
 
 
 def read(layout: Callable[[Path], Contents], source: Path) -> Contents:
-    """Lists what a directory holds, whatever its lists and annotations may hold.
+    """Lists the images of a directory; any damage to its lists raises one of two errors.
 
     Raises:
         OSError: a file is missing, or cannot be read.
-        ValueError: a list or annotation is damaged, or they do not fit each other.
+        ValueError: a list or annotation is damaged, or two of them contradict each other.
     """
     try:
         return layout(source)
@@ -59,218 +61,226 @@ def read(layout: Callable[[Path], Contents], source: Path) -> Contents:
         raise
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    except Exception as error:  # Lists that refer to what other lists do not have.
+    except Exception as error:  # Such as a KeyError, if an entry of another list is missing.
         raise ValueError(
-            f"{source}: its lists are damaged, or do not fit each other ({error!r})"
+            f"{source}: its lists are damaged, or contradict each other ({error!r})"
         ) from error
 
 
 def cars196(source: Path) -> Contents:
-    """CARS196; the first half of its classes trains, the second tests.
+    """Lists CARS196; the first half of the classes is for training, the second for testing.
 
-    In any of five layouts:
+    Reads any of five layouts:
 
     - `cars_annos.mat` and `car_ims/`;
     - `cars_train/`, `cars_test/` and the devkit, with `cars_test_annos_withlabels.mat` in it or
       beside it;
-    - `train/CLASS/*` and `test/CLASS/*`, both with all classes, whose order is that of their names
-      (not the official order, but its halves are the same) or numbers;
-    - the same with no class in both, as the official programs prepare it: split already;
+    - `train/CLASS/*` and `test/CLASS/*`, each with all classes, ordered by their names (which is
+      not the official order, but has the same halves) or numbers;
+    - the same with disjoint classes, as the official programs write it, which is already split;
     - a copy by TensorFlow Datasets, as ArrayRecord or TFRecord files.
 
     Raises:
-        FileNotFoundError: there is none of them, or the test images' labels are missing.
+        FileNotFoundError: none of them is found, or the labels of the test images are missing.
     """
     annotated, root = _find(source, "cars_annos.mat"), _find(source, "car_ims/*.jpg")
     if annotated and root:
         path = annotated / "cars_annos.mat"
         class_names = tuple(map(str, _matlab(path, "class_names")))
         files = [(str(a["relative_im_path"]), a["class"]) for a in _matlab(path, "annotations")]
-        pictures = [Picture("", class_names[k - 1], name, _inside(root, name)) for name, k in files]
-        return _halves(Contents(class_names, pictures))
+        entries = [
+            ImageEntry("", class_names[k - 1], name, _inside(root, name)) for name, k in files
+        ]
+        return _split_in_halves(Contents(class_names, entries))
     if devkit := _find(source, "cars_train_annos.mat"):
-        return _halves(_cars196_devkit(source, devkit))
+        return _split_in_halves(_list_cars196_devkit(source, devkit))
     if root := _find(source, "dataset_info.json"):
-        return _halves(_copied(root))
+        return _split_in_halves(_list_tfds_copy(root))
     others = "cars_annos.mat with car_ims/, cars_train_annos.mat, dataset_info.json (of TFDS)"
-    tree = _tree(_need(source, "train/*/*", others))
+    tree = _list_tree(_find_or_raise(source, "train/*/*", others))
     train, test = (
-        {picture.class_name for picture in tree.pictures if picture.split == split}
+        {entry.class_name for entry in tree.entries if entry.split == split}
         for split in ("train", "test")
     )
-    return _halves(tree) if train & test else tree
+    return _split_in_halves(tree) if train & test else tree
 
 
-def _cars196_devkit(source: Path, devkit: Path) -> Contents:
+def _list_cars196_devkit(source: Path, devkit: Path) -> Contents:
     labelled = "cars_test_annos_withlabels*.mat"  # On Kaggle it has " (1)" in its name.
     directory = _find(source, labelled)
     if directory is None:
         raise FileNotFoundError(
-            f"{source} has no cars_test_annos_withlabels.mat. The list of test images that comes "
-            "in the devkit has no labels; that file, which was published beside it, has them"
+            f"{source} has no cars_test_annos_withlabels.mat. The list of test images in the "
+            "devkit has no labels; that file, which was published beside the devkit, has them"
         )
     class_names = tuple(map(str, _matlab(devkit / "cars_meta.mat", "class_names")))
-    pictures = []
+    entries = []
     for folder, annotations in (
         ("cars_train", devkit / "cars_train_annos.mat"),
         ("cars_test", next(directory.glob(labelled))),
     ):
-        root = _need(source, f"{folder}/*.jpg")
+        root = _find_or_raise(source, f"{folder}/*.jpg")
         for annotation in _matlab(annotations, "annotations"):
             name = f"{folder}/{annotation['fname']}"
             file = _inside(root, name)
-            pictures.append(Picture("", class_names[annotation["class"] - 1], name, file))
-    return Contents(class_names, pictures)
+            entries.append(ImageEntry("", class_names[annotation["class"] - 1], name, file))
+    return Contents(class_names, entries)
 
 
 def cub200(source: Path) -> Contents:
-    """CUB-200-2011, the official tree or a copy by TFDS; its first half of classes trains.
+    """Lists CUB-200-2011, from the official archive or a copy by TFDS.
+
+    The first half of the classes is for training, the second for testing.
 
     Raises:
         FileNotFoundError: the source holds neither.
     """
     if copy := _find(source, "dataset_info.json"):
-        return _halves(_copied(copy))
-    root = _need(source, "images.txt", "dataset_info.json (of TFDS)")
+        return _split_in_halves(_list_tfds_copy(copy))
+    root = _find_or_raise(source, "images.txt", "dataset_info.json (of TFDS)")
     classes = dict(_rows(root / "classes.txt", 2))
     labels = dict(_rows(root / "image_class_labels.txt", 2))
-    pictures = [
-        Picture("", classes[labels[number]], name, _inside(root / "images", name))
+    entries = [
+        ImageEntry("", classes[labels[number]], name, _inside(root / "images", name))
         for number, name in _rows(root / "images.txt", 2)
     ]
-    return _halves(Contents(tuple(classes.values()), pictures))
+    return _split_in_halves(Contents(tuple(classes.values()), entries))
 
 
 def sop(source: Path) -> Contents:
-    """Stanford Online Products, split by `Ebay_train.txt` and `Ebay_test.txt`.
+    """Lists Stanford Online Products, split by `Ebay_train.txt` and `Ebay_test.txt`.
 
     Raises:
-        FileNotFoundError: the source does not hold them.
+        FileNotFoundError: the source does not hold these files.
     """
-    root = _need(source, "Ebay_train.txt")
-    pictures = [
-        Picture(split, class_id, name, _inside(root, name))
+    root = _find_or_raise(source, "Ebay_train.txt")
+    entries = [
+        ImageEntry(split, class_id, name, _inside(root, name))
         for split in ("train", "test")
         for _, class_id, _, name in _rows(root / f"Ebay_{split}.txt", 4, header=1)
     ]
-    return Contents(_in_order(sorted((p.class_name for p in pictures), key=int)), pictures)
+    return Contents(_unique(sorted((entry.class_name for entry in entries), key=int)), entries)
 
 
 def inshop(source: Path) -> Contents:
-    """In-Shop Clothes Retrieval, split by `list_eval_partition.txt`; "test" are the queries.
+    """Lists In-Shop Clothes Retrieval, split by `list_eval_partition.txt`; "test" has the queries.
 
     Raises:
         FileNotFoundError: the source does not hold that file, or no `img/` beside or near it.
         ValueError: the file names an unknown split.
     """
-    partition = _need(source, "list_eval_partition.txt") / "list_eval_partition.txt"
-    root = _need(source, "img/*")
+    partition = _find_or_raise(source, "list_eval_partition.txt") / "list_eval_partition.txt"
+    root = _find_or_raise(source, "img/*")
     splits = {"train": "train", "query": "test", "gallery": "gallery"}
-    pictures = []
+    entries = []
     for name, item, split in _rows(partition, 3, header=2):
         if split not in splits:
             raise ValueError(f"{partition}: {name} is in a split {split!r}, not in {list(splits)}")
-        pictures.append(Picture(splits[split], item, name, _inside(root, name)))
-    return Contents(_in_order(sorted(p.class_name for p in pictures)), pictures)
+        entries.append(ImageEntry(splits[split], item, name, _inside(root, name)))
+    return Contents(_unique(sorted(entry.class_name for entry in entries)), entries)
 
 
 def omniglot(source: Path) -> Contents:
-    """Omniglot's small sets; a class is a character of an alphabet.
+    """Lists the small sets of Omniglot; a class is a character of an alphabet.
 
-    The first small set trains. The second tests, without the alphabets that are in the first too.
-    They are `images_background_small1/` and `..2/`, or splits of a copy by TFDS.
+    The first small set is for training. The second is for testing, without the alphabets that the
+    first contains too. They are `images_background_small1/` and `images_background_small2/`, or
+    splits of a copy by TFDS.
 
     Raises:
         FileNotFoundError: the source holds neither.
     """
     if copy := _find(source, "dataset_info.json"):
-        small = [_copied(copy, split) for split in ("small1", "small2")]
+        small = [_list_tfds_copy(copy, split) for split in ("small1", "small2")]
     else:
         small = [
-            _characters(_need(source, f"{name}/*/character*", "dataset_info.json (of TFDS)") / name)
+            _list_characters(source, name)
             for name in ("images_background_small1", "images_background_small2")
         ]
-    train, test = (contents.pictures for contents in small)
-    seen = {_alphabet(picture) for picture in train}
-    pictures = [
-        *(picture._replace(split="train") for picture in train),
-        *(picture._replace(split="test") for picture in test if _alphabet(picture) not in seen),
+    train, test = (contents.entries for contents in small)
+    seen = {_alphabet(entry) for entry in train}
+    entries = [
+        *(entry._replace(split="train") for entry in train),
+        *(entry._replace(split="test") for entry in test if _alphabet(entry) not in seen),
     ]
-    return Contents(_in_order(picture.class_name for picture in pictures), pictures)
+    return Contents(_unique(entry.class_name for entry in entries), entries)
 
 
-def _characters(root: Path) -> Contents:
-    pictures = [
-        Picture("", f"{alphabet.name}_{character.name}", str(path.relative_to(root.parent)), path)
-        for alphabet in sources.visible(root)
-        for character in sources.visible(alphabet)
-        for path in sources.visible(character)
+def _list_characters(source: Path, name: str) -> Contents:
+    """Lists one of the small sets, in `name`/ALPHABET/CHARACTER/*."""
+    directory = _find_or_raise(source, f"{name}/*/character*", "dataset_info.json (of TFDS)")
+    entries = [
+        ImageEntry("", f"{alphabet.name}_{character.name}", str(path.relative_to(directory)), path)
+        for alphabet in visible_entries(directory / name)
+        for character in visible_entries(alphabet)
+        for path in visible_entries(character)
     ]
-    return Contents((), pictures)
+    return Contents((), entries)
 
 
-def _alphabet(picture: Picture) -> str:
-    return picture.class_name.rpartition("_")[0]
+def _alphabet(entry: ImageEntry) -> str:
+    return entry.class_name.rpartition("_")[0]
 
 
 def folder(source: Path) -> Contents:
-    """Any images: `train/CLASS/*` and `test/CLASS/*`.
+    """Lists images in `train/CLASS/*` and `test/CLASS/*`.
 
     Raises:
         FileNotFoundError: the source holds no such directories.
-        ValueError: a class directory is empty, or holds something that is not an image.
+        ValueError: a class directory is empty, or holds a file that is not named like an image.
     """
-    return _tree(_need(source, "train/*/*"))
+    return _list_tree(_find_or_raise(source, "train/*/*"))
 
 
-def _tree(root: Path) -> Contents:
-    pictures = [
-        Picture(split, images.class_names[label], name, root / name)
-        for split, images in sources.create("folder", root=root).items()
-        for label, name in zip(images.labels.tolist(), images.names, strict=True)
+def _list_tree(root: Path) -> Contents:
+    entries = [
+        ImageEntry(split, source.class_names[label], name, root / name)
+        for split, source in folder_source.load(root).items()
+        for label, name in zip(source.labels.tolist(), source.names, strict=True)
     ]
-    names = {picture.class_name for picture in pictures}
-    numbered = all(name.isdecimal() for name in names)
-    return Contents(tuple(sorted(names, key=int if numbered else str)), pictures)
+    names = {entry.class_name for entry in entries}
+    are_numbers = all(name.isdecimal() for name in names)
+    return Contents(tuple(sorted(names, key=int if are_numbers else str)), entries)
 
 
-def _copied(directory: Path, *splits: str) -> Contents:
-    """Some splits, or all, of a TFDS data set."""
+def _list_tfds_copy(directory: Path, *splits: str) -> Contents:
+    """Lists the named splits, or all, of a TFDS data set."""
     class_names, examples = tfds_copy.read(directory, splits)
-    return Contents(class_names, [Picture(*example) for example in examples])
+    return Contents(class_names, [ImageEntry(*example) for example in examples])
 
 
-def _halves(contents: Contents) -> Contents:
-    """The data set with the first half of its classes for training, the second for testing."""
+def _split_in_halves(contents: Contents) -> Contents:
+    """Assigns the first half of the classes to training, the second to testing."""
     train = set(contents.class_names[: len(contents.class_names) // 2])
     return contents._replace(
-        pictures=[
-            picture._replace(split="train" if picture.class_name in train else "test")
-            for picture in contents.pictures
+        entries=[
+            entry._replace(split="train" if entry.class_name in train else "test")
+            for entry in contents.entries
         ]
     )
 
 
-def _in_order(names: Iterable[str]) -> tuple[str, ...]:
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    """Returns the distinct names in the order of their first occurrence."""
     return tuple(dict.fromkeys(names))
 
 
 def _find(source: Path, pattern: str) -> Path | None:
-    """The directory in which a file's pattern matches: the source or one up to two levels below.
+    """Returns the directory in which a file pattern matches, at most two levels below the source.
 
-    Archives and download tools wrap what they hold into a directory, some of them into two.
+    Archives and download tools often wrap their contents in one or two directories.
     """
     level = [source]
     for _ in range(3):
         for directory in level:
             if any(True for _ in directory.glob(pattern)):
                 return directory
-        level = [path for directory in level for path in sources.visible(directory)]
+        level = [path for directory in level for path in visible_entries(directory)]
         level = [path for path in level if path.is_dir() and path.name != "__MACOSX"]
     return None
 
 
-def _need(source: Path, pattern: str, others: str = "") -> Path:
+def _find_or_raise(source: Path, pattern: str, others: str = "") -> Path:
     directory = _find(source, pattern)
     if directory is None:
         expected = f"{others} or {pattern}" if others else pattern
@@ -281,7 +291,7 @@ def _need(source: Path, pattern: str, others: str = "") -> Path:
 
 
 def _rows(path: Path, columns: int, header: int = 0) -> Iterator[list[str]]:
-    """The lines of a table, split at white space, after a header of some lines."""
+    """Yields the rows of a table, split at white space, after `header` lines."""
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         row = line.split()
         if number <= header or not row:
@@ -292,17 +302,17 @@ def _rows(path: Path, columns: int, header: int = 0) -> Iterator[list[str]]:
 
 
 def _inside(root: Path, name: str) -> Path:
-    """A file that a list names; ValueError if that would lie outside the directory."""
-    if records.leads_elsewhere(name):
+    """Returns the path of a listed file; raises ValueError if it lies outside the directory."""
+    if records.escapes_directory(name):
         raise ValueError(f"a list names {name!r}, which would lie outside {root}")
     return root / name
 
 
 def _matlab(path: Path, variable: str) -> Any:
-    """A variable of a MATLAB file; its structs are dicts, its cells and arrays are sequences."""
+    """Returns a variable of a MATLAB file; structs become dicts, cells and arrays sequences."""
     try:
         return scipy.io.loadmat(path, simplify_cells=True, variable_names=[variable])[variable]
-    except Exception as error:  # scipy's reader raises nearly anything on a broken file.
+    except Exception as error:  # scipy's reader raises nearly any exception on a damaged file.
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # The disk's fault, not the file's.
+            raise  # The file could not be read at all.
         raise ValueError(f"{path}: cannot read {variable!r} in it ({error})") from error

@@ -11,12 +11,12 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from dml_jax.data import records
 
-_HEADER = struct.Struct("<QI")  # Of a TFRecord: its length, and a checksum of that.
-_CHECKSUM = 4  # Bytes behind it.
+_HEADER = struct.Struct("<QI")  # Of a TFRecord: the length of its data, and a checksum of that.
+_CHECKSUM_SIZE = 4  # Bytes after the data.
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
+class _TFRecordExample:
     """A serialized example in a TFRecord file."""
 
     path: Path
@@ -30,7 +30,7 @@ class _Place:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Item:
+class _ArrayRecordExample:
     """A serialized example in an ArrayRecord file."""
 
     examples: ArrayRecordDataSource
@@ -44,14 +44,14 @@ class _Item:
 class CopiedImage:
     """The encoded image in an example."""
 
-    example: _Place | _Item
+    example: _TFRecordExample | _ArrayRecordExample
 
     def is_file(self) -> bool:
-        """Whether it exists: an example was there when it was listed."""
+        """Returns True: the example existed when it was listed."""
         return True
 
     def read_bytes(self) -> bytes:
-        """The encoded image."""
+        """Returns the encoded image."""
         return records.bytes_feature(self.example.read(), "image")
 
 
@@ -61,14 +61,14 @@ def read(
     """Lists the images of a TFDS data set with a feature "label".
 
     Args:
-        directory: of the data set, where its `dataset_info.json` is.
-        splits: the splits to list; all of them if none is named.
+        directory: the directory of the data set, with its `dataset_info.json`.
+        splits: the splits to list; all if none is named.
 
     Returns:
-        The names of all classes, and each image's split, class, name and place.
+        The names of all classes, and the split, class, name and file of each image.
 
     Raises:
-        ValueError: there is no such split, or the files are of another kind.
+        ValueError: there is no such split, or the files have another format.
     """
     info = tfds.builder_from_directory(directory).info
     class_names = tuple(info.features["label"].names)
@@ -76,32 +76,33 @@ def read(
     for split in splits or info.splits:
         if split not in info.splits:
             raise ValueError(f"{directory} has no split {split!r}, only {sorted(info.splits)}")
-        places = (place for path in info.splits[split].filepaths for place in _places(Path(path)))
-        for number, place in enumerate(places):
-            feature = tf_example_pb2.Example.FromString(place.read()).features.feature["label"]
+        paths = map(Path, info.splits[split].filepaths)
+        examples = (example for path in paths for example in _examples(path))
+        for number, example in enumerate(examples):
+            feature = tf_example_pb2.Example.FromString(example.read()).features.feature["label"]
             class_name = class_names[feature.int64_list.value[0]]
-            listed.append((split, class_name, f"{split}/{number:06}", CopiedImage(place)))
+            listed.append((split, class_name, f"{split}/{number:06}", CopiedImage(example)))
     return class_names, listed
 
 
-def _places(path: Path) -> Iterator[_Place | _Item]:
+def _examples(path: Path) -> Iterator[_TFRecordExample | _ArrayRecordExample]:
     if ".array_record" in path.name:
         examples = ArrayRecordDataSource(str(path))
-        yield from (_Item(examples, index) for index in range(len(examples)))
+        yield from (_ArrayRecordExample(examples, index) for index in range(len(examples)))
     elif ".tfrecord" in path.name:
-        yield from _tfrecord_places(path)
+        yield from _tfrecord_examples(path)
     else:
         raise ValueError(f"{path} is neither an ArrayRecord nor a TFRecord file")
 
 
-def _tfrecord_places(path: Path) -> Iterator[_Place]:
+def _tfrecord_examples(path: Path) -> Iterator[_TFRecordExample]:
     with path.open("rb") as file:
-        end, at = path.stat().st_size, 0
-        while at < end:
-            file.seek(at)
+        end, position = path.stat().st_size, 0
+        while position < end:
+            file.seek(position)
             header = file.read(_HEADER.size)
             size = _HEADER.unpack(header)[0] if len(header) == _HEADER.size else end
-            at += _HEADER.size + size + _CHECKSUM
-            if at > end:
-                raise ValueError(f"{path} is cut short; copy it again")
-            yield _Place(path, at - size - _CHECKSUM, size)
+            position += _HEADER.size + size + _CHECKSUM_SIZE
+            if position > end:
+                raise ValueError(f"{path} is truncated; copy it again")
+            yield _TFRecordExample(path, position - size - _CHECKSUM_SIZE, size)

@@ -1,4 +1,4 @@
-"""Writes a data set as TensorFlow Datasets does, without TensorFlow and without re-encoding."""
+"""Writes a data set in the format of TensorFlow Datasets, without TensorFlow or re-encoding."""
 
 import os
 from collections.abc import Iterator
@@ -11,55 +11,56 @@ from rich.progress import Progress
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
 from dml_jax.data import images, records
-from dml_jax.data.prepare.layouts import Contents, Picture
+from dml_jax.data.prepare.layouts import Contents, ImageEntry
 
-_VERSION = "1.0.0"  # Of what is written; TFDS wants one.
-_SHARD = 4096  # Images in a file.
-_CHUNK = 256  # Images that are read and decoded at a time.
+_VERSION = "1.0.0"  # Of the written data set; TFDS requires one.
+_SHARD_SIZE = 4096  # Images per file.
+_CHUNK = 256  # Images read and decoded at a time.
 
 
 def write(data_set: str, contents: Contents, directory: Path, progress: Progress) -> list[str]:
-    """Writes the readable pictures of a data set, in the order given, and an index of them.
+    """Writes the readable images of a data set, in the given order, and their manifest.
 
     Args:
-        data_set: its name, in lower case.
-        contents: what to write.
-        directory: a new directory to write into.
-        progress: shows how far it is.
+        data_set: name of the data set, in lower case.
+        contents: the listed data set.
+        directory: a new directory to write to.
+        progress: the progress display.
 
     Returns:
-        What is wrong with each picture that cannot be read or decoded.
+        The reason for each image that cannot be read or decoded.
     """
     directory.mkdir(parents=True)
     info = _info(data_set, contents.class_names, directory)
-    writer = tfds.core.SequentialWriter(info, _SHARD, file_format="array_record")
-    found = {picture.split for picture in contents.pictures}
+    writer = tfds.core.SequentialWriter(info, _SHARD_SIZE, file_format="array_record")
+    found = {entry.split for entry in contents.entries}
     splits = [split for split in ("train", "test", "gallery") if split in found]
     writer.initialize_splits(splits)
     labels = {name: label for label, name in enumerate(contents.class_names)}
-    task = progress.add_task("read, decode, write", total=len(contents.pictures))
-    index: dict[str, records.Split] = {}
-    wrong = []
+    task = progress.add_task("read, decode, write", total=len(contents.entries))
+    written_splits: dict[str, records.Split] = {}
+    problems = []
     for split in splits:
-        written: list[Picture] = []
-        for chunk in _read(picture for picture in contents.pictures if picture.split == split):
-            good = [(picture, data) for picture, data, problem in chunk if not problem]
-            wrong += [problem for _, _, problem in chunk if problem]
+        written: list[ImageEntry] = []
+        for chunk in _read(entry for entry in contents.entries if entry.split == split):
+            readable = [(entry, encoded) for entry, encoded, problem in chunk if not problem]
+            problems += [problem for _, _, problem in chunk if problem]
             examples = [
-                {"image": data, "label": labels[picture.class_name], "name": picture.name}
-                for picture, data in good
+                {"image": encoded, "label": labels[entry.class_name], "name": entry.name}
+                for entry, encoded in readable
             ]
             writer.add_examples({split: examples})
-            written += [picture for picture, _ in good]
+            written += [entry for entry, _ in readable]
             progress.advance(task, len(chunk))
         writer.close_splits([split])
-        index[split] = records.Split(
+        written_splits[split] = records.Split(
             files=tuple(path.name for path in info.splits[split].filepaths),
-            labels=tuple(labels[picture.class_name] for picture in written),
-            names=tuple(picture.name for picture in written),
+            labels=tuple(labels[entry.class_name] for entry in written),
+            names=tuple(entry.name for entry in written),
         )
-    records.write_index(directory, records.Index(data_set, contents.class_names, index))
-    return wrong
+    manifest = records.Manifest(data_set, contents.class_names, written_splits)
+    records.write_manifest(directory, manifest)
+    return problems
 
 
 def _info(data_set: str, class_names: tuple[str, ...], directory: Path) -> tfds.core.DatasetInfo:
@@ -81,17 +82,17 @@ def _info(data_set: str, class_names: tuple[str, ...], directory: Path) -> tfds.
     )
 
 
-def _read(pictures: Iterator[Picture]) -> Iterator[list[tuple[Picture, bytes, str]]]:
-    """Chunks of pictures, each with its encoded image and what is wrong with that."""
+def _read(entries: Iterator[ImageEntry]) -> Iterator[list[tuple[ImageEntry, bytes, str]]]:
+    """Yields chunks of entries, each with its encoded image and the reason if it is unreadable."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while chunk := list(islice(pictures, _CHUNK)):
+        while chunk := list(islice(entries, _CHUNK)):
             yield list(pool.map(_read_one, chunk))
 
 
-def _read_one(picture: Picture) -> tuple[Picture, bytes, str]:
+def _read_one(entry: ImageEntry) -> tuple[ImageEntry, bytes, str]:
     try:
-        data = picture.file.read_bytes()
-        images.decode(data, picture.name)
+        encoded = entry.file.read_bytes()
+        images.decode(encoded, entry.name)
     except (OSError, ValueError) as error:
-        return picture, b"", str(error)
-    return picture, data, ""
+        return entry, b"", str(error)
+    return entry, encoded, ""

@@ -67,7 +67,7 @@ def thumbnail(source: data.Source, index: int, side: int) -> UInt8[np.ndarray, "
         ValueError: the image cannot be decoded.
     """
     # Not `source.picture`, which may keep what it decodes in memory.
-    image = data.decode(source[index], source.where(index), enough=side)
+    image = data.decode(source[index], source.where(index), min_side=side)
     return data.centre_view(image, size=side, resize_to=side)
 
 

