@@ -92,13 +92,13 @@ def test_many_blocks_of_classes_of_different_sizes(monkeypatch):
     monkeypatch.setattr(retrieval, "_BLOCK_QUERIES", 32)
     monkeypatch.setattr(retrieval, "_BLOCK_NEIGHBOURS", 1500)
     sizes = []
-    nearest = retrieval.exact.Searcher.nearest
+    nearest = exact.Searcher.nearest
 
     def spy(self, queries, k, *, own=None):
         sizes.append((len(queries), k))
         return nearest(self, queries, k, own=own)
 
-    monkeypatch.setattr(retrieval.exact.Searcher, "nearest", spy)
+    monkeypatch.setattr(exact.Searcher, "nearest", spy)
     result = retrieval.evaluate(embeddings, labels, recall_at=(1, 4))
     np.testing.assert_allclose(values(result, (1, 4)), expected, rtol=0, atol=1e-9)
     assert without == result["queries_without_match"] == 1
