@@ -87,7 +87,7 @@ _MEMVIR_BASELINES = {
 _PROXY_ANCHOR_README = (69.1, 86.4, 79.2, 91.9)
 
 Variant = tuple[str, str]
-"""Method and loss, as returned by `config.parse_variant`."""
+"""Method and loss, as returned by `variants.parse_variant`."""
 
 
 def _readme(source: str, rows: Mapping[Variant, tuple]) -> list[tuple[Variant, Reference]]:

@@ -66,7 +66,7 @@ def baseline(variant: str, get_config: Callable[[str], ConfigDict]) -> str:
     the variant does. A variant without a regulariser is its own baseline.
 
     Args:
-        variant: a name, see `config.with_variant`.
+        variant: a name, see `variants.with_variant`.
         get_config: returns the configuration of a variant.
     """
     method, loss = variants.parse_variant(variant)

@@ -15,7 +15,7 @@ from dml_jax.training import fork
 
 
 def variant(config: ConfigDict, config_file: Mapping[str, Any]) -> tuple[str, str]:
-    """Returns the method and the loss of a configuration, as `config.parse_variant` does of a name.
+    """Returns method and loss of a configuration, like `variants.parse_variant` for a name.
 
     `baseline` and `memvir_baseline` differ in their schedules alone. The result is the one from
     which the configuration differs in fewer settings.
