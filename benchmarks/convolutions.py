@@ -1,9 +1,9 @@
-"""Times conv4's convolutions and their gradients, by XLA and by PyTorch.
+"""Times the convolutions of conv4 and their gradients in XLA and in PyTorch.
 
 python -m benchmarks.convolutions
 
-Where small networks lose against PyTorch on a CPU. Both take turns in one process, whose memory
-glibc keeps for both.
+These account for the difference between small networks in JAX and in PyTorch on a CPU. Both take
+turns in one process. glibc keeps freed memory, for both.
 """
 
 import itertools
@@ -22,13 +22,15 @@ from rich.table import Table
 from dml_jax.cli import command_line
 from dml_jax.models import layers
 
-_WIDTH = flags.DEFINE_integer("width", 48, "Channels of all blocks.")
-_IMAGE_SIZE = flags.DEFINE_integer("image_size", 32, "Pixels; each block halves them.")
-_BATCH = flags.DEFINE_integer("batch", 128, "Images.")
-_TURNS = flags.DEFINE_integer("turns", 5, "How often each takes its turn.", lower_bound=1)
+_WIDTH = flags.DEFINE_integer("width", 48, "Channels of every block.")
+_IMAGE_SIZE = flags.DEFINE_integer(
+    "image_size", 32, "Side of the input in pixels; each block halves it."
+)
+_BATCH = flags.DEFINE_integer("batch", 128, "Images in a batch.")
+_TURNS = flags.DEFINE_integer("turns", 5, "Number of turns of each.", lower_bound=1)
 _CALLS = flags.DEFINE_integer("calls", 10, "Calls in a turn.", lower_bound=1)
 
-PARTS = ("forward", "gradient by the kernel", "gradient by the input")
+PARTS = ("forward", "kernel gradient", "input gradient")
 
 
 def main() -> None:
@@ -46,7 +48,7 @@ def main() -> None:
             )
         )
         pairs = zip(_of_xla(image, kernel, result), _of_torch(image, kernel, result), strict=True)
-        # Nobody asks for the gradient by the pixels.
+        # Training does not need the gradient with respect to the pixels.
         times = [_medians(pair) for pair in itertools.islice(pairs, 3 if block else 2)]
         cells = [" ".join(f"{milliseconds:.1f}" for milliseconds in pair) for pair in times]
         table.add_row(f"{size}x{size}, {channels} to {_WIDTH.value}", *cells)
@@ -90,10 +92,10 @@ def _of_torch(image: Any, kernel: Any, result: Any) -> list[Callable[[], Any]]:
 
 
 def _medians(calls: tuple[Callable[[], Any], ...]) -> list[float]:
-    """Milliseconds of each call; they take turns."""
+    """Returns the median milliseconds of each call; the calls take turns."""
     seconds: list[list[float]] = [[] for _ in calls]
     for call, times in [*zip(calls, seconds, strict=True)] * _TURNS.value:
-        call()  # Compiles, or waits until the other's threads have come to rest.
+        call()  # Compiles, or waits until the threads of the other are idle.
         for _ in range(_CALLS.value):
             began = time.perf_counter()
             call()

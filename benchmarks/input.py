@@ -1,13 +1,13 @@
-"""Times reading training images against the usual pipeline of Pillow and torchvision.
+"""Times the input pipeline against the usual one of Pillow and torchvision.
 
 python -m benchmarks.input
 python -m benchmarks.input --torch --json=input.json
 
-Both read the same JPEGs, which the script makes, and take the same crops of them. Ours ends with
-uint8 pixels, since the rest happens on the device. The usual one, image by image: decode, crop,
-resize, mirror, scale to floats, normalise, channels first. A third keeps what it has decoded, as
-ours does with config.data.cache=host. They take turns. On one core the time is the core's own, so
-that other programs do not count; on all cores it is the clock's.
+Both read the same synthetic JPEGs and take the same crops. Ours produces uint8 pixels, because
+normalisation happens on the device. The usual pipeline decodes, crops, resizes, flips, converts to
+floats, normalises and moves channels first, image by image. A third variant keeps decoded images,
+as config.data.cache=host does. The pipelines take turns. On one core the benchmark measures CPU
+time, which is independent of other load; on all cores it measures wall-clock time.
 """
 
 import io
@@ -34,25 +34,25 @@ from dml_jax import data
 from dml_jax.cli import command_line
 from dml_jax.data import images
 
-_IMAGES = flags.DEFINE_integer("images", 64, "Different images.")
-_SIZE = flags.DEFINE_integer("size", 224, "Side of a view, pixels.")
-_TURNS = flags.DEFINE_integer("turns", 5, "How often each takes its turn.")
-_BATCHES = flags.DEFINE_integer("batches", 16, "Batches that all cores read in a turn.")
+_IMAGES = flags.DEFINE_integer("images", 64, "Number of different images.")
+_SIZE = flags.DEFINE_integer("size", 224, "Side of a crop in pixels.")
+_TURNS = flags.DEFINE_integer("turns", 5, "Number of turns of each.")
+_BATCHES = flags.DEFINE_integer("batches", 16, "Batches per turn on all cores.")
 _TORCH = flags.DEFINE_bool(
-    "torch", False, "Whether torchvision and DataLoader read on all cores, instead of bare Pillow."
+    "torch", False, "On all cores, compare with torchvision and DataLoader instead of Pillow."
 )
-_JSON = flags.DEFINE_string("json", None, "A file to write the numbers to.")
+_JSON = flags.DEFINE_string("json", None, "JSON file for the results.")
 
 HEIGHT, WIDTH = 480, 700
 BATCH = 64
-_REPEATS = 3  # Of the images, in a turn of one core.
+_REPEATS = 3  # Passes over the images in a turn on one core.
 MEAN = np.array((0.485, 0.456, 0.406), np.float32)[:, None, None]
 STD = np.array((0.229, 0.224, 0.225), np.float32)[:, None, None]
 
 
 @cache
 def photographs(count: int) -> tuple[bytes, ...]:
-    """JPEGs of quality 90 with something of every size in them, the larger the stronger."""
+    """Returns JPEGs of quality 90 with structure at all scales, stronger at larger ones."""
     rng = np.random.default_rng(0)
     return tuple(
         simplejpeg.encode_jpeg(_photograph(rng), quality=90, colorsubsampling="420")
@@ -74,17 +74,17 @@ def _rng(position: int) -> np.random.Generator:
 
 
 def ours(jpeg: bytes, position: int, out: np.ndarray) -> None:
-    """The view of an image at a position, as training makes it."""
+    """Writes the random crop for a position to `out`, as in training."""
     kept(images.LazyImage(jpeg, "x"), position, out)
 
 
 def kept(picture: images.LazyImage, position: int, out: np.ndarray) -> None:
-    """The same view of a picture that stays decoded."""
+    """Writes the same crop of a picture that is kept decoded."""
     images.random_view(picture, _rng(position), augmentation=data.Augmentation(), out=out)
 
 
 def view(jpeg: bytes, position: int, size: int) -> Image.Image:
-    """The same view by Pillow, as torchvision's RandomResizedCrop and RandomHorizontalFlip do."""
+    """Returns the same crop by Pillow, like RandomResizedCrop and RandomHorizontalFlip."""
     rng, image = _rng(position), Image.open(io.BytesIO(jpeg)).convert("RGB")
     top, left, height, width = images.random_crop_box(HEIGHT, WIDTH, rng, scale=(0.08, 1))
     crop = image.crop((left, top, left + width, top + height))
@@ -93,13 +93,13 @@ def view(jpeg: bytes, position: int, size: int) -> Image.Image:
 
 
 def usual(jpeg: bytes, position: int, size: int) -> np.ndarray:
-    """The same view, normalised."""
+    """Returns the same crop, normalised."""
     pixels = np.asarray(view(jpeg, position, size)).transpose(2, 0, 1)
     return (pixels.astype(np.float32, order="C") / 255 - MEAN) / STD
 
 
 class Photographs:
-    """What torch.utils.data.DataLoader reads: the usual pipeline by torchvision."""
+    """A data set for torch.utils.data.DataLoader with the usual pipeline of torchvision."""
 
     def __init__(self, jpegs: tuple[bytes, ...], count: int, size: int) -> None:
         from torchvision import transforms
@@ -115,11 +115,11 @@ class Photographs:
         )
 
     def __len__(self) -> int:
-        """Images of a turn."""
+        """Returns the number of images in a turn."""
         return self._count
 
     def __getitem__(self, position: int) -> Any:
-        """A view of the image at a position."""
+        """Returns a crop of the image at a position."""
         jpeg = self._jpegs[position % len(self._jpegs)]
         return self._transform(Image.open(io.BytesIO(jpeg)).convert("RGB"))
 
@@ -134,11 +134,13 @@ def main() -> None:
     for picture, scale in itertools.product(pictures, pictures[0].scales):
         picture.pixels(scale)
     calls = {
-        "ours, a core": lambda: _of_a_core(partial(ours, out=view_of_ours), jpegs),
-        "ours, kept, a core": lambda: _of_a_core(partial(kept, out=view_of_ours), pictures),
-        "Pillow, a core": lambda: _of_a_core(partial(usual, size=_SIZE.value), jpegs),
-        f"ours, {cores} cores": lambda: _all_ours(jpegs, cores, None),
-        f"ours, kept, {cores} cores": lambda: _all_ours(jpegs, cores, {}),
+        "ours, one core": lambda: _one_core(partial(ours, out=view_of_ours), jpegs),
+        "ours, kept decoded, one core": lambda: _one_core(
+            partial(kept, out=view_of_ours), pictures
+        ),
+        "Pillow, one core": lambda: _one_core(partial(usual, size=_SIZE.value), jpegs),
+        f"ours, {cores} cores": lambda: _all_cores(jpegs, cores, None),
+        f"ours, kept decoded, {cores} cores": lambda: _all_cores(jpegs, cores, {}),
         f"{peer}, {cores} cores": lambda: (_torch if _TORCH.value else _pool)(jpegs, cores),
     }
     speeds: dict[str, list[float]] = {name: [] for name in calls}
@@ -157,15 +159,15 @@ def main() -> None:
         Path(_JSON.value).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def _of_a_core(make: Callable[[Any, int], Any], originals: tuple[Any, ...]) -> float:
+def _one_core(make: Callable[[Any, int], Any], originals: tuple[Any, ...]) -> float:
     began = time.thread_time()
     for position, image in enumerate(originals * _REPEATS):
         make(image, position)
     return len(originals) * _REPEATS / (time.thread_time() - began)
 
 
-def _in_full_flow(batches: Iterator[Any], cores: int) -> float:
-    """Images a second, once what was read ahead is used up."""
+def _steady_rate(batches: Iterator[Any], cores: int) -> float:
+    """Returns images per second, after the prefetched batches are consumed."""
     for _ in range(4 * cores):
         next(batches)
     began = time.perf_counter()
@@ -174,7 +176,7 @@ def _in_full_flow(batches: Iterator[Any], cores: int) -> float:
     return _BATCHES.value * BATCH / (time.perf_counter() - began)
 
 
-def _all_ours(
+def _all_cores(
     jpegs: tuple[bytes, ...], cores: int, kept: dict[int, images.LazyImage] | None
 ) -> float:
     records = jpegs * -(-BATCH // len(jpegs))
@@ -196,16 +198,16 @@ def _all_ours(
         num_workers=cores,
     )
     try:
-        return _in_full_flow(batches, cores)
+        return _steady_rate(batches, cores)
     finally:
         batches.close()
 
 
 def _pool(jpegs: tuple[bytes, ...], cores: int) -> float:
-    """The usual pipeline in processes that keep their batches, which is in its favour."""
+    """Times the usual pipeline in processes that do not send their batches, in its favour."""
     with multiprocessing.get_context("spawn").Pool(cores, cv2.setNumThreads, (0,)) as pool:
         work = partial(_usual_batch, jpegs, _SIZE.value)
-        return _in_full_flow(pool.imap(work, range(_BATCHES.value + 8 * cores)), cores)
+        return _steady_rate(pool.imap(work, range(_BATCHES.value + 8 * cores)), cores)
 
 
 def _usual_batch(jpegs: tuple[bytes, ...], size: int, number: int) -> None:
@@ -218,11 +220,11 @@ def _torch(jpegs: tuple[bytes, ...], cores: int) -> float:
 
     photos: Any = Photographs(jpegs, BATCH * (_BATCHES.value + 8 * cores), _SIZE.value)
     loader = DataLoader(photos, BATCH, num_workers=cores, multiprocessing_context="spawn")
-    return _in_full_flow(iter(loader), cores)
+    return _steady_rate(iter(loader), cores)
 
 
 def _differences(jpegs: tuple[bytes, ...]) -> dict[str, float]:
-    """How far the same crops lie apart, in levels of 256, and how many were decoded in small."""
+    """Returns mean differences of the same crops, in levels of 256, by decoding scale."""
     out = np.empty((_SIZE.value, _SIZE.value, 3), np.uint8)
     apart: dict[bool, list[float]] = {True: [], False: []}
     for position, jpeg in enumerate(jpegs * _REPEATS):
@@ -233,9 +235,11 @@ def _differences(jpegs: tuple[bytes, ...]) -> dict[str, float]:
         apart[small].append(float(np.abs(out - theirs).mean()))
     return {
         "mean absolute difference": statistics.fmean(apart[False] + apart[True]),
-        "of views decoded whole": statistics.fmean(apart[False]),
-        "of views decoded in small": statistics.fmean(apart[True]) if apart[True] else 0.0,
-        "share of those": len(apart[True]) / (len(jpegs) * _REPEATS),
+        "of crops decoded at full scale": statistics.fmean(apart[False]),
+        "of crops decoded at a reduced scale": statistics.fmean(apart[True])
+        if apart[True]
+        else 0.0,
+        "share of these": len(apart[True]) / (len(jpegs) * _REPEATS),
     }
 
 

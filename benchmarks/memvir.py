@@ -1,11 +1,11 @@
-"""Times MemVir against its dense form.
+"""Times MemVir against its dense formulation.
 
 python -m benchmarks.memvir --out=memvir.png
 python -m benchmarks.memvir --classes=11318 --steps=1,5,15 --torch
 
-The dense form is what the tests hold ours against, compiled: loss and gradients. Ours has the
-memory's update in it, and a memory that is full. `--torch` adds the dense form in PyTorch. The
-forms take turns in one process, and the fastest call of each counts.
+The dense formulation is the reference of the tests, compiled: loss and gradients. Ours also updates
+the memory, which is full. `--torch` adds the dense formulation in PyTorch. The implementations take
+turns in one process; the fastest call of each counts.
 """
 
 import math
@@ -22,43 +22,43 @@ from rich.table import Table
 
 from dml_jax import losses, memvir
 from dml_jax.cli import command_line
-from tests.oracles import NOTHING, DenseMemVir, normalized
+from tests.helpers.oracles import NO_MIXING, DenseMemVir, normalized
 
 _STEPS = flags.DEFINE_list("steps", ["1", "5", "15", "45"], "Values of N.")
 _GAP = flags.DEFINE_integer("gap", 10, "M.")
 _BATCH = flags.DEFINE_integer("batch", 128, "B.")
 _CLASSES = flags.DEFINE_integer("classes", 98, "C.")
 _DIM = flags.DEFINE_integer("dim", 512, "D.")
-_DENSE_STEPS = flags.DEFINE_integer("dense_steps", 45, "The largest N of the dense forms.")
-_TORCH = flags.DEFINE_bool("torch", False, "Whether to time the dense form in PyTorch as well.")
-_OUT = flags.DEFINE_string("out", None, "An image to draw the times to.")
+_DENSE_STEPS = flags.DEFINE_integer("dense_steps", 45, "Largest N of the dense formulations.")
+_TORCH = flags.DEFINE_bool("torch", False, "Also time the dense formulation in PyTorch.")
+_OUT = flags.DEFINE_string("out", None, "Image file to plot the times to.")
 
 LOSS = "norm_softmax"
-_TURNS, _SECONDS = 5, 0.5  # How often each takes its turn, and for how long at least.
+_TURNS, _SECONDS = 5, 0.5  # Number of turns of each, and minimum duration of a turn.
 
 
-class Form(NamedTuple):
-    """One way to do the same work."""
+class Implementation(NamedTuple):
+    """An implementation of MemVir."""
 
     call: Callable[[], Any]
     temporary: int
-    """Bytes that it needs beside arguments and results."""
+    """Temporary memory in bytes, without arguments and results."""
 
 
 def main() -> None:
     """Runs the program."""
     table = Table(
         *("N", "ours, ms", "dense, ms", "PyTorch, ms"),
-        *("memory, MB", "ours beside it, MB", "dense, MB"),
+        *("memory, MB", "temporary, ours, MB", "temporary, dense, MB"),
     )
     rows = []
     for steps in map(int, _STEPS.value):
-        forms = {"ours": _ours(steps)}
+        implementations = {"ours": _ours(steps)}
         if steps <= _DENSE_STEPS.value:
-            forms["dense"] = _dense(steps)
+            implementations["dense"] = _dense(steps)
             if _TORCH.value:
-                forms["torch"] = _torch(steps)
-        seconds = _fastest({name: form.call for name, form in forms.items()})
+                implementations["torch"] = _torch(steps)
+        seconds = _fastest({name: one.call for name, one in implementations.items()})
         rows.append((steps, seconds))
         table.add_row(
             str(steps),
@@ -66,8 +66,8 @@ def main() -> None:
             _against(seconds.get("dense"), seconds["ours"]),
             _against(seconds.get("torch"), seconds["ours"]),
             f"{_memory_bytes(steps) / 1e6:.0f}",
-            f"{forms['ours'].temporary / 1e6:.0f}",
-            f"{forms['dense'].temporary / 1e6:.0f}" if "dense" in forms else "",
+            f"{implementations['ours'].temporary / 1e6:.0f}",
+            f"{implementations['dense'].temporary / 1e6:.0f}" if "dense" in implementations else "",
         )
     Console().print(table)
     if len(rows) > 2:
@@ -84,7 +84,7 @@ def _against(seconds: float | None, ours: float) -> str:
 
 
 def _fastest(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """The seconds of the fastest call of each, between turns so that all see the same machine."""
+    """Returns the seconds of the fastest call of each; the calls take turns."""
     seconds = dict.fromkeys(calls, math.inf)
     for call in calls.values():
         call()
@@ -127,7 +127,7 @@ def _memory_bytes(steps: int) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(memory))
 
 
-def _ours(steps: int) -> Form:
+def _ours(steps: int) -> Implementation:
     loss = losses.create(LOSS)
     problem = _problem()
 
@@ -147,21 +147,21 @@ def _ours(steps: int) -> Form:
 
     for _ in range(steps * (_GAP.value + 1)):
         call()
-    return Form(call, _temporary(compiled))
+    return Implementation(call, _temporary(compiled))
 
 
-def _dense(steps: int) -> Form:
+def _dense(steps: int) -> Implementation:
     dense = DenseMemVir(
         LOSS, num_steps=steps, step_gap=0, batch=_BATCH.value, classes=_CLASSES.value
     )
     embeddings, proxies, labels = _problem()
     virtual = [(normalized(embeddings), normalized(proxies), labels)] * steps
-    problem = (embeddings, proxies, labels, virtual, jnp.ones(steps, bool), *NOTHING)
+    problem = (embeddings, proxies, labels, virtual, jnp.ones(steps, bool), *NO_MIXING)
     compiled = dense.value_and_grad.lower(*problem).compile()
-    return Form(lambda: jax.block_until_ready(compiled(*problem)), _temporary(compiled))
+    return Implementation(lambda: jax.block_until_ready(compiled(*problem)), _temporary(compiled))
 
 
-def _torch(steps: int) -> Form:
+def _torch(steps: int) -> Implementation:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -183,7 +183,7 @@ def _torch(steps: int) -> Form:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return Form(call, 0)
+    return Implementation(call, 0)
 
 
 def _draw(rows: list[tuple[int, dict[str, float]]], path: str) -> None:
@@ -194,7 +194,7 @@ def _draw(rows: list[tuple[int, dict[str, float]]], path: str) -> None:
     for form, name in names.items():
         if points := [(steps, 1e3 * seconds[form]) for steps, seconds in rows if form in seconds]:
             axes.plot(*np.transpose(points), marker="o", label=name)
-    axes.set(xlabel="N, remembered steps in a loss", ylabel="milliseconds", yscale="log")
+    axes.set(xlabel="N, remembered steps", ylabel="milliseconds", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")

@@ -1,9 +1,9 @@
-"""Measures a report of 11,000 images: seconds and megabytes.
+"""Measures the time and the size of a report of 11,000 images.
 
 python -m benchmarks.report --folder=report_benchmark
 
-The images are photographs in all but motif: 256×256 JPEG with the spectrum of natural images, of 98
-classes; the embeddings are class centres with noise. Nothing is trained.
+The images are 256×256 JPEGs of noise with the spectrum of natural images, in 98 classes; the
+embeddings are class centres with noise. Nothing is trained.
 """
 
 import json
@@ -22,7 +22,9 @@ from dml_jax.evaluation import embedding_files
 from dml_jax.report import render, runs
 from dml_jax.training import run_directory
 
-_FOLDER = flags.DEFINE_string("folder", None, "Folder for images, runs and page.", required=True)
+_FOLDER = flags.DEFINE_string(
+    "folder", None, "Folder for images, runs and the report.", required=True
+)
 _IMAGES, _CLASSES, _SIDE, _DIM = 11_000, 98, 256, 512
 
 
@@ -37,12 +39,14 @@ def main() -> None:
     groups = runs.group([runs.read(root / name) for name in ("first", "second")])
     render.write(groups, vars(folder), root / "report.html")
     size = (root / "report.html").stat().st_size / 1e6
-    seconds, of_cores = time.perf_counter() - began, time.process_time() - computed
-    print(f"{_IMAGES} images, 2 runs: {seconds:.0f} s, {of_cores:.0f} s of cores, {size:.1f} MB")
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - computed
+    print(
+        f"{_IMAGES} images, 2 runs: {seconds:.0f} s, {cpu_seconds:.0f} s of CPU time, {size:.1f} MB"
+    )
 
 
 def _write_images(root: Path) -> None:
-    """Crops of one field of noise whose amplitude falls as that of photographs does."""
+    """Writes crops of noise whose amplitude decreases with frequency as in photographs."""
     rng, size = np.random.default_rng(0), 8 * _SIDE
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None])
     noise = rng.normal(size=(size, size, 3)) @ (np.eye(3) + 1)

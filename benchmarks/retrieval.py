@@ -1,14 +1,14 @@
-"""Times whole evaluations against faiss's search alone, and against a loop over the queries.
+"""Times evaluations against faiss's search alone, and against a loop over the queries.
 
-python benchmarks/retrieval.py
-python benchmarks/retrieval.py --size=sop --depth=1000 --json=sop.json
+python -m benchmarks.retrieval
+python -m benchmarks.retrieval --size=sop --depth=1000 --json=sop.json
 
-Synthetic embeddings in as many images and classes as three data sets have for testing, classes of
-equal size, with all metrics but NMI. "search" is faiss's exact search alone, for as many neighbours
-as the deepest metric needs; "loop" is that and then R-precision and MAP@R query by query, as
-official programs go on; the others are `retrieval.evaluate` with its backends. The forms take turns
-in one process, after each has been called for a few queries. Those that score are compared. Where
-other programs run too, the ratio of the cores' time tells more than that of the clock's.
+Embeddings are synthetic, with as many images and classes as the test sets of three data sets, and
+classes of equal size. All metrics but NMI are computed. "search" is faiss's exact search alone, for
+as many neighbours as the deepest metric needs. "loop" adds R-precision and MAP@R query by query, as
+in the official programs. The others are `retrieval.evaluate` with its backends. The implementations
+take turns in one process, after a first call with a few queries, and their scores are compared. On
+a machine with other load, compare CPU time rather than wall-clock time.
 """
 
 import functools
@@ -34,12 +34,12 @@ from dml_jax.retrieval import exact
 
 
 class Size(NamedTuple):
-    """Of a data set's test images."""
+    """The size of a test set."""
 
     queries: int
     classes: int
     gallery: int = 0
-    """Images to search in; 0 if the queries are searched among themselves."""
+    """Number of gallery images; 0 if the queries are their own gallery."""
 
 
 SIZES = {
@@ -48,22 +48,27 @@ SIZES = {
     "sop": Size(60_502, 11_316),
 }
 
-_SIZES = flags.DEFINE_multi_enum("size", list(SIZES), SIZES, "Data sets to be as large as.")
+_SIZES = flags.DEFINE_multi_enum("size", list(SIZES), SIZES, "Data sets whose sizes to use.")
 _FORMS = flags.DEFINE_multi_enum(
-    "form", ["loop", "cpu", "jax"], ["loop", "cpu", "jax"], "What to time beside the search."
+    "form",
+    ["loop", "cpu", "jax"],
+    ["loop", "cpu", "jax"],
+    "Implementations to time besides the search.",
 )
-_DEPTH = flags.DEFINE_integer("depth", 8, "The largest k of Recall@k.", lower_bound=8)
-_DIM = flags.DEFINE_integer("dim", 512, "Of an embedding.", lower_bound=1)
-_QUERIES = flags.DEFINE_integer("queries", None, "Asks only so many, in the whole gallery.")
-_TURNS = flags.DEFINE_integer("turns", 3, "How often each takes its turn.", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "A file to write all times to.")
+_DEPTH = flags.DEFINE_integer("depth", 8, "Largest k of Recall@k.", lower_bound=8)
+_DIM = flags.DEFINE_integer("dim", 512, "Dimension of the embeddings.", lower_bound=1)
+_QUERIES = flags.DEFINE_integer(
+    "queries", None, "Maximum number of queries; the gallery is complete."
+)
+_TURNS = flags.DEFINE_integer("turns", 3, "Number of turns of each.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "JSON file for all times.")
 
-_FEW = 512  # Queries of the call that is not timed.
+_FEW = 512  # Number of queries of the first, untimed call.
 _PRECISIONS = ("r_precision", "map@r")
 
 
 class Problem(NamedTuple):
-    """Unit embeddings, their classes, and which k."""
+    """Unit embeddings of queries and gallery, their classes, and the values of k."""
 
     queries: np.ndarray
     labels: np.ndarray
@@ -73,7 +78,7 @@ class Problem(NamedTuple):
 
     @property
     def alone(self) -> bool:
-        """Whether the queries are searched among themselves."""
+        """Whether the queries are their own gallery."""
         return self.queries is self.gallery
 
     @property
@@ -83,20 +88,20 @@ class Problem(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """Neighbours that the deepest metric needs of any query."""
+        """The number of neighbours that the deepest metric needs."""
         return max(*self.recall_at, *self.relevant.tolist())
 
     def first(self, count: int) -> "Problem":
-        """The same with fewer queries, which are then not left out of the gallery."""
+        """Returns the problem with the first queries only, in the same gallery."""
         return self._replace(queries=self.queries[:count], labels=self.labels[:count])
 
 
 class Seconds(NamedTuple):
-    """Of each turn."""
+    """The seconds of each turn."""
 
     clock: list[float]
     cores: list[float]
-    """Of all cores together."""
+    """CPU time of all cores."""
 
 
 def main() -> None:
@@ -136,10 +141,10 @@ def _problem(size: Size) -> Problem:
 
 
 def _take_turns(problem: Problem) -> dict[str, Seconds]:
-    """How long each form's turns took.
+    """Returns the times of each implementation.
 
     Raises:
-        ValueError: two forms score differently.
+        ValueError: two implementations score differently.
     """
     seconds = {name: Seconds([], []) for name in ("search", *_FORMS.value)}
     for name in seconds:
@@ -152,9 +157,11 @@ def _take_turns(problem: Problem) -> dict[str, Seconds]:
         seconds[name].cores.append(time.process_time() - computed)
         scores = scores or found
         for metric, value in found.items():
-            # Neighbours may differ where float32 cannot tell them apart.
+            # Neighbours may differ between equal similarities in float32.
             if abs(value - scores[metric]) > 1e-4:
-                raise ValueError(f"{name}: {metric} is {value}, elsewhere {scores[metric]}")
+                raise ValueError(
+                    f"{name}: {metric} is {value}, but another implementation has {scores[metric]}"
+                )
     return seconds
 
 
@@ -209,7 +216,7 @@ FORMS: dict[str, Callable[[Problem], dict[str, float]]] = {
 def _table(name: str, problem: Problem, seconds: Mapping[str, Seconds]) -> Table:
     title = f"{name}: {len(problem.queries):,} queries in {len(problem.gallery):,}"
     table = Table(
-        *("", "seconds, median (all)", "of all cores", "times the search", "of all cores"),
+        *("", "seconds, median (range)", "CPU time", "relative to search", "CPU time"),
         title=f"{title}, k = {problem.depth}",
     )
     search_clock, search_cores = map(statistics.median, seconds["search"])

@@ -1,10 +1,10 @@
-"""Whether a long run grows: memory, open files, threads and step time from beginning to end.
+"""Checks that memory, open files, threads and step time do not grow during a long run.
 
 python -m benchmarks.soak --steps=20000 --out=soak.png
 
-Trains a tiny network with Proxy Synthesis, MemVir and two input workers on noise, with evaluations
-and checkpoints all along, and looks at its processes once a second, as Linux shows them in /proc.
-Fails if the last tenth of the run has more of anything than the first, by more than `BOUNDS`.
+Trains a tiny network with Proxy Synthesis, MemVir and two input workers on noise, with regular
+evaluations and checkpoints, and samples its processes from /proc once a second. Fails if the median
+of a quantity in the last tenth of the run exceeds that of the first tenth by more than `BOUNDS`.
 """
 
 import contextlib
@@ -26,16 +26,16 @@ from dml_jax.cli import command_line
 from dml_jax.training import run_directory
 
 _STEPS = flags.DEFINE_integer("steps", 20_000, "Training steps.", lower_bound=1000)
-_OUT = flags.DEFINE_string("out", None, "An image to draw the curves to.")
+_OUT = flags.DEFINE_string("out", None, "Image file to plot the curves to.")
 
 _CLASSES, _IMAGES, _SIZE, _BATCH = 8, 20, 16, 16
 _STEPS_PER_EPOCH = _CLASSES * _IMAGES // _BATCH
 STEP = "step, ms"
 BOUNDS = {"memory, MB": 1.1, "open files": 1.1, "threads": 1.1, "processes": 1.0, STEP: 1.3}
-"""By which factor a quantity may grow, from the first tenth of a run to the last.
+"""Maximum growth factor of each quantity from the first tenth of a run to the last.
 
-The first twentieth warms up: the first checkpoint starts orbax's threads. Step time's is as much as
-one can ask on a machine that does other things.
+The first twentieth is excluded, because the first checkpoint starts orbax's threads. The bound of
+the step time allows for other load on the machine.
 """
 
 
@@ -47,21 +47,21 @@ def main() -> None:
         process = subprocess.Popen(_command(Path(root) / "images", run), stdout=subprocess.DEVNULL)
         samples = []
         while process.poll() is None:
-            # A process that ends while it is looked at is looked at again.
+            # A process may end while it is sampled; then this sample is skipped.
             with contextlib.suppress(OSError, IndexError):
                 if (run / run_directory.TIMINGS).exists():
                     samples.append(_sample(process.pid))
             time.sleep(1)
         if process.returncode:
-            raise ValueError(f"the run ended with code {process.returncode}")
+            raise ValueError(f"the training run failed with exit code {process.returncode}")
         epochs = files.read_json_lines(run / run_directory.TIMINGS)
     milliseconds = [1e3 * line["train_seconds"] / _STEPS_PER_EPOCH for line in epochs]
-    looks = np.array(samples)
-    series = dict(zip(BOUNDS, [*looks.T, np.array(milliseconds)], strict=True))
-    # Evaluations have workers of their own, so what they take is told apart by those.
-    usual = looks[:, 3] == np.median(looks[:, 3])
+    sampled = np.array(samples)
+    series = dict(zip(BOUNDS, [*sampled.T, np.array(milliseconds)], strict=True))
+    # Evaluations start further workers; exclude samples with an unusual number of processes.
+    usual = sampled[:, 3] == np.median(sampled[:, 3])
     between = series | {name: series[name][usual] for name in list(BOUNDS)[:4]}
-    table = Table("", "first tenth", "last tenth", "most ever", title="Medians")
+    table = Table("", "first tenth", "last tenth", "maximum", title="Medians")
     for name, values in between.items():
         cells = (*tenths(values), series[name].max())
         table.add_row(name, *(f"{x:.1f}" for x in cells))
@@ -69,17 +69,17 @@ def main() -> None:
     if _OUT.value:
         _draw(series, _OUT.value)
     if found := grown(between):
-        sys.exit(f"error: the run grows: {', '.join(found)}")
+        sys.exit(f"error: these grow during the run: {', '.join(found)}")
 
 
 def tenths(values: np.ndarray) -> tuple[float, float]:
-    """The medians of the first tenth of a run, once it is warm, and of its last."""
+    """Returns the medians of the first tenth, after the warm-up, and of the last tenth."""
     first, *_, last = np.array_split(values[len(values) // 20 :], 10)
     return float(np.median(first)), float(np.median(last))
 
 
 def grown(series: Mapping[str, np.ndarray]) -> list[str]:
-    """What has grown beyond its bound."""
+    """Returns the names of the quantities that grow beyond their bounds."""
     return [
         name
         for name, values in series.items()
@@ -125,7 +125,7 @@ def _write_images(root: Path) -> None:
 
 
 def _sample(process: int) -> tuple[float, int, int, int]:
-    """Resident megabytes, open files and threads of a process and its children; how many."""
+    """Returns resident megabytes, open files, threads and number of a process and its children."""
     family = [process, *_children(process)]
     status = [Path(f"/proc/{one}/status").read_text() for one in family]
     kilobytes = [int(text.split("VmRSS:")[1].split()[0]) for text in status]

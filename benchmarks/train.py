@@ -1,17 +1,17 @@
-"""Times whole training steps: bare, Proxy Synthesis, MemVir, both, and the same step in PyTorch.
+"""Times training steps: baseline, Proxy Synthesis, MemVir, both, and the baseline in PyTorch.
 
 python -m benchmarks.train --torch --json=train.json
 python -m benchmarks.train --backbone=resnet50 --image_size=224 --dtype=bfloat16 --torch
 python -m benchmarks.train --profile
 
-Each form takes its images from three places: a batch of noise that waits on the device; JPEGs, by
-way of the device's cache (config.data.cache=device) or read as they are needed. They take turns.
-PyTorch is in processes of its own, so that each framework has what it brings along; in the second
-of them glibc keeps memory, as dml_jax's programs have it keep theirs. Utilisation is the
-floating-point operations that XLA counts in a step, per second, over those of the fastest matrix
-product on the same device in the same type.
+Each variant is timed with three sources of images: a batch of noise on the device; JPEGs in the
+device cache (config.data.cache=device); JPEGs decoded for each batch. The variants take turns.
+PyTorch runs in separate processes, so that each framework uses its own settings. In the second of
+them glibc keeps freed memory, as dml_jax configures it for its own programs. Utilisation is the
+rate of floating-point operations that XLA counts in a step, relative to the fastest matrix product
+of the same type on the same device.
 
-With --profile it prints the operations in which a step with both regularisers spends its time.
+With --profile it prints the operations that take most time in a step with both regularisers.
 """
 
 import collections
@@ -47,20 +47,22 @@ from dml_jax.training import builder, step
 from dml_jax.training.batches import device_batches
 from dml_jax.training.config import parse
 
-_BACKBONE = flags.DEFINE_enum("backbone", "conv4", BACKBONES.names(), "The network.")
-_WIDTH = flags.DEFINE_integer("width", None, "Of the network, where it is not its usual one.")
-_IMAGE_SIZE = flags.DEFINE_integer("image_size", 32, "Pixels.")
-_BATCH = flags.DEFINE_integer("batch", 128, "Images in a step.")
-_DIM = flags.DEFINE_integer("dim", 512, "Of an embedding.")
-_CLASSES = flags.DEFINE_integer("classes", 98, "Of images, and so proxies.")
-_STEPS = flags.DEFINE_integer("steps", 45, "MemVir's N.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "The network's.")
-_WORKERS = flags.DEFINE_integer("workers", 0, "Processes that read images.")
-_TORCH = flags.DEFINE_bool("torch", False, "Whether to time PyTorch's step as well.")
-_TURNS = flags.DEFINE_integer("turns", 5, "How often each form takes its turn.", lower_bound=1)
+_BACKBONE = flags.DEFINE_enum("backbone", "conv4", BACKBONES.names(), "Backbone.")
+_WIDTH = flags.DEFINE_integer("width", None, "Width of the backbone; by default its usual one.")
+_IMAGE_SIZE = flags.DEFINE_integer("image_size", 32, "Side of an image in pixels.")
+_BATCH = flags.DEFINE_integer("batch", 128, "Batch size.")
+_DIM = flags.DEFINE_integer("dim", 512, "Dimension of the embeddings.")
+_CLASSES = flags.DEFINE_integer("classes", 98, "Number of training classes.")
+_STEPS = flags.DEFINE_integer("steps", 45, "N of MemVir.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Type of the network's activations."
+)
+_WORKERS = flags.DEFINE_integer("workers", 0, "Number of input workers.")
+_TORCH = flags.DEFINE_bool("torch", False, "Also time the step in PyTorch.")
+_TURNS = flags.DEFINE_integer("turns", 5, "Number of turns of each variant.", lower_bound=1)
 _CALLS = flags.DEFINE_integer("calls", 10, "Steps in a turn.", lower_bound=1)
-_PROFILE = flags.DEFINE_bool("profile", False, "Whether to look into a step instead.")
-_JSON = flags.DEFINE_string("json", None, "A file to write the results to.")
+_PROFILE = flags.DEFINE_bool("profile", False, "Profile a step instead.")
+_JSON = flags.DEFINE_string("json", None, "JSON file for the results.")
 
 _JPEG = (480, 700)  # Height and width.
 
@@ -76,34 +78,34 @@ def main() -> None:
             return
         turns: dict[str, Callable[[], None]] = {}
         if _TORCH.value:
-            turns["PyTorch, bare"] = _torch_steps(tuned=False)
-            turns["PyTorch, bare, glibc as ours"] = _torch_steps(tuned=True)
+            turns["PyTorch, baseline"] = _torch_steps(tuned=False)
+            turns["PyTorch, baseline, glibc tuned"] = _torch_steps(tuned=True)
         for mixing, steps in itertools.product((0.0, 1.0), (0, _STEPS.value)):
             parts = [*(["PS"] if mixing else []), *(["MemVir"] if steps else [])]
-            form = " + ".join(parts) or "bare"
+            variant = " + ".join(parts) or "baseline"
             built = builder.build(parse(_config(root, mixing, steps)), sharding.make_mesh())
-            turns[form] = _Step(built, _noise(built)).take
-            turns[f"{form}, JPEGs"] = _Step(built, _of_a_run(built)).take
+            turns[variant] = _Step(built, _noise(built)).take
+            turns[f"{variant}, JPEGs"] = _Step(built, _training_batches(built)).take
             if not parts:
                 flops = _flops(built)
             config = _config(root, mixing, steps, cache="device")
             built = builder.build(parse(config), sharding.make_mesh())
-            turns[f"{form}, device's cache"] = _Step(built, _of_a_run(built)).take
+            turns[f"{variant}, device cache"] = _Step(built, _training_batches(built)).take
         rates = _rates(turns)
     peak = _peak()
-    table = Table("step", "images/s", "of the bare one", "spread", "utilisation")
-    bare = np.median(rates["bare"])
+    table = Table("step", "images/s", "relative to baseline", "spread", "utilisation")
+    baseline = np.median(rates["baseline"])
     for name, rate in rates.items():
         middle = np.median(rate)
         table.add_row(
             name,
             f"{middle:.0f}",
-            f"{middle / bare:.3f}",
+            f"{middle / baseline:.3f}",
             f"{min(rate):.0f} to {max(rate):.0f}",
             f"{100 * middle / _BATCH.value * flops / peak:.0f} %",
         )
     device = jax.devices()[0]
-    print(f"{jax.device_count()} x {device.device_kind}, {peak / 1e9:.0f} GFLOP/s at most")
+    print(f"{jax.device_count()} x {device.device_kind}, {peak / 1e9:.0f} GFLOP/s peak")
     Console().print(table)
     if _JSON.value:
         chosen = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
@@ -143,7 +145,7 @@ def _config(root: str, mixing_ratio: float, memory_steps: int, cache: str = "non
 
 
 def _write_images(root: Path) -> None:
-    """As few as an epoch of one step may have, and some to test on."""
+    """Writes one batch of training images, and a few test images."""
     rng = np.random.default_rng(0)
     for split, classes, images in (
         ("train", _CLASSES.value, -(-_BATCH.value // _CLASSES.value)),
@@ -165,13 +167,13 @@ def _noise(built: builder.Experiment) -> Iterator[dict[str, jax.Array]]:
     return itertools.repeat(sharding.put_batch(built.mesh, batch))
 
 
-def _of_a_run(built: builder.Experiment) -> Iterator[dict[str, jax.Array]]:
+def _training_batches(built: builder.Experiment) -> Iterator[dict[str, jax.Array]]:
     for _, batch in device_batches(built, 0, built.config.epochs * built.steps_per_epoch):
         yield batch
 
 
 class _Step:
-    """A training step that goes on from the state that it has left."""
+    """A training step with its state and its batches."""
 
     def __init__(
         self, built: builder.Experiment, batches: Iterator[Mapping[str, jax.Array]]
@@ -182,14 +184,14 @@ class _Step:
         )
 
     def take(self) -> None:
-        """Takes the steps of a turn; as in a run, nobody waits for each of them."""
+        """Takes the steps of a turn, dispatched asynchronously as in a run."""
         for batch in itertools.islice(self._batches, _CALLS.value):
             self._state, observed = self._step(self._state, batch)
         jax.block_until_ready(observed)
 
 
 def _rates(turns: Mapping[str, Callable[[], None]]) -> dict[str, list[float]]:
-    """Images per second of each form at each of its turns, after one to compile in."""
+    """Returns images per second of each variant in each turn; a first turn compiles."""
     for take in turns.values():
         take()
     rates: dict[str, list[float]] = {name: [] for name in turns}
@@ -208,7 +210,7 @@ def _flops(built: builder.Experiment) -> float:
 
 
 def _peak() -> float:
-    """Operations per second of a large matrix product, all devices together."""
+    """Returns the operations per second of a large matrix product, summed over devices."""
     size = 2048 if jax.devices()[0].platform == "cpu" else 8192
     x = jnp.ones((size, size), _DTYPE.value)
     multiply = jax.jit(lambda x: x @ x)
@@ -221,7 +223,7 @@ def _peak() -> float:
 
 
 def _print_profile(built: builder.Experiment) -> None:
-    """Prints the operations of a step that take longest, and what of the program each is."""
+    """Prints the operations of a step that take longest, with their names in the program."""
     batch, state = next(_noise(built)), built.init()
     function = jax.jit(
         lambda state, batch: step.train_step(built.recipe, state, batch), donate_argnums=0
@@ -239,36 +241,36 @@ def _print_profile(built: builder.Experiment) -> None:
     took: collections.Counter[str] = collections.Counter()
     for event in (e for plane in profile.planes for line in plane.lines for e in line.events):
         operation = dict(event.stats).get("hlo_op", "")
-        # Those that only call others would count these twice.
+        # Skips operations that contain others, which would be counted twice.
         if operation and not operation.startswith(("while", "call", "conditional")):
             took[operation] += event.duration_ns
-    # What the compiler itself has put in is told by its result.
+    # Operations added by the compiler have no name; show the shape of their result.
     text = compiled.as_text() or ""
-    of = dict(re.findall(r"%(\S+) = (\w+\[[\d,]*\])", text))
-    of |= dict(re.findall(r'%(\S+) = .*op_name="[^/"]*/([^"]+)"', text))
-    table = Table("ms", "share", "operation", "of")
+    names = dict(re.findall(r"%(\S+) = (\w+\[[\d,]*\])", text))
+    names |= dict(re.findall(r'%(\S+) = .*op_name="[^/"]*/([^"]+)"', text))
+    table = Table("ms", "share", "operation", "name")
     for operation, nanoseconds in took.most_common(10):
         share = 100 * nanoseconds / took.total()
         milliseconds = nanoseconds / _CALLS.value / 1e6
-        table.add_row(f"{milliseconds:.2f}", f"{share:.1f} %", operation, of[operation])
+        table.add_row(f"{milliseconds:.2f}", f"{share:.1f} %", operation, names[operation])
     print(f"{took.total() / _CALLS.value / 1e6:.1f} ms in {len(took)} operations")
     Console(width=200).print(table)
 
 
 def _torch_steps(*, tuned: bool) -> Callable[[], None]:
-    """Takes the steps of a turn in a process of their own, and waits for them.
+    """Returns a function that takes the steps of a turn in a separate process.
 
     Raises:
-        ValueError: that process cannot make its network.
+        ValueError: the process failed to build the network.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     context.Process(target=_serve_torch, args=(theirs, sys.argv, tuned), daemon=True).start()
     theirs.close()
     try:
-        ours.recv()  # It is ready.
+        ours.recv()  # Waits until the process is ready.
     except EOFError as error:
-        raise ValueError("PyTorch's process has ended, and said why; see above") from error
+        raise ValueError("the PyTorch process has failed; see its error message above") from error
 
     def take() -> None:
         ours.send(None)
@@ -283,14 +285,14 @@ def _serve_torch(pipe: Connection, arguments: list[str], tuned: bool) -> None:
         runtime.prepare(embeds=True)
     take = _torch_step()
     pipe.send(None)
-    with contextlib.suppress(EOFError):  # Whoever asks for turns has ended.
+    with contextlib.suppress(EOFError):  # The parent process has ended.
         while True:
             pipe.recv()
             pipe.send(take())
 
 
 def _torch_step() -> Callable[[], None]:
-    """The bare step in PyTorch as its users write it: channels last, autocast, compiled on GPUs."""
+    """Returns the baseline step in PyTorch: channels last, autocast, compiled on GPUs."""
     import torch
     from torch import nn
 
@@ -310,7 +312,7 @@ def _torch_step() -> Callable[[], None]:
         import torchvision
 
         if _BACKBONE.value not in torchvision.models.list_models():
-            raise ValueError(f"torchvision has no {_BACKBONE.value} to compare with")
+            raise ValueError(f"torchvision has no {_BACKBONE.value}; choose a backbone that it has")
         network = torchvision.models.get_model(_BACKBONE.value)
         features = network.fc.in_features
         backbone = nn.Sequential(*list(network.children())[:-2])

@@ -1,16 +1,15 @@
-"""CUB-200-2011: 100 species of birds to train on, 100 others to test on.
+"""CUB-200-2011: 100 bird species for training, 100 other species for testing.
 
 python scripts/prepare_data.py cub200 --download --source=downloads --out=data/cub200
 python scripts/train.py --config=configs/cub200.py:ps_norm_softmax --workdir=runs/cub200_ps
 
-The official READMEs give no settings for this data set. Ours are those of CARS196, which has about
-as many classes and a third more images: recipe, epochs, ratio and alpha of PS, N, M and warm-up of
-MemVir; MemVir has Norm-SoftMax's N and M with every loss, so that losses differ in nothing else.
-Scales, margins and centres are the losses' defaults, which their papers or CARS196's READMEs have.
-Proxy-Anchor has its authors' recipe, with MemVir's epochs where MemVir is
-added.
+The official READMEs have no settings for this data set. Ours are those of CARS196, which has about
+as many classes and a third more images: recipe, epochs, ratio and alpha of PS, and N, M and warm-up
+of MemVir. All losses use Norm-SoftMax's N and M, so that they differ in the loss alone. Scales,
+margins and centres are the losses' defaults, from their papers or from CARS196's READMEs.
+Proxy-Anchor has the recipe of its authors, with MemVir's epochs where MemVir is used.
 Published R@1 in percent (dml_jax/published.py has all losses): Norm-SoftMax 64.9, with PS 66.0,
-with MemVir 67.3. None were measured here: it needs the images, the weights and a GPU.
+with MemVir 67.3. Not measured here: training needs the images, the weights and a GPU.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +22,7 @@ PUBLISHED = published.PUBLISHED["cub200"]
 
 
 def get_config(variant: str = "norm_softmax") -> ConfigDict:
-    """The settings of a variant, such as `norm_softmax`, `ps_proxy_nca` or `memvir_cosface`."""
+    """Returns the configuration of a variant, such as `ps_proxy_nca` or `memvir_cosface`."""
     config = default()
     config.data.update(name="cub200", root="data/cub200")
     method, loss = variants.parse_variant(variant)
@@ -41,6 +40,6 @@ def get_config(variant: str = "norm_softmax") -> ConfigDict:
         variant,
         proxy_synthesis={"ratio": 1.0, "alpha": 0.4},
         memvir={"num_steps": 45, "step_gap": 10, "warmup_epochs": 40},
-        # The default of SoftTriple's authors.
+        # The default in the code of SoftTriple's authors.
         loss_settings={"soft_triple": {"tau": 0.2}},
     )

@@ -1,18 +1,19 @@
-"""Letters in 16 typefaces, embedded: train on Latin and Greek, test on scripts never seen.
+"""Letters in 16 typefaces, included: Latin and Greek for training, other scripts for testing.
 
 There are 423 training classes with 5,702 images and 286 test classes with 3,204 images. Letters
 that look the same are one class, and no image occurs twice.
 
 python scripts/train.py --config=configs/glyphs.py:memvir --workdir=runs/glyphs_memvir
 
-Expected R@1 / RP / MAP@R in percent of the last epoch, means of five seeds (docs/benchmarks.md):
+Expected R@1 / RP / MAP@R in percent at the last epoch, means of five seeds (docs/benchmarks.md):
 `baseline` 98.8 / 74.5 / 71.5, `ps` 99.0 / 78.5 / 76.0, `memvir` 98.9 / 76.6 / 73.9, `ps_memvir`
 99.0 / 78.3 / 75.9. A run takes about a minute on two CPU cores.
 
-The recipe is our choice. Learning rates, decay, ratio and alpha of PS and N, M and warm-up of
-MemVir were chosen by MAP@R on held-out training classes, with as many trials for each method
-(docs/letters_search.csv). The scale is the papers', 23; one of 5 is better for these letters, and
-leaves Proxy Synthesis nothing to gain. Margins and centres of other losses are their defaults.
+The recipe is our choice. Learning rates, decay, ratio and alpha of PS, and N, M and warm-up of
+MemVir were tuned by MAP@R on held-out training classes, with equally many trials for each method
+(docs/letters_search.csv). The scale is that of the papers, 23. A scale of 5 is better for these
+letters; Proxy Synthesis gains nothing there. Margins and centres of other losses are their
+defaults.
 """
 
 from ml_collections import ConfigDict
@@ -22,16 +23,16 @@ from dml_jax.training.config import default
 
 
 def get_config(variant: str = "baseline") -> ConfigDict:
-    """The settings of a variant, such as `baseline`, `ps`, `memvir` or `ps_memvir_proxy_nca`."""
+    """Returns the configuration of a variant, such as `baseline`, `ps` or `memvir_proxy_nca`."""
     config = default()
     config.epochs = 24
     config.data.update(
         name="glyphs",
         image_size=32,
         resize=32,
-        # A mirrored letter is another letter.
+        # Letters are not mirror-invariant.
         augmentation={"crop_scale": (0.8, 1.0), "flip": False},
-        # Letters are decoded faster than worker processes are started.
+        # Decoding letters takes less time than starting worker processes.
         num_workers=0,
     )
     config.model.update(backbone="conv4", width=48, pretrained="none", dim=128, freeze_bn=False)

@@ -1,18 +1,18 @@
-"""Handwritten characters of alphabets never seen: Omniglot's small1, and what small2 adds to it.
+"""Omniglot: the alphabets of small1 for training, the further ones of small2 for testing.
 
 python scripts/prepare_data.py omniglot --download --source=downloads --out=data/omniglot
 python scripts/train.py --config=configs/omniglot.py:ps --workdir=runs/omniglot_ps
 
-Expected R@1 / RP / MAP@R in percent of the last epoch, after 60 epochs with decays at epochs 36 and
+Expected R@1 / RP / MAP@R in percent at the last epoch, after 60 epochs with decays at epochs 36 and
 51, means of four seeds (docs/benchmarks.md has the command): `baseline` 80.0 / 51.3 / 42.0, `ps`
-82.1 / 53.9 / 44.9. The 200 epochs set here, and MemVir, were not measured again since the initial
-values of the head were mended. Any folder of characters does too: `--config.data.name=folder
---config.data.root=DIR`.
+82.1 / 53.9 / 44.9. The 200 epochs of this file, and MemVir, have not been measured since the
+initialisation of the head was corrected. The settings also suit a folder of other characters:
+`--config.data.name=folder --config.data.root=DIR`.
 
-The recipe is our choice, and so are the regularisers' settings: ratio and alpha of PS and the
-warm-up of MemVir as on CARS196; N = 5 and M = 20, since an epoch has 21 steps, so that virtual
-classes are one to five epochs old. Scales, margins and centres are the losses' defaults, which
-their papers or CARS196's READMEs have.
+The recipe and the settings of the regularisers are our choice. Ratio and alpha of PS and the
+warm-up of MemVir are those of CARS196. An epoch has 21 steps, so N = 5 and M = 20 give virtual
+classes that are one to five epochs old. Scales, margins and centres are the losses' defaults, from
+their papers or from CARS196's READMEs.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +22,7 @@ from dml_jax.training.config import default
 
 
 def get_config(variant: str = "baseline") -> ConfigDict:
-    """The settings of a variant, such as `baseline`, `ps`, `memvir` or `ps_memvir_proxy_nca`."""
+    """Returns the configuration of a variant, such as `baseline`, `ps` or `memvir_proxy_nca`."""
     config = default()
     config.epochs = 200
     config.data.update(
@@ -30,7 +30,7 @@ def get_config(variant: str = "baseline") -> ConfigDict:
         root="data/omniglot",
         image_size=32,
         resize=32,
-        # A drawing is seldom upright or centred, and mirrored it is another character.
+        # Drawings vary in rotation and position, but are not mirror-invariant.
         augmentation={
             "crop_scale": (1.0, 1.0),
             "flip": False,
@@ -38,7 +38,7 @@ def get_config(variant: str = "baseline") -> ConfigDict:
             "zoom": 0.15,
             "shift": 0.06,
         },
-        # The images are so small that worker processes cost more than they gain.
+        # For such small images worker processes cost more than they save.
         num_workers=0,
     )
     config.model.update(backbone="conv4", width=48, pretrained="none", dim=128, freeze_bn=False)

@@ -1,18 +1,17 @@
-"""Stanford Online Products: 11,318 products to train on, 11,316 others to test on.
+"""Stanford Online Products: 11,318 products for training, 11,316 others for testing.
 
 python scripts/prepare_data.py sop --download --source=downloads --out=data/sop
 python scripts/train.py --config=configs/sop.py:ps_norm_softmax --workdir=runs/sop_ps
 
-The official READMEs give no settings for this data set. Recipe, ratio and alpha of PS are those of
-CARS196; scales, margins and centres are the losses' defaults, which their papers or CARS196's
-READMEs have. Proxy-Anchor has its authors' recipe, with MemVir's epochs
-where MemVir is added.
-N = 5 and M = 20 keep the memory at 1.2 GB: 105 steps of 11,318 proxies of 512 numbers in bfloat16,
-where CARS196's N and M would take 12 GB in float32. SoftTriple remembers ten centres a class, and
-takes 12.3 GB: choose a smaller `memvir.num_steps` or `loss.centers_per_class` if that is too much.
-Epochs and warm-up of MemVir are about as many steps as on CARS196.
+The official READMEs have no settings for this data set. Recipe, ratio and alpha of PS are those of
+CARS196. Scales, margins and centres are the losses' defaults, from their papers or from CARS196's
+READMEs. Proxy-Anchor has the recipe of its authors, with MemVir's epochs where MemVir is used.
+N = 5 and M = 20 keep the memory at 1.2 GB: 105 steps of 11,318 proxies of 512 numbers in bfloat16;
+CARS196's N and M would take 12 GB in float32. SoftTriple has ten centres per class, so its memory
+takes 12.3 GB; if that is too much, reduce `memvir.num_steps` or `loss.centers_per_class`. MemVir's
+epochs and warm-up are about as many steps as on CARS196.
 Published R@1 in percent (dml_jax/published.py has all losses): Norm-SoftMax 78.6, with PS 79.6,
-with MemVir 79.6. None were measured here: it needs the images, the weights and a GPU.
+with MemVir 79.6. Not measured here: training needs the images, the weights and a GPU.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +24,7 @@ PUBLISHED = published.PUBLISHED["sop"]
 
 
 def get_config(variant: str = "norm_softmax") -> ConfigDict:
-    """The settings of a variant, such as `norm_softmax`, `ps_proxy_nca` or `memvir_cosface`."""
+    """Returns the configuration of a variant, such as `ps_proxy_nca` or `memvir_cosface`."""
     config = default()
     config.data.update(name="sop", root="data/sop")
     config.evaluation.recall_at = (1, 10, 100, 1000)
@@ -42,6 +41,6 @@ def get_config(variant: str = "norm_softmax") -> ConfigDict:
         variant,
         proxy_synthesis={"ratio": 1.0, "alpha": 0.4},
         memvir={"num_steps": 5, "step_gap": 20, "warmup_epochs": 5, "dtype": "bfloat16"},
-        # The default of SoftTriple's authors.
+        # The default in the code of SoftTriple's authors.
         loss_settings={"soft_triple": {"tau": 0.2}},
     )

@@ -1,8 +1,8 @@
-"""Scores that the authors published for the four public benchmarks, and where they stand.
+"""Scores that the authors published for the four public benchmarks, with their sources.
 
 All are in percent, with BN-Inception, 512 dimensions and the conventional evaluation. The papers
-have R@1 alone, without deviations. The READMEs' scores are each metric's best epoch on the test
-classes.
+report R@1 alone, without standard deviations. The READMEs report each metric at its best epoch on
+the test classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,23 +16,23 @@ class Score(NamedTuple):
 
     mean: float
     std: float | None = None
-    """Standard deviation over the runs, where the source has it."""
+    """Standard deviation over the runs, or None if the source does not report it."""
 
     def __str__(self) -> str:
-        """With the decimals that the sources have."""
+        """Returns the score with as many decimals as its source."""
         return f"{self.mean:.1f}" if self.std is None else f"{self.mean:.2f} ± {self.std:.2f}"
 
 
 class Reference(NamedTuple):
-    """What one source says of a variant."""
+    """The scores that one source reports of a variant."""
 
     source: str
     scores: Mapping[str, Score]
-    """By metric, as `retrieval.SCORES` names them; a source need not have all."""
+    """The scores by metric, with the names of `retrieval.SCORES`; some metrics may be missing."""
 
 
 def describe(references: Sequence[Reference], metric: str) -> str:
-    """A metric of all references that have it, each with its source, as text.
+    """Returns one metric of all references that report it, with their sources, as text.
 
     >>> paper = Reference("paper", {"recall@1": Score(84.7)})
     >>> readme = Reference("README", {"recall@1": Score(84.25, 0.31), "map@r": Score(26.51, 0.18)})
@@ -44,7 +44,7 @@ def describe(references: Sequence[Reference], metric: str) -> str:
 
 _SETS = ("cub200", "cars196", "sop", "inshop")
 
-# Table 6 of the Proxy Synthesis paper: a pair of R@1, bare and with PS, for each of _SETS.
+# Table 6 of the Proxy Synthesis paper: R@1 without and with PS for each of _SETS.
 _PS_PAPER = {
     "softmax": ((64.2, 64.9), (81.5, 84.3), (76.3, 77.6), (90.4, 90.9)),
     "norm_softmax": ((64.9, 66.0), (83.3, 84.7), (78.6, 79.6), (90.4, 91.5)),
@@ -55,7 +55,7 @@ _PS_PAPER = {
     "soft_triple": ((65.4, 66.6), (84.5, 85.3), (78.3, 79.5), (91.1, 91.8)),
     "proxy_anchor": ((68.4, 69.2), (86.1, 86.9), (79.1, 79.8), (91.5, 91.9)),
 }
-# Table 4 of the MemVir paper: bare and with MemVir, likewise, without In-Shop.
+# Table 4 of the MemVir paper: R@1 without and with MemVir for each of _SETS but In-Shop.
 _MEMVIR_PAPER = {
     "softmax": ((64.2, 66.8), (81.5, 86.5), (76.3, 77.8)),
     "norm_softmax": ((64.9, 67.3), (83.3, 86.8), (78.6, 79.6)),
@@ -64,7 +64,7 @@ _MEMVIR_PAPER = {
     "proxy_nca": ((64.3, 68.3), (82.0, 86.5), (78.1, 79.2)),
     "proxy_anchor": ((67.7, 69.0), (84.9, 86.7), (78.9, 79.7)),
 }
-# Each of a README's rows: R@1, RP and MAP@R, mean and deviation.
+# The rows of the READMEs: mean and standard deviation of R@1, RP and MAP@R.
 _PS_README = {
     ("baseline", "norm_softmax"): ((83.08, 0.21), (35.23, 0.34), (24.92, 0.35)),
     ("ps", "norm_softmax"): ((84.25, 0.31), (36.76, 0.20), (26.51, 0.18)),
@@ -75,19 +75,19 @@ _MEMVIR_README = {
     ("memvir", "norm_softmax"): ((86.11, 0.19), (38.29, 0.21), (28.46, 0.22)),
     ("memvir", "proxy_nca"): ((86.19, 0.39), (37.97, 0.13), (28.17, 0.14)),
 }
-# The PS README sorts its eight runs, each metric by itself; the MemVir README's baselines are the
-# first five of each row. In one of them, MAP@R of Norm-SoftMax, the second number is a misprint:
-# 25.56 for 25.26, as the PS README's mean of the eight shows. The MemVir README's mean, 25.19, is
-# that of the misprinted five; without the misprint it would be 25.13.
+# The PS README sorts its eight runs by each metric separately. The MemVir README takes the first
+# five of each row as baselines. In the row of Norm-SoftMax's MAP@R the second number is a misprint,
+# 25.56 for 25.26, as the PS README's mean of the eight runs shows. The MemVir README's mean, 25.19,
+# includes the misprint; the correct mean is 25.13.
 _MEMVIR_BASELINES = {
     ("baseline", "norm_softmax"): ((83.22, 0.12), (35.43, 0.26), (25.19, 0.34)),
     ("baseline", "proxy_nca"): ((83.49, 0.29), (35.81, 0.17), (25.45, 0.14)),
 }
-# One row of Proxy-Anchor's own README for each of _SETS.
+# R@1 from the README of Proxy-Anchor's authors, for each of _SETS.
 _PROXY_ANCHOR_README = (69.1, 86.4, 79.2, 91.9)
 
 Variant = tuple[str, str]
-"""Method and loss, as `config.parse_variant` gives them."""
+"""Method and loss, as returned by `variants.parse_variant`."""
 
 
 def _readme(source: str, rows: Mapping[Variant, tuple]) -> list[tuple[Variant, Reference]]:
@@ -103,7 +103,7 @@ def _recall(source: str, method: str, loss: str, percent: float) -> tuple[Varian
 
 
 def _paper(table: str, supplement: str, loss: str) -> str:
-    """Both papers train Proxy-Anchor with settings of its own, which their supplements give."""
+    """Returns the source of a score; settings of Proxy-Anchor are in the papers' supplements."""
     return f"{table} and supplement {supplement}" if loss == "proxy_anchor" else table
 
 
@@ -116,14 +116,14 @@ def _of(data_set: str) -> dict[Variant, list[Reference]]:
         found += _readme("MemVir README, best 5 of the PS README's 8 runs", _MEMVIR_BASELINES)
     for loss, pairs in _PS_PAPER.items():
         source = _paper("PS paper, table 6", "C.2", loss)
-        bare, mixed = pairs[number]
-        found += [_recall(source, "baseline", loss, bare), _recall(source, "ps", loss, mixed)]
+        baseline, mixed = pairs[number]
+        found += [_recall(source, "baseline", loss, baseline), _recall(source, "ps", loss, mixed)]
     # The MemVir paper has no In-Shop.
     for loss, rows in _MEMVIR_PAPER.items() if number < 3 else ():
         source = _paper("MemVir paper, table 4", "C.2.1", loss)
-        bare, remembered = rows[number]
-        if bare != _PS_PAPER[loss][number][0]:
-            found.append(_recall(source, "baseline", loss, bare))
+        baseline, remembered = rows[number]
+        if baseline != _PS_PAPER[loss][number][0]:
+            found.append(_recall(source, "baseline", loss, baseline))
         found.append(_recall(source, "memvir", loss, remembered))
     of_proxy_anchor = _PROXY_ANCHOR_README[number]
     found.append(_recall("Proxy-Anchor README", "baseline", "proxy_anchor", of_proxy_anchor))
@@ -134,4 +134,4 @@ def _of(data_set: str) -> dict[Variant, list[Reference]]:
 
 
 PUBLISHED = {data_set: _of(data_set) for data_set in _SETS}
-"""Of each public benchmark, by its config's name, what is published of each variant."""
+"""The published scores of each variant, by the name of the benchmark's config."""

@@ -1,4 +1,4 @@
-"""Published scores: what the sources say agrees with itself, and the configs tell it."""
+"""Tests that published scores are consistent and agree with the docstrings of the configs."""
 
 import re
 import statistics
@@ -12,8 +12,8 @@ from dml_jax.published import PUBLISHED, describe
 MODULES = {"cars196": cars196, "cub200": cub200, "sop": sop, "inshop": inshop}
 METRICS = list(retrieval.SCORES.values())
 
-# The eight runs of the Proxy Synthesis README's bare losses on CARS196, each metric sorted by
-# itself. Of MAP@R of Norm-SoftMax the second is printed as 25.56.
+# The eight baseline runs of the Proxy Synthesis README on CARS196, sorted by each metric
+# separately. The README prints the second MAP@R of Norm-SoftMax as 25.56.
 MISPRINT = 25.56
 RUNS = {
     ("norm_softmax", "recall@1"): [83.38, 83.25, 83.25, 83.18, 83.05, 82.90, 82.83, 82.79],
@@ -32,12 +32,12 @@ def score(name, method, loss, source, metric="recall@1"):
 
 def agrees(score, runs):
     assert score.mean == pytest.approx(statistics.mean(runs), abs=0.0051)
-    # Some of the deviations are cut off, not rounded.
+    # Some of the deviations are truncated, not rounded.
     assert score.std == pytest.approx(statistics.stdev(runs), abs=0.01)
 
 
 @pytest.mark.parametrize(("loss", "metric"), RUNS)
-def test_the_readmes_baselines_are_of_eight_runs_and_of_the_best_five(loss, metric):
+def test_the_baselines_are_means_of_eight_runs_and_of_the_best_five(loss, metric):
     runs = RUNS[loss, metric]
     eight = score("cars196", "baseline", loss, "PS README", metric)
     agrees(eight, runs)
@@ -48,8 +48,8 @@ def test_the_readmes_baselines_are_of_eight_runs_and_of_the_best_five(loss, metr
     agrees(best, five)
 
 
-def test_every_gain_that_the_papers_tell_is_one():
-    """All losses of both tables; a pair of columns that changed places would lose somewhere."""
+def test_every_published_gain_is_positive():
+    """Swapped columns in a table would make some gain negative."""
     sets = {"ps": ("PS paper", list(PUBLISHED)), "memvir": ("MemVir paper", list(PUBLISHED)[:3])}
     without = {"ps": (), "memvir": ("sphereface", "soft_triple")}
     for method, (source, names) in sets.items():
@@ -58,20 +58,20 @@ def test_every_gain_that_the_papers_tell_is_one():
                 if loss in without[method]:
                     assert (method, loss) not in PUBLISHED[name]
                     continue
-                bare = [x.scores["recall@1"] for x in PUBLISHED[name]["baseline", loss]]
-                gain = score(name, method, loss, source).mean - min(bare).mean
+                baseline = [x.scores["recall@1"] for x in PUBLISHED[name]["baseline", loss]]
+                gain = score(name, method, loss, source).mean - min(baseline).mean
                 assert 0.4 < gain < 5.1, (name, method, loss)
     assert ("memvir", "norm_softmax") not in PUBLISHED["inshop"]
 
 
-def test_papers_that_differ_in_a_baseline_are_both_there():
-    bare = PUBLISHED["cars196"]["baseline", "proxy_nca"]
-    assert describe(bare, "recall@1") == (
+def test_describe_lists_all_sources_of_a_baseline():
+    baseline = PUBLISHED["cars196"]["baseline", "proxy_nca"]
+    assert describe(baseline, "recall@1") == (
         "83.28 ± 0.36 (PS README, 8 runs); "
         "83.49 ± 0.29 (MemVir README, best 5 of the PS README's 8 runs); "
         "83.7 (PS paper, table 6); 82.0 (MemVir paper, table 4)"
     )
-    assert describe(bare, "map@r").count("(") == 2
+    assert describe(baseline, "map@r").count("(") == 2
     assert describe(PUBLISHED["sop"]["baseline", "proxy_anchor"], "recall@1") == (
         "79.1 (PS paper, table 6 and supplement C.2); "
         "78.9 (MemVir paper, table 4 and supplement C.2.1); 79.2 (Proxy-Anchor README)"
@@ -81,18 +81,18 @@ def test_papers_that_differ_in_a_baseline_are_both_there():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_configs_tell_what_is_published(name):
+def test_the_docstrings_of_the_configs_have_the_published_scores(name):
     words = " ".join(MODULES[name].__doc__.split())
     assert MODULES[name].PUBLISHED is PUBLISHED[name]
-    bare = score(name, "baseline", "norm_softmax", "PS paper")
-    assert f"Norm-SoftMax {bare}, " in words
-    for method, called in (("ps", "PS"), ("memvir", "MemVir")):
+    baseline = score(name, "baseline", "norm_softmax", "PS paper")
+    assert f"Norm-SoftMax {baseline}, " in words
+    for method, title in (("ps", "PS"), ("memvir", "MemVir")):
         if (method, "norm_softmax") in PUBLISHED[name]:
-            number = score(name, method, "norm_softmax", f"{called} paper")
-            assert f"with {called} {number}" in words
+            number = score(name, method, "norm_softmax", f"{title} paper")
+            assert f"with {title} {number}" in words
 
 
-def test_cars196_has_the_readmes_means():
+def test_the_docstring_of_cars196_has_the_means_of_the_readmes():
     for loss in ("norm_softmax", "proxy_nca"):
         cells = []
         for method in ("baseline", "ps", "memvir"):

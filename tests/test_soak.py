@@ -3,7 +3,7 @@ import pytest
 
 from benchmarks import soak
 
-# As a run has them: more while it begins, some noise, some peaks.
+# Higher at the beginning, with noise and peaks, like the curves of a run.
 FLAT = (
     100
     + np.where(np.arange(200) < 10, 50, 0)
@@ -12,11 +12,11 @@ FLAT = (
 )
 
 
-def test_a_flat_run_is_found_flat_whatever_its_beginning_and_its_peaks():
+def test_grown_ignores_the_beginning_and_peaks():
     assert soak.grown(dict.fromkeys(soak.BOUNDS, FLAT)) == []
 
 
 @pytest.mark.parametrize("name", soak.BOUNDS)
-def test_what_grows_is_named(name):
+def test_grown_names_the_quantity_that_grows(name):
     series = dict.fromkeys(soak.BOUNDS, FLAT)
     assert soak.grown(series | {name: FLAT + np.arange(200) / 3}) == [name]

@@ -1,1 +1,1 @@
-"""Results as people read them."""
+"""The HTML report of finished runs, and tables that compare seeds."""

@@ -1,4 +1,4 @@
-"""Runs of several seeds side by side, with the tests that say what a difference is worth."""
+"""Comparison of variants over several seeds, with significance tests."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +17,10 @@ def table(
     baselines: Mapping[str, str],
     published: Mapping[str, str],
 ) -> str:
-    """A metric of every run, its mean and standard deviation, as a Markdown table in percent.
+    """Returns a Markdown table of one metric: each run, mean and standard deviation, in percent.
 
-    Welch's t-test compares each variant with its baseline, two-sided: the p-value is how often
-    seeds alone would set the two means at least so far apart.
+    Each variant is compared with its baseline by Welch's t-test, two-sided. The p-value is the
+    probability of a difference at least as large if both variants had equal means.
 
     >>> print(table("R@1, last epoch", {"plain": [0.5, 0.52], "mixed": [0.6, 0.62]},
     ...             baselines={"mixed": "plain"}, published={"plain": "51.5 (paper)"}))
@@ -30,14 +30,14 @@ def table(
     | mixed | 60.0 | 62.0 | 61.00 ± 1.41 | plain +10.00 | 0.019 |  |
 
     Args:
-        title: the metric, and the epoch that it is of.
-        scores: of each variant, one fraction a seed; as many seeds each.
-        baselines: which variant each is compared with, of those that are.
-        published: what others published of each variant, as text; "" for nothing. Without any the
-            table has no such column.
+        title: the metric and the epoch it was measured at.
+        scores: for each variant, one fraction per seed; all variants have equally many seeds.
+        baselines: the baseline of each variant that has one.
+        published: published scores of each variant as text; "" if there are none. If all are
+            empty, the table has no such column.
 
     Returns:
-        The lines of the table.
+        The table, with lines separated by newlines.
     """
     seeds = range(1, 1 + max(map(len, scores.values())))
     head = [title, *map(str, seeds), "mean ± std", "against", "p (Welch)"]
@@ -60,14 +60,14 @@ def table(
 
 
 def baseline(variant: str, get_config: Callable[[str], ConfigDict]) -> str:
-    """The bare variant that a variant is compared with, itself if it has no regulariser.
+    """Returns the variant without regularisers that a variant is compared with.
 
-    It has the variant's loss and its schedule, and is named as the variant is, with its loss or
-    without.
+    The baseline has the same loss and the same schedule. Its name includes the loss if the name of
+    the variant does. A variant without a regulariser is its own baseline.
 
     Args:
-        variant: a name, see `config.with_variant`.
-        get_config: gives the configuration of a variant.
+        variant: a name, see `variants.with_variant`.
+        get_config: returns the configuration of a variant.
     """
     method, loss = variants.parse_variant(variant)
     if "baseline" in method:
@@ -82,7 +82,7 @@ def baseline(variant: str, get_config: Callable[[str], ConfigDict]) -> str:
 def scores(
     results: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, *, best: bool
 ) -> tuple[str, dict[str, list[float]]]:
-    """A metric of every run, and which epoch it is of.
+    """Returns one metric of every run, and a description of the epoch it was measured at.
 
     >>> result = {"last": {"map@r": 0.5}, "best_of": {"map@r": {"map@r": 0.6}}}
     >>> results = {"plain": [result | {"best_chosen_on": "test"}]}
@@ -92,12 +92,12 @@ def scores(
     ('best epoch on test classes', {'plain': [0.6]})
 
     Args:
-        results: of each variant, the results of its runs.
-        metric: its key in them.
-        best: whether to take the metric's own best epoch instead of the last one.
+        results: the results of each variant's runs.
+        metric: the key of the metric.
+        best: whether to use the epoch with the best value of this metric instead of the last one.
 
     Returns:
-        The epoch in words, and the metric's fractions by variant.
+        The epoch as text, and the scores of each variant as fractions.
     """
     if not best:
         last = {name: [run["last"][metric] for run in runs] for name, runs in results.items()}
@@ -109,13 +109,13 @@ def scores(
 
 
 def mean_and_std(percents: Sequence[float]) -> str:
-    """Mean and, of several, standard deviation, as text with two decimals."""
+    """Returns the mean, and for several values the standard deviation, with two decimals."""
     mean = f"{statistics.mean(percents):.2f}"
     return mean if len(percents) < 2 else f"{mean} ± {statistics.stdev(percents):.2f}"
 
 
 def p_value(percents: Sequence[float], baseline: Sequence[float]) -> str:
-    """The p-value of Welch's t-test, two-sided, as text; empty where there are too few seeds."""
+    """Returns the two-sided p-value of Welch's t-test as text; "" for fewer than two seeds."""
     if min(len(percents), len(baseline)) < 2:
         return ""
     return f"{scipy.stats.ttest_ind(percents, baseline, equal_var=False).pvalue:.2g}"

@@ -1,6 +1,6 @@
-"""What each test image finds, and what that says of classes: the report's numbers.
+"""Retrieval results per query and per class.
 
-Measured as `dml_jax.retrieval.evaluate` measures, but kept for each query.
+The definitions are those of `dml_jax.retrieval.evaluate`, without the average over queries.
 """
 
 from typing import Any, NamedTuple
@@ -12,34 +12,34 @@ from dml_jax.report.runs import Run
 from dml_jax.retrieval import exact, metrics
 
 SHOWN = 8
-"""Neighbours that are shown of a query."""
+"""Number of neighbours shown for a query."""
 
 _BLOCK = 2048
 _HISTOGRAM_QUERIES = 4000
 BINS = 100
-"""Of a histogram of similarities, over -1..1."""
+"""Number of bins of a similarity histogram, over -1..1."""
 
 
 class Ranking(NamedTuple):
-    """What each query finds.
+    """The retrieval results of each query.
 
     Attributes:
-        neighbours: the first few in the gallery, nearest first.
-        similarities: their cosines.
-        right: whether they are of the query's class.
-        relevant: R, how many images of the query's class there are to find.
-        average_precision: at R, in 0..1; 0 where R is.
+        neighbours: gallery indices of the nearest images, nearest first.
+        similarities: their cosine similarities.
+        correct: whether they belong to the query's class.
+        relevant: R, the number of other gallery images of the query's class.
+        average_precision: average precision at R, in 0..1; 0 where R is 0.
     """
 
     neighbours: Int64[np.ndarray, "q k"]
     similarities: Float32[np.ndarray, "q k"]
-    right: Bool[np.ndarray, "q k"]
+    correct: Bool[np.ndarray, "q k"]
     relevant: Int64[np.ndarray, " q"]
     average_precision: Float64[np.ndarray, " q"]
 
 
 def rank(run: Run) -> Ranking:
-    """Searches the neighbours of a run's test images, each left out of its own."""
+    """Returns the nearest neighbours of a run's test images; a query is never its own neighbour."""
     queries, labels = exact.unit_rows(run.queries.embeddings), run.queries.labels
     alone = run.gallery is None
     gallery = queries if run.gallery is None else exact.unit_rows(run.gallery.embeddings)
@@ -51,24 +51,26 @@ def rank(run: Run) -> Ranking:
     for start in range(0, len(queries), _BLOCK):
         rows = np.arange(start, min(start + _BLOCK, len(queries)))
         ids = searcher.nearest(queries[rows], count, own=rows if alone else None)
-        right = gallery_labels[ids] == labels[rows, None]
+        correct = gallery_labels[ids] == labels[rows, None]
         precision = np.zeros(len(rows))
-        some = relevant[rows] > 0
-        precision[some] = metrics.average_precision(right[some], relevant[rows][some])
+        has_match = relevant[rows] > 0
+        precision[has_match] = metrics.average_precision(
+            correct[has_match], relevant[rows][has_match]
+        )
         near = ids[:, :SHOWN]
         similarities = np.einsum("qd,qkd->qk", queries[rows], gallery[near])
-        parts.append((near, similarities, right[:, :SHOWN], precision))
-    near, similarities, right, precision = map(np.concatenate, zip(*parts, strict=True))
-    return Ranking(near, similarities, right, relevant, precision)
+        parts.append((near, similarities, correct[:, :SHOWN], precision))
+    near, similarities, correct, precision = map(np.concatenate, zip(*parts, strict=True))
+    return Ranking(near, similarities, correct, relevant, precision)
 
 
 class Classes(NamedTuple):
-    """How well each class is found; classes without a query that has a match have 0 queries.
+    """Retrieval scores of each class.
 
     Attributes:
-        queries: of each class, those that have a match.
-        recall: the share of them whose first neighbour is right.
-        precision: their mean average precision at R.
+        queries: number of queries with at least one relevant gallery image.
+        recall: fraction of these queries whose first neighbour is correct; 0 without queries.
+        precision: their mean average precision at R; 0 without queries.
     """
 
     queries: Int64[np.ndarray, " c"]
@@ -77,7 +79,7 @@ class Classes(NamedTuple):
 
 
 def by_class(run: Run, ranking: Ranking) -> Classes:
-    """R@1 and MAP@R of each class; weighted by their queries they average to the run's."""
+    """Returns R@1 and MAP@R of each class; their mean weighted by queries is the run's score."""
     counted = ranking.relevant > 0
     labels, classes = run.queries.labels[counted], len(run.queries.class_names)
     queries = np.bincount(labels, minlength=classes)
@@ -85,36 +87,42 @@ def by_class(run: Run, ranking: Ranking) -> Classes:
     def mean(values: np.ndarray) -> np.ndarray:
         return np.bincount(labels, values[counted], minlength=classes) / np.maximum(queries, 1)
 
-    return Classes(queries, mean(ranking.right[:, 0]), mean(ranking.average_precision))
+    return Classes(queries, mean(ranking.correct[:, 0]), mean(ranking.average_precision))
 
 
 def confused_pairs(run: Run, ranking: Ranking, most: int) -> list[dict[str, Any]]:
-    """The pairs of classes that are most often each other's wrong first neighbour.
+    """Returns the pairs of classes that are confused most often.
+
+    A query counts as confused if its first neighbour belongs to another class.
 
     Args:
-        run: the run.
-        ranking: its.
-        most: pairs to return, at most.
+        run: a run.
+        ranking: the run's retrieval results.
+        most: the maximum number of pairs.
 
     Returns:
-        `first` and `second`, the classes; `there`, how many queries of the first find the second;
-        `back`, the reverse; `queries`, of both classes. Most confused first.
+        A dict for each pair, most confused first: the classes `first` and `second`;
+        `first_as_second`, the number of queries of the first class whose first neighbour is of the
+        second; `second_as_first`, the reverse; `queries`, the number of queries of both classes.
     """
-    found_labels = run.queries.labels if run.gallery is None else run.gallery.labels
-    wrong = ~ranking.right[:, 0] & (ranking.relevant > 0)
-    asked = run.queries.labels[wrong].astype(np.int64)
-    found = found_labels[ranking.neighbours[wrong, 0]].astype(np.int64)
+    gallery_labels = run.queries.labels if run.gallery is None else run.gallery.labels
+    wrong = ~ranking.correct[:, 0] & (ranking.relevant > 0)
+    query_labels = run.queries.labels[wrong].astype(np.int64)
+    neighbour_labels = gallery_labels[ranking.neighbours[wrong, 0]].astype(np.int64)
     classes = len(run.queries.class_names)
-    low, high = np.minimum(asked, found), np.maximum(asked, found)
-    pairs, place, counts = np.unique(low * classes + high, return_inverse=True, return_counts=True)
-    there = np.bincount(place, asked == low, minlength=len(pairs)).astype(int)
+    low, high = (
+        np.minimum(query_labels, neighbour_labels),
+        np.maximum(query_labels, neighbour_labels),
+    )
+    pairs, pair, counts = np.unique(low * classes + high, return_inverse=True, return_counts=True)
+    forward = np.bincount(pair, query_labels == low, minlength=len(pairs)).astype(int)
     queries = by_class(run, ranking).queries
     return [
         {
             "first": int(pairs[i] // classes),
             "second": int(pairs[i] % classes),
-            "there": int(there[i]),
-            "back": int(counts[i] - there[i]),
+            "first_as_second": int(forward[i]),
+            "second_as_first": int(counts[i] - forward[i]),
             "queries": int(queries[pairs[i] // classes] + queries[pairs[i] % classes]),
         }
         for i in np.lexsort((pairs, -counts))[:most]
@@ -124,9 +132,10 @@ def confused_pairs(run: Run, ranking: Ranking, most: int) -> list[dict[str, Any]
 def similarity_histogram(
     run: Run,
 ) -> tuple[Int64[np.ndarray, " bins"], Int64[np.ndarray, " bins"]]:
-    """Counts the cosines of same-class pairs and of other pairs, of no image with itself.
+    """Returns histograms of the cosine similarities of same-class and of other-class pairs.
 
-    Of thousands of queries, a fixed random choice is compared with everything.
+    Pairs of an image with itself are excluded. At most 4,000 queries, a fixed random subset, are
+    compared with the whole gallery.
 
     Returns:
         Counts of same-class and of other-class pairs, in equal bins over -1..1.
@@ -141,8 +150,8 @@ def similarity_histogram(
         bins = ((cosines + 1) * (BINS / 2)).astype(np.int32).clip(0, BINS - 1)
         equal = labels[rows, None] == gallery_labels
         if run.gallery is None:
-            bins[np.arange(len(rows)), rows] = BINS  # An image with itself, counted nowhere.
-        everything = np.bincount(bins.ravel(), minlength=BINS + 1)[:BINS]
+            bins[np.arange(len(rows)), rows] = BINS  # Excludes pairs of an image with itself.
+        total = np.bincount(bins.ravel(), minlength=BINS + 1)[:BINS]
         matching = np.bincount(bins[equal], minlength=BINS + 1)[:BINS]
-        same, other = same + matching, other + everything - matching
+        same, other = same + matching, other + total - matching
     return same, other

@@ -1,4 +1,4 @@
-"""The page: everything put together, in one file that needs no network."""
+"""Writes the report: one self-contained HTML file."""
 
 import base64
 import json
@@ -26,7 +26,7 @@ from dml_jax.training import run_directory
 from dml_jax.training.config import parse
 
 MOST_IMAGES = 12_000
-"""Images that a page shows; of a larger test set some queries and what they find."""
+"""Maximum number of images on a page; of a larger test set, a subset of queries is shown."""
 
 _CONFUSED_PAIRS = 30
 _SCRIPTS = ("data.js", "charts.js", "map.js", "training.js", "gallery.js", "classes.js", "main.js")
@@ -34,48 +34,48 @@ _SCRIPTS = ("data.js", "charts.js", "map.js", "training.js", "gallery.js", "clas
 
 def write(
     groups: Sequence[Group],
-    recipe: Mapping[str, Any],
+    config_file: Mapping[str, Any],
     path: Path,
     *,
-    tell: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> None:
     """Writes the report of runs that were tested on the same images.
 
     Args:
-        groups: of runs, as `runs.group` gives them.
-        recipe: what the config file of their data set defines.
-        path: the file.
-        tell: is told what is being done.
+        groups: groups of runs, see `runs.group`.
+        config_file: the globals of their data set's config file.
+        path: the HTML file to write.
+        log: called with progress messages.
 
     Raises:
-        FileNotFoundError: the images are not where the runs found them.
-        ValueError: they are others than the runs were tested on.
+        FileNotFoundError: the folder of `path`, or the images, do not exist.
+        ValueError: the images differ from those the runs were tested on.
     """
     if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder to write {path} into")
+        raise FileNotFoundError(f"cannot write {path}: its folder does not exist; create it first")
     first = groups[0].first
     sources = _sources(first)
-    tell("searching neighbours")
+    log("searching neighbours")
     rankings = [ranking.rank(group.first) for group in groups]
     queries, shown = _choose(first, rankings)
-    tell(f"laying out {len(shown)} images for each of {len(groups)} maps")
+    log(f"computing {len(groups)} maps of {len(shown)} images")
     maps = _maps(groups, shown)
-    tell("drawing the training classes")
-    trained = [(group.name, training_map.draw(group.first)) for group in groups]
-    drawn = [(name, one) for name, one in trained if one is not None]
-    tell("drawing thumbnails")
-    pictures = _pictures(sources, shown) + [x for _, one in drawn for x in one.pictures]
-    sheets = thumbnails.draw(pictures, first.config)
+    log("computing the maps of training classes")
+    training_maps = [(group.name, training_map.compute(group.first)) for group in groups]
+    present = [(name, one) for name, one in training_maps if one is not None]
+    log("encoding thumbnails")
+    images = _thumbnails(sources, shown) + [x for _, one in present for x in one.thumbnails]
+    sheets = thumbnails.draw(images, first.config)
     content = {
         "images": _images(first, shown) | {"side": sheets.side, "columns": thumbnails.COLUMNS},
         "queries": _pack(queries),
         "runs": [
-            _run(group, one, queries, shown, places)
-            for group, one, places in zip(groups, rankings, maps, strict=True)
+            _run(group, one, queries, shown, positions)
+            for group, one, positions in zip(groups, rankings, maps, strict=True)
         ],
         "curves": [_curve(i, run) for i, group in enumerate(groups) for run in group.runs],
         "scores": list(retrieval.SCORES.items()),
-        "training": _training(drawn, len(shown)),
+        "training": _training(present, len(shown)),
         "kinds": training_map.KINDS,
     }
     text = _template().render(
@@ -85,15 +85,15 @@ def write(
         test_classes=len(np.unique(first.queries.labels)),
         shown=len(shown),
         all_shown=len(shown) == _count(first),
-        without=[name for name, one in trained if one is None],
+        without=[name for name, one in training_maps if one is None],
         score_names=list(retrieval.SCORES),
-        comparison=tables.scores(groups, recipe),
-        published="PUBLISHED" in recipe,
+        comparison=tables.scores(groups, config_file),
+        published="PUBLISHED" in config_file,
         costs=tables.costs(groups),
         settings=tables.settings(groups),
-        commands=tables.commands(groups, recipe),
+        commands=tables.commands(groups, config_file),
         command=_command(groups, path),
-        has_training=bool(drawn),
+        has_training=bool(present),
         version=dml_jax.__version__,
         date=time.strftime("%Y-%m-%d"),
         content=_json(content),
@@ -112,7 +112,7 @@ def _command(groups: Sequence[Group], path: Path) -> str:
 
 
 def _sources(run: Run) -> dict[str, data.Source]:
-    """The images that a run was tested on, made sure to be those."""
+    """Returns the images that a run was tested on, after checking that they are the same."""
     config = run.config
     sources, _ = splits.load_splits(
         parse(config).data, config.evaluation.recall_at, run_directory.read_findings(run.folder)
@@ -120,8 +120,8 @@ def _sources(run: Run) -> dict[str, data.Source]:
     for split, embedded in (("test", run.queries), ("gallery", run.gallery)):
         if embedded is not None and sources[split].names != embedded.names:
             raise ValueError(
-                f"{config.data.root or config.data.name} holds other {split} images than "
-                f"{run.folder} was tested on; put them back, or train again"
+                f"the {split} images in {config.data.root or config.data.name} differ from those "
+                f"{run.folder} was tested on; restore them, or train again"
             )
     return sources
 
@@ -133,9 +133,9 @@ def _count(run: Run) -> int:
 def _choose(
     run: Run, rankings: Sequence[ranking.Ranking]
 ) -> tuple[Int64[np.ndarray, " q"], Int64[np.ndarray, " n"]]:
-    """Which queries, and which images, are shown; the gallery's are numbered behind the queries.
+    """Returns the indices of the queries and of the images to show.
 
-    Every neighbour of a query that is shown is shown too.
+    Gallery images are numbered after the queries. All neighbours of a shown query are shown.
     """
     offset = 0 if run.gallery is None else len(run.queries.labels)
     if _count(run) <= MOST_IMAGES:
@@ -143,8 +143,8 @@ def _choose(
     order = np.random.default_rng(0).permutation(len(run.queries.labels))
     near = np.concatenate([one.neighbours[order] for one in rankings], axis=1) + offset
     needed = np.concatenate([order[:, None], near], axis=1)
-    _, first_place = np.unique(needed, return_index=True)
-    new = np.bincount(first_place // needed.shape[1], minlength=len(order))
+    _, first_index = np.unique(needed, return_index=True)
+    new = np.bincount(first_index // needed.shape[1], minlength=len(order))
     fit = int(np.searchsorted(np.cumsum(new), MOST_IMAGES, side="right"))
     return np.sort(order[:fit]), np.unique(needed[:fit])
 
@@ -155,14 +155,14 @@ def _vectors(run: Run, shown: Int64[np.ndarray, " n"]) -> np.ndarray:
 
 
 def _maps(groups: Sequence[Group], shown: Int64[np.ndarray, " n"]) -> list[np.ndarray]:
-    places: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
     for group in groups:
-        start = places[0] if places else None
-        places.append(projection.project(_vectors(group.first, shown), start=start))
-    return places
+        start = positions[0] if positions else None
+        positions.append(projection.project(_vectors(group.first, shown), start=start))
+    return positions
 
 
-def _pictures(
+def _thumbnails(
     sources: dict[str, data.Source], shown: Int64[np.ndarray, " n"]
 ) -> list[thumbnails.Thumbnail]:
     tests = len(sources["test"])
@@ -190,9 +190,9 @@ def _run(
     ranked: ranking.Ranking,
     queries: Int64[np.ndarray, " q"],
     shown: Int64[np.ndarray, " n"],
-    places: np.ndarray,
+    positions: np.ndarray,
 ) -> dict[str, Any]:
-    """What the page's programs need of a run; images are numbered as they are shown."""
+    """Returns the data of a run for the scripts; indices refer to the images shown."""
     run = group.first
     offset = 0 if run.gallery is None else len(run.queries.labels)
     near = np.searchsorted(shown, ranked.neighbours[queries] + offset)
@@ -205,7 +205,7 @@ def _run(
         "similarities": _pack(np.round((ranked.similarities[queries].ravel() + 1) * 10_000)),
         "precision": _pack(np.round(ranked.average_precision[queries] * 10_000)),
         "answerable": _pack(ranked.relevant[queries] > 0),
-        "places": _pack(np.round(places.ravel() * 65_535)),
+        "positions": _pack(np.round(positions.ravel() * 65_535)),
         "classes": {
             "queries": classes.queries.tolist(),
             "recall": np.round(classes.recall, 5).tolist(),
@@ -217,7 +217,7 @@ def _run(
 
 
 def _curve(group: int, run: Run) -> dict[str, Any]:
-    """A run's lines over epochs and over seconds of training and evaluation."""
+    """Returns a run's metrics by epoch and by seconds of training and evaluation."""
     ends = np.cumsum([x["train_seconds"] + x["evaluation_seconds"] for x in run.timings])
     steps = [line["step"] for line in run.timings]
     seconds = dict(zip(steps, np.round(ends, 2).tolist(), strict=True))
@@ -236,34 +236,34 @@ def _curve(group: int, run: Run) -> dict[str, Any]:
 
 
 def _training(
-    drawn: Sequence[tuple[str, training_map.TrainingMap]], first_picture: int
+    maps: Sequence[tuple[str, training_map.TrainingMap]], first_thumbnail: int
 ) -> list[dict[str, Any]]:
     result = []
-    for name, one in drawn:
+    for name, one in maps:
         result.append(
             {
                 "name": name,
-                "places": _pack(np.round(one.places.ravel() * 65_535)),
+                "positions": _pack(np.round(one.positions.ravel() * 65_535)),
                 "kind": one.kind.tolist(),
                 "label": one.label.tolist(),
                 "second": one.second.tolist(),
                 "age": one.age.tolist(),
                 "classes": one.classes,
-                "firstPicture": first_picture,
-                "names": [x.source.names[x.number] for x in one.pictures],
+                "firstThumbnail": first_thumbnail,
+                "names": [x.source.names[x.number] for x in one.thumbnails],
             }
         )
-        first_picture += len(one.pictures)
+        first_thumbnail += len(one.thumbnails)
     return result
 
 
 def _pack(numbers: np.ndarray) -> str:
-    """Whole numbers in 0..65535 in base64."""
+    """Returns integers in 0..65535 as base64 of little-endian uint16."""
     return base64.b64encode(np.asarray(numbers).astype("<u2").tobytes()).decode()
 
 
 def _json(content: Any) -> Markup:
-    """JSON that no class name can break out of a script element with."""
+    """Returns JSON that is safe inside a script element, whatever the class names contain."""
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
     return Markup(text.replace("<", "\\u003c"))
 

@@ -1,4 +1,4 @@
-"""Finished runs as they lie in their folders, and which of them differ in nothing but the seed."""
+"""Reads finished runs and groups those that differ in the seed alone."""
 
 import dataclasses
 import json
@@ -18,16 +18,16 @@ from dml_jax.training import run_directory
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """What a finished run has left behind.
+    """The files of a finished run.
 
     Attributes:
-        folder: its workdir.
-        config: its configuration.
-        metrics: a line an epoch.
-        timings: a line an epoch.
-        scores: the line of the last epoch; scores are fractions.
+        folder: the workdir.
+        config: the configuration.
+        metrics: one dict per epoch, from `metrics.jsonl`.
+        timings: one dict per epoch, from `timings.jsonl`.
+        scores: the scores of the last epoch, as fractions.
         queries: embeddings of the test images.
-        gallery: embeddings of what they are looked for in, if not among themselves.
+        gallery: embeddings of the gallery, or None if the test images are their own gallery.
     """
 
     folder: Path
@@ -41,11 +41,11 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
-    """Runs that differ in the seed alone, by seed.
+    """Runs that differ in the seed alone.
 
     Attributes:
-        name: what tells the group from the others of a report.
-        runs: at least one; the first stands for all where a single one is shown.
+        name: a name that is unique in a report.
+        runs: at least one run, ordered by seed.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Group:
 
     @property
     def first(self) -> Run:
-        """The run of the lowest seed."""
+        """The run with the lowest seed, which represents the group."""
         return self.runs[0]
 
 
@@ -61,16 +61,16 @@ def read(folder: Path) -> Run:
     """Reads a finished run.
 
     Raises:
-        FileNotFoundError: there is no run, or it has not ended.
-        ValueError: a file of it is damaged.
+        FileNotFoundError: the folder holds no run, or the run has not finished.
+        ValueError: a file of the run is damaged.
     """
     config = run_directory.read_config(folder)
     configs.parse(config)
     result = run_directory.read_result(folder)
     if result is None:
         raise FileNotFoundError(
-            f"{folder} holds an unfinished run: there is no {run_directory.RESULT}; start its "
-            "training command again, and make the report then"
+            f"the run in {folder} has not finished: it has no {run_directory.RESULT}; resume it by "
+            "its training command, then make the report"
         )
     gallery = folder / run_directory.GALLERY
     return Run(
@@ -85,11 +85,10 @@ def read(folder: Path) -> Run:
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
-    """Puts runs together that differ in the seed alone, in the order in which they come.
+    """Groups runs that differ in the seed alone, in order of first appearance.
 
     Raises:
-        ValueError: runs were tested on different images, so that nothing can be compared, or a run
-            is there twice.
+        ValueError: the runs were tested on different images, or a run is given twice.
     """
     _check_same_images(runs)
     groups: dict[str, list[Run]] = {}
@@ -104,22 +103,25 @@ def _check_same_images(runs: Sequence[Run]) -> None:
     folders = [run.folder.resolve() for run in runs]
     for folder in folders:
         if folders.count(folder) > 1:
-            raise ValueError(f"{folder} is named twice; name each run once")
+            raise ValueError(f"{folder} is given twice; give each run once")
     first = runs[0]
     for run in runs[1:]:
-        here, there = (
+        images, first_images = (
             [part and (part.names, part.class_names) for part in (x.queries, x.gallery)]
             for x in (run, first)
         )
-        if here != there:
+        if images != first_images:
             raise ValueError(
-                f"{run.folder} and {first.folder} were tested on different images; make a report "
-                "of each"
+                f"{run.folder} and {first.folder} were tested on different images; make a separate "
+                "report of each"
             )
 
 
 def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """Folders, as far as they differ; of a group with several seeds the folder above them."""
+    """Returns the distinguishing part of each group's path.
+
+    The path of a group with several seeds is their common parent folder.
+    """
     common = [
         os.path.commonpath([run.folder.resolve() for run in runs]) if len(runs) > 1 else None
         for runs in groups
@@ -131,6 +133,6 @@ def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
     if len(folders) == 1:
         return [os.path.basename(folders[0])]
     root = os.path.commonpath(folders)
-    # A folder above the others would be called ".".
+    # If one folder contains the others, its relative path would be ".".
     root = os.path.dirname(root) if root in folders else root
     return [os.path.relpath(folder, root) for folder in folders]

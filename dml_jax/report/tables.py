@@ -1,4 +1,4 @@
-"""The report's tables: scores, costs, settings, commands."""
+"""The tables of the report: scores, costs, settings and commands."""
 
 import shlex
 import statistics
@@ -14,49 +14,52 @@ from dml_jax.training import config as configs
 from dml_jax.training import fork
 
 
-def variant(config: ConfigDict, recipe: Mapping[str, Any]) -> tuple[str, str]:
-    """Method and loss of a configuration, as `config.parse_variant` gives them of a name.
+def variant(config: ConfigDict, config_file: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns method and loss of a configuration, like `variants.parse_variant` for a name.
 
-    The bare loss on MemVir's schedule is told from the one on its own by which of the two the
-    configuration differs from in fewer settings.
+    `baseline` and `memvir_baseline` differ in their schedules alone. The result is the one from
+    which the configuration differs in fewer settings.
 
     Args:
-        config: of a run.
-        recipe: what the config file of its data set defines.
+        config: the configuration of a run.
+        config_file: the globals of its data set's config file.
     """
     used = {"ps": config.proxy_synthesis.ratio, "memvir": config.memvir.num_steps}
     regularisers = [name for name, amount in used.items() if amount]
     loss = config.loss.name
     if regularisers:
         return "_".join(regularisers), loss
-    schedules = ("baseline", "memvir_baseline")  # Of equal ones min takes the first.
-    return min(schedules, key=lambda method: len(_changes(config, recipe, method, loss))), loss
+    schedules = ("baseline", "memvir_baseline")  # Of equals, min returns the first.
+    return min(schedules, key=lambda method: len(_changes(config, config_file, method, loss))), loss
 
 
 def _changes(
-    config: ConfigDict, recipe: Mapping[str, Any], method: str, loss: str
+    config: ConfigDict, config_file: Mapping[str, Any], method: str, loss: str
 ) -> dict[str, Any]:
-    """The settings of a configuration that a variant of its config file has otherwise."""
-    start = _flat(recipe["get_config"](f"{method}_{loss}"))
+    """Returns the settings in which a configuration differs from a variant of its config file."""
+    start = _flat(config_file["get_config"](f"{method}_{loss}"))
     return {path: value for path, value in _flat(config).items() if start.get(path) != value}
 
 
-def scores(groups: Sequence[Group], recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The comparison: a row a group, percent.
+def scores(groups: Sequence[Group], config_file: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the table of scores in percent, one row per group.
 
     Args:
-        groups: of runs.
-        recipe: what the config file of their data set defines, which may be published scores.
+        groups: groups of runs.
+        config_file: the globals of their data set's config file, which may define `PUBLISHED`.
 
     Returns:
-        Of each row `name`, `seeds`, `bare` (the group that it is compared with, if any) and
-        `cells`; of each cell `value`, `best`, `spread` (each seed's), `against` (how far it is from
-        `bare`) and `published`, with the sources.
+        For each row: `name`, `seeds`, `baseline` (the name of the group it is compared with, or "")
+        and `cells`. For each cell: `value`; `best`, whether it is the best of its column; `spread`,
+        the values of the seeds; `against`, the difference from the baseline; `published`, published
+        scores with their sources.
     """
     rows = []
     for group in groups:
-        references = recipe.get("PUBLISHED", {}).get(variant(group.first.config, recipe), ())
-        bare = _bare(group, groups)
+        references = config_file.get("PUBLISHED", {}).get(
+            variant(group.first.config, config_file), ()
+        )
+        baseline = _baseline(group, groups)
         cells = []
         for metric in retrieval.SCORES.values():
             ours = _percents(group, metric)
@@ -68,8 +71,8 @@ def scores(groups: Sequence[Group], recipe: Mapping[str, Any]) -> list[dict[str,
                 "published": published.describe(references, metric),
                 "against": "",
             }
-            if bare is not None:
-                theirs = _percents(bare, metric)
+            if baseline is not None:
+                theirs = _percents(baseline, metric)
                 p = comparison.p_value(ours, theirs)
                 cell["against"] = f"{statistics.mean(ours) - statistics.mean(theirs):+.2f}" + (
                     f", p {p}" if p else ""
@@ -79,7 +82,7 @@ def scores(groups: Sequence[Group], recipe: Mapping[str, Any]) -> list[dict[str,
             {
                 "name": group.name,
                 "seeds": [run.config.seed for run in group.runs],
-                "bare": bare.name if bare else "",
+                "baseline": baseline.name if baseline else "",
                 "cells": cells,
             }
         )
@@ -90,15 +93,17 @@ def _percents(group: Group, metric: str) -> list[float]:
     return [100 * run.scores[metric] for run in group.runs]
 
 
-def _bare(group: Group, groups: Sequence[Group]) -> Group | None:
-    """The group without a regulariser that is otherwise the same, if it is there."""
+def _baseline(group: Group, groups: Sequence[Group]) -> Group | None:
+    """Returns the group with the same settings but without regularisers, or None."""
 
-    def rest(one: Group) -> dict[str, Any]:
+    def other_settings(one: Group) -> dict[str, Any]:
         return one.first.config.to_dict() | {"seed": 0, "proxy_synthesis": 0, "memvir": 0}
 
     if not _is_regularised(group):
         return None
-    alike = [x for x in groups if not _is_regularised(x) and rest(x) == rest(group)]
+    alike = [
+        x for x in groups if not _is_regularised(x) and other_settings(x) == other_settings(group)
+    ]
     return alike[0] if alike else None
 
 
@@ -108,12 +113,12 @@ def _is_regularised(group: Group) -> bool:
 
 
 def costs(groups: Sequence[Group]) -> list[dict[str, str]]:
-    """What training cost, a row a run; epochs' medians, without the first, which compiles."""
+    """Returns the training cost of each run; speeds are medians without the first epoch."""
     return [_cost(group, run) for group in groups for run in group.runs]
 
 
 def _cost(group: Group, run: Run) -> dict[str, str]:
-    later = run.timings[1:] or run.timings
+    later = run.timings[1:] or run.timings  # The first epoch includes compilation.
     if not later:
         return {"name": group.name, "seed": str(run.config.seed)}
     speed = statistics.median(line["images_per_second"] for line in later)
@@ -132,7 +137,7 @@ def _cost(group: Group, run: Run) -> dict[str, str]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them.
+    """Returns a duration as text with a suitable unit.
 
     >>> duration(7.25), duration(184.0), duration(9000.0)
     ('7.2 s', '3 min 4 s', '2 h 30 min')
@@ -147,9 +152,9 @@ def duration(seconds: float) -> str:
 
 
 def settings(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Every setting but the seed: `path`, a `values` for each group, and whether they `differ`.
+    """Returns all settings but the seed; those that differ come first.
 
-    Those that differ come first.
+    Each row has the setting's `path`, the `values` of the groups, and whether these `differ`.
     """
     flat = [_flat(group.first.config) for group in groups]
     rows = [
@@ -174,27 +179,27 @@ def _text(value: Any) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def commands(groups: Sequence[Group], recipe: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What to type to have the runs again: `name` and `command`, one for each run.
+def commands(groups: Sequence[Group], config_file: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Returns the `name` and the training `command` of each run.
 
     Args:
-        groups: of runs.
-        recipe: what the config file of their data set defines.
+        groups: groups of runs.
+        config_file: the globals of their data set's config file.
     """
     return [
-        {"name": f"{group.name}, seed {run.config.seed}", "command": _command(run, recipe)}
+        {"name": f"{group.name}, seed {run.config.seed}", "command": _command(run, config_file)}
         for group in groups
         for run in group.runs
     ]
 
 
-def _command(run: Run, recipe: Mapping[str, Any]) -> str:
-    method, loss = variant(run.config, recipe)
+def _command(run: Run, config_file: Mapping[str, Any]) -> str:
+    method, loss = variant(run.config, config_file)
     name = method if loss == "norm_softmax" else f"{method}_{loss}"
     file = run.config.data.name
     changed = [
         f"--config.{path}={shlex.quote(_flag(value))}"
-        for path, value in _changes(run.config, recipe, method, loss).items()
+        for path, value in _changes(run.config, config_file, method, loss).items()
     ]
     origin = fork.forked_from(run.folder, None)
     words = [

@@ -1,4 +1,4 @@
-"""Small pictures of thousands of images, many to a file."""
+"""Thumbnails of test images, encoded as sheets of many thumbnails."""
 
 import base64
 import io
@@ -15,66 +15,66 @@ from PIL import Image
 from dml_jax import data
 
 COLUMNS = 20
-"""Pictures side by side on a sheet, and below each other."""
+"""Thumbnails in a row of a sheet, and maximum number of rows."""
 
 _LARGE, _SMALL = 64, 48
-# So that a page stays below 25 MB.
+# Keeps the page below 25 MB.
 _MOST_LARGE = 6000
 
 
 class Thumbnail(NamedTuple):
-    """An image of a data set, by its number there."""
+    """An image to draw a thumbnail of: its data source and its number there."""
 
     source: data.Source
     number: int
 
 
 class Sheets(NamedTuple):
-    """Pictures in rows, `COLUMNS` a row and as many rows a sheet.
+    """Thumbnails in sheets of `COLUMNS` columns and at most as many rows.
 
     Attributes:
-        side: of a picture, pixels.
-        files: base64 of WebP.
+        side: side length of a thumbnail in pixels.
+        files: the sheets as base64-encoded WebP files.
     """
 
     side: int
     files: list[str]
 
 
-def draw(pictures: Sequence[Thumbnail], config: ConfigDict) -> Sheets:
-    """Draws thumbnails of what the network sees of images: their centre.
+def draw(thumbnails: Sequence[Thumbnail], config: ConfigDict) -> Sheets:
+    """Returns thumbnails of the centre crops that the network sees.
 
     Args:
-        pictures: at least one.
-        config: the run's, for how test images are cropped.
+        thumbnails: at least one.
+        config: the run's configuration, which determines the crop of test images.
 
     Raises:
         ValueError: an image cannot be decoded.
     """
-    side = _LARGE if len(pictures) <= _MOST_LARGE else _SMALL
+    side = _LARGE if len(thumbnails) <= _MOST_LARGE else _SMALL
     resize = max(side, round(side * config.data.resize / config.data.image_size))
 
-    def small(picture: Thumbnail) -> UInt8[np.ndarray, "h w 3"]:
-        source, number = picture
-        # Of a JPEG twice the pixels are enough to average.
+    def view(thumbnail: Thumbnail) -> UInt8[np.ndarray, "h w 3"]:
+        source, number = thumbnail
+        # A JPEG is decoded at a reduced scale with at least twice the pixels needed.
         pixels = data.decode(source[number], source.names[number], min_side=2 * resize)
         return data.centre_view(pixels, size=side, resize_to=resize)
 
     per_sheet = COLUMNS**2
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         files = []
-        for start in range(0, len(pictures), per_sheet):
-            drawn = list(pool.map(small, pictures[start : start + per_sheet]))
-            files.append(pool.submit(_sheet, drawn, side))
+        for start in range(0, len(thumbnails), per_sheet):
+            views = list(pool.map(view, thumbnails[start : start + per_sheet]))
+            files.append(pool.submit(_sheet, views, side))
         return Sheets(side, [file.result() for file in files])
 
 
-def _sheet(drawn: Sequence[UInt8[np.ndarray, "side side 3"]], side: int) -> str:
-    rows = -(-len(drawn) // COLUMNS)
+def _sheet(views: Sequence[UInt8[np.ndarray, "side side 3"]], side: int) -> str:
+    rows = -(-len(views) // COLUMNS)
     sheet = np.full((rows * side, COLUMNS * side, 3), 255, np.uint8)
-    for place, picture in enumerate(drawn):
-        top, left = side * (place // COLUMNS), side * (place % COLUMNS)
-        sheet[top : top + side, left : left + side] = picture
+    for position, view in enumerate(views):
+        top, left = side * (position // COLUMNS), side * (position % COLUMNS)
+        sheet[top : top + side, left : left + side] = view
     file = io.BytesIO()
     Image.fromarray(sheet).save(file, "WEBP", quality=70, method=3)
     return base64.b64encode(file.getvalue()).decode()

@@ -1,7 +1,7 @@
-"""What a regulariser adds to the space: synthetic classes, and classes as they were remembered.
+"""Maps of training classes with the synthetic and virtual classes that regularisers add.
 
-A few training classes: their images, their proxies, and beside them what Proxy Synthesis mixes of
-them or what MemVir's memory holds of them, as in the figures of the two papers.
+A map shows embeddings and proxies of a few training classes, the mixtures that Proxy Synthesis
+makes of them, and their embeddings and proxies in MemVir's memory, like the figures of the papers.
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ KINDS = (
     "remembered embedding",
     "remembered proxy",
 )
-"""What a point of the map stands for, by its number."""
+"""The kinds of points on a map."""
 
 _CLASSES = 8
 _IMAGES = 20
@@ -41,7 +41,7 @@ _STEPS = 8
 
 
 class _Points(NamedTuple):
-    """Some points of one kind; `second` is the other class of a synthetic one, or -1."""
+    """Points of one kind; see `TrainingMap` for `second` and `age`."""
 
     kind: str
     vectors: Float32[np.ndarray, "n d"]
@@ -54,32 +54,32 @@ class TrainingMap(NamedTuple):
     """A map of a few training classes.
 
     Attributes:
-        places: of the points, in 0..1.
-        kind: number in `KINDS` of each.
-        label: class of each, in `classes`.
-        second: the other class of a synthetic point; -1 of any other.
-        age: steps since a point was remembered; 0 of any other.
+        positions: the position of each point, in 0..1.
+        kind: the kind of each point, an index of `KINDS`.
+        label: the class of each point, an index of `classes`.
+        second: the second class of a synthetic point; -1 for other points.
+        age: steps since a point entered the memory; 0 for points outside it.
         classes: names of the classes.
-        pictures: of the points that are images, which come first.
+        thumbnails: the images of the points of kind "image", which come first.
     """
 
-    places: Float64[np.ndarray, "n 2"]
+    positions: Float64[np.ndarray, "n 2"]
     kind: Int64[np.ndarray, " n"]
     label: Int64[np.ndarray, " n"]
     second: Int64[np.ndarray, " n"]
     age: Int64[np.ndarray, " n"]
     classes: list[str]
-    pictures: list[Thumbnail]
+    thumbnails: list[Thumbnail]
 
 
-def draw(run: Run) -> TrainingMap | None:
-    """Draws the map of a run with Proxy Synthesis or MemVir, from its last checkpoint.
+def compute(run: Run) -> TrainingMap | None:
+    """Returns the map of a run with Proxy Synthesis or MemVir, from its last checkpoint.
 
     Args:
         run: a finished run.
 
     Returns:
-        The map; None for a run with neither, or whose checkpoints are no longer there.
+        The map, or None if the run has neither regulariser or no checkpoint.
     """
     config = run.config
     if not (config.proxy_synthesis.ratio or config.memvir.num_steps):
@@ -94,33 +94,33 @@ def draw(run: Run) -> TrainingMap | None:
     train = built.sources["train"]
     chosen = _choose(train.labels, remembered)
     images = np.concatenate([np.flatnonzero(train.labels == c)[:_IMAGES] for c in chosen])
-    source = _some(train, images)
+    source = _subset(train, images)
     embeddings = jnp.asarray(embed_images(built.network, variables, source))
     per_class = built.recipe.loss.proxies_per_class
     own = jnp.asarray(proxies.reshape(len(train.class_names), -1)[chosen])
     own = own.reshape(len(chosen) * per_class, -1)
     labels = np.searchsorted(chosen, source.labels)
-    points = _actual(built, embeddings, own, labels)
+    points = _current(built, embeddings, own, labels)
     if built.recipe.mixing_ratio:
         points += _synthetic(built, embeddings, own, labels)
     if remembered is not None:
         points += _remembered(remembered, chosen, per_class)
     vectors = exact.unit_rows(np.concatenate([part.vectors for part in points]))
     return TrainingMap(
-        places=projection.project(vectors),
+        positions=projection.project(vectors),
         kind=np.concatenate([np.full(len(x.label), KINDS.index(x.kind)) for x in points]),
         label=np.concatenate([part.label for part in points]),
         second=np.concatenate([part.second for part in points]),
         age=np.concatenate([part.age for part in points]),
         classes=[train.class_names[c] for c in chosen],
-        pictures=[Thumbnail(train, int(i)) for i in images],
+        thumbnails=[Thumbnail(train, int(i)) for i in images],
     )
 
 
 def _restore(
     built: Experiment, folder: Path
 ) -> tuple[Any, np.ndarray, memvir.Memory | None] | None:
-    """The network's variables, the proxies and the memory of the last checkpoint."""
+    """Returns network variables, proxies and memory of the last checkpoint, or None without one."""
     everything = builder.abstract_state(built)
     wanted = {name: getattr(everything, name) for name in ("params", "batch_stats", "memory")}
     try:
@@ -132,7 +132,7 @@ def _restore(
 
 
 class _Entries(NamedTuple):
-    """Remembered steps, the latest first: `[steps, rows, dim]`, `[steps, classes, dim]`."""
+    """The entries of MemVir's memory, the latest first."""
 
     embeddings: Float32[np.ndarray, "steps rows dim"]
     proxies: Float32[np.ndarray, "steps classes pdim"]
@@ -140,10 +140,10 @@ class _Entries(NamedTuple):
 
 
 def _entries(memory: memvir.Memory) -> _Entries:
-    """The ring in the order of age: see `memvir` for where a step is."""
+    """Returns the entries of the memory by age; `memvir` defines the layout of the ring."""
     _, blocks, slots = memory.ring.labels.shape
     done = int(memory.steps)
-    # The latest step is not in the ring yet, which still has there what it will replace.
+    # The latest step is still pending; its slot in the ring holds the entry it will replace.
     steps = np.arange(done - 2, max(done - 2 - (blocks * slots - 1), -1), -1)
     block, slot = steps % blocks, steps // blocks % slots
 
@@ -159,7 +159,7 @@ def _entries(memory: memvir.Memory) -> _Entries:
 
 
 def _choose(labels: np.ndarray, remembered: _Entries | None) -> Int64[np.ndarray, " classes"]:
-    """Classes to show: those that are remembered most, or, without a memory, any."""
+    """Returns the classes to show: those with most entries in the memory, or random ones."""
     classes = np.random.default_rng(0).permutation(int(labels.max()) + 1)
     if remembered is not None:
         counts = np.bincount(remembered.labels.ravel(), minlength=len(classes))
@@ -167,7 +167,7 @@ def _choose(labels: np.ndarray, remembered: _Entries | None) -> Int64[np.ndarray
     return np.sort(classes[:_CLASSES])
 
 
-def _some(source: data.Source, indices: np.ndarray) -> data.Source:
+def _subset(source: data.Source, indices: np.ndarray) -> data.Source:
     return data.Source(
         records=[source.records[int(i)] for i in indices],
         labels=source.labels[indices],
@@ -182,7 +182,7 @@ def _points(kind: str, vectors: Any, label: Any, second: Any = -1, age: Any = 0)
     return _Points(kind, np.asarray(vectors, np.float32), label, second, age)
 
 
-def _actual(
+def _current(
     built: Experiment,
     embeddings: Float[Array, "n d"],
     proxies: Float[Array, "p d2"],
@@ -200,10 +200,10 @@ def _synthetic(
     proxies: Float[Array, "p d2"],
     labels: Int64[np.ndarray, " n"],
 ) -> list[_Points]:
-    """Mixtures as training steps make them, with the shown images for their batch.
+    """Returns the mixtures that training steps would make of a batch of the shown images.
 
-    A step mixes all its pairs by one weight. So that several weights are seen, each of some steps
-    gives a part of the points.
+    One step mixes all pairs with the same weight. To show several weights, the points are taken
+    from several steps.
     """
     recipe, batch = built.recipe, len(labels)
     per_class = recipe.loss.proxies_per_class
@@ -227,7 +227,7 @@ def _synthetic(
         kept = np.flatnonzero(problem.row_mask[batch:])
         kept = kept[kept % _STEPS == part]
         first, second = labels[kept % batch], labels[np.asarray(partner).ravel()[kept]]
-        # Of a class with several proxies, the first mixture.
+        # For losses with several proxies per class, only the first mixture is shown.
         mixed = np.asarray(problem.proxies)[len(proxies) :: per_class]
         rows = np.asarray(problem.embeddings)[batch:]
         points.append(_points("synthetic embedding", rows[kept], first, second))
@@ -238,7 +238,7 @@ def _synthetic(
 def _remembered(
     entries: _Entries, chosen: Int64[np.ndarray, " classes"], per_class: int
 ) -> list[_Points]:
-    """All remembered embeddings of the classes, and their proxies at evenly spaced ages."""
+    """Returns all embeddings of the classes in the memory, and their proxies at spaced ages."""
     steps = len(entries.labels)
     age, row = np.nonzero(np.isin(entries.labels, chosen))
     rows = entries.embeddings[age, row]

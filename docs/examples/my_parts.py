@@ -25,6 +25,7 @@ class PatchTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, images, *, train):
+        """Maps images to a grid of features."""
         del train  # Nothing in it differs in training.
         x = nn.Conv(48, (8, 8), strides=(8, 8))(images)
         batch, height, width, dim = x.shape

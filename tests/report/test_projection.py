@@ -12,24 +12,24 @@ def clusters(count):
     return exact.unit_rows(vectors.astype(np.float32)), labels
 
 
-def nearest_labels(places, labels):
-    distances = np.linalg.norm(places[:, None] - places[None], axis=2)
+def nearest_labels(positions, labels):
+    distances = np.linalg.norm(positions[:, None] - positions[None], axis=2)
     np.fill_diagonal(distances, np.inf)
     return labels[distances.argmin(axis=1)]
 
 
-def test_neighbours_stay_neighbours_and_maps_stay_alike():
+def test_project_keeps_neighbours_and_follows_the_start():
     vectors, labels = clusters(120)
-    places = projection.project(vectors)
-    assert places.min() >= 0 and places.max() <= 1
-    assert (nearest_labels(places, labels) == labels).mean() > 0.95
-    np.testing.assert_array_equal(places, projection.project(vectors))
-    again = projection.project(vectors, start=places)
+    positions = projection.project(vectors)
+    assert positions.min() >= 0 and positions.max() <= 1
+    assert (nearest_labels(positions, labels) == labels).mean() > 0.95
+    np.testing.assert_array_equal(positions, projection.project(vectors))
+    again = projection.project(vectors, start=positions)
     for axis in range(2):
-        assert np.corrcoef(places[:, axis], again[:, axis])[0, 1] > 0.8
+        assert np.corrcoef(positions[:, axis], again[:, axis])[0, 1] > 0.8
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9])
-def test_a_few_points_have_places_too(count):
-    places = projection.project(clusters(count)[0])
-    assert places.shape == (count, 2) and np.isfinite(places).all()
+def test_project_accepts_few_points(count):
+    positions = projection.project(clusters(count)[0])
+    assert positions.shape == (count, 2) and np.isfinite(positions).all()

@@ -14,7 +14,7 @@ CLASSES = 9
 
 
 def embeddings(seed, count, spread=1.0):
-    # Class 8 has one image, which therefore has nothing to find among the others.
+    # Class 8 has a single image, so its query has no match.
     rng = np.random.default_rng(seed)
     labels = np.append(rng.integers(CLASSES - 1, size=count - 1), CLASSES - 1)
     centres = np.random.default_rng(0).normal(size=(CLASSES, 6))
@@ -47,25 +47,25 @@ def expected(run):
     return retrieval.evaluate(run.queries.embeddings, run.queries.labels, gallery=gallery)
 
 
-def test_first_neighbours_and_precisions_are_those_that_evaluate_scores(run):
+def test_rank_agrees_with_evaluate(run):
     ranked, scores = ranking.rank(run), expected(run)
     counted = ranked.relevant > 0
     assert 0 < scores["recall@1"] < 1
-    np.testing.assert_allclose(ranked.right[counted, 0].mean(), scores["recall@1"])
-    np.testing.assert_allclose(ranked.right[counted].any(axis=1).mean(), scores["recall@8"])
+    np.testing.assert_allclose(ranked.correct[counted, 0].mean(), scores["recall@1"])
+    np.testing.assert_allclose(ranked.correct[counted].any(axis=1).mean(), scores["recall@8"])
     np.testing.assert_allclose(ranked.average_precision[counted].mean(), scores["map@r"])
     assert (~counted).sum() == scores["queries_without_match"]
     assert (np.diff(ranked.similarities, axis=1) <= 1e-6).all()
 
 
-def test_classes_average_to_the_scores(run):
+def test_the_weighted_mean_over_classes_is_the_score(run):
     classes, scores = ranking.by_class(run, ranking.rank(run)), expected(run)
     weights = classes.queries / classes.queries.sum()
     np.testing.assert_allclose(weights @ classes.recall, scores["recall@1"])
     np.testing.assert_allclose(weights @ classes.precision, scores["map@r"])
 
 
-def test_every_wrong_first_neighbour_is_in_one_pair(run):
+def test_confused_pairs_count_every_wrong_first_neighbour_once(run):
     ranked = ranking.rank(run)
     labels = (run.gallery or run.queries).labels
     counts = collections.Counter()
@@ -73,13 +73,13 @@ def test_every_wrong_first_neighbour_is_in_one_pair(run):
         if ranked.relevant[i] and labels[near] != run.queries.labels[i]:
             counts[run.queries.labels[i], labels[near]] += 1
     pairs = ranking.confused_pairs(run, ranked, 1000)
-    found = {(p["first"], p["second"]): p["there"] for p in pairs}
-    found |= {(p["second"], p["first"]): p["back"] for p in pairs}
+    found = {(p["first"], p["second"]): p["first_as_second"] for p in pairs}
+    found |= {(p["second"], p["first"]): p["second_as_first"] for p in pairs}
     assert {pair: n for pair, n in found.items() if n} == dict(counts)
     scores = expected(run)
     answered = (ranked.relevant > 0).sum()
     assert sum(found.values()) == round((1 - scores["recall@1"]) * answered)
-    totals = [p["there"] + p["back"] for p in pairs]
+    totals = [p["first_as_second"] + p["second_as_first"] for p in pairs]
     assert totals == sorted(totals, reverse=True)
     assert ranking.confused_pairs(run, ranked, 2) == pairs[:2]
 
@@ -96,5 +96,5 @@ def test_histograms_count_every_pair_once(run):
     edges = np.linspace(-1, 1, ranking.BINS + 1)
     for counts, chosen in ((same, equal & pairs), (other, ~equal & pairs)):
         assert counts.sum() == chosen.sum()
-        # A cosine on an edge may fall to either side, of both its directions.
+        # A cosine on the edge of a bin may fall to either side, once per direction.
         assert abs(counts - np.histogram(cosines[chosen], edges)[0]).sum() <= 4

@@ -16,8 +16,8 @@ from dml_jax._utils import files
 from dml_jax.configs import folder
 from dml_jax.evaluation import embedding_files
 from dml_jax.report import ranking, render, runs, tables, thumbnails
-from dml_jax.training import run as training
 from dml_jax.training import run_directory
+from dml_jax.training.run import train
 from tests.helpers import chromium, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -26,19 +26,19 @@ HOSTILE = "<!--<script>console.error('let in')<img onerror=alert(1) src=x>"
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """One run with two seeds, of which the second is a copy, and a run with everything."""
+    """A baseline with two seeds, the second a copy, and a run with both regularisers."""
     root = tmp_path_factory.mktemp("report")
     images = tiny.write_images(root / "images")
-    (images / "test" / "class0" / "bad.png").write_text("left out by all runs, and by the page")
+    (images / "test" / "class0" / "bad.png").write_text("skipped by all runs and by the report")
     (images / "test" / "class1").rename(images / "test" / HOSTILE)
     plain = {"model__backbone": "conv4", "model__stem": None}
     settings = plain | {"epochs": 2, "data__unreadable": "skip"}
-    training.run(tiny.config(images, **settings), root / "plain" / "seed0")
+    train(tiny.config(images, **settings), root / "plain" / "seed0")
     shutil.copytree(root / "plain" / "seed0", root / "plain" / "seed1")
     config = run_directory.read_config(root / "plain" / "seed1")
     config.seed = 1
     files.write_json(root / "plain" / "seed1" / run_directory.CONFIG, json.loads(config.to_json()))
-    training.run(tiny.config(images, "ps_memvir", **settings), root / "both")
+    train(tiny.config(images, "ps_memvir", **settings), root / "both")
     return root
 
 
@@ -50,8 +50,8 @@ def groups(root):
 @pytest.fixture(scope="module")
 def written(root, groups):
     path = root / "report.html"
-    with run_directory.locked(root / "both"):  # As if it trained on: who only reads needs no lock.
-        render.write(groups, vars(folder), path, tell=lambda _: None)
+    with run_directory.locked(root / "both"):  # Readers need no lock.
+        render.write(groups, vars(folder), path, log=lambda _: None)
     return path
 
 
@@ -65,7 +65,7 @@ def unpack(text):
     return np.frombuffer(base64.b64decode(text), "<u2").astype(int)
 
 
-def test_the_numbers_of_the_page_are_those_of_the_runs(groups, written):
+def test_the_page_has_the_scores_of_the_runs(groups, written):
     shown = content(written)
     labels = unpack(shown["images"]["labels"])
     assert shown["images"]["names"] == list(groups[0].first.queries.names)
@@ -79,7 +79,7 @@ def test_the_numbers_of_the_page_are_those_of_the_runs(groups, written):
         np.testing.assert_allclose(
             unpack(one["precision"]).mean() / 1e4, scores["map@r"], atol=1e-4
         )
-        wrong = sum(pair["there"] + pair["back"] for pair in one["confused"])
+        wrong = sum(pair["first_as_second"] + pair["second_as_first"] for pair in one["confused"])
         assert wrong == round((1 - scores["recall@1"]) * len(labels))
     assert all(float(cost["memory"].removesuffix(" GB")) > 0 for cost in tables.costs(groups))
     assert [curve["seed"] for curve in shown["curves"]] == [0, 1, 0]
@@ -87,21 +87,21 @@ def test_the_numbers_of_the_page_are_those_of_the_runs(groups, written):
     assert lines[-1][2] == round(groups[1].first.scores["map@r"], 5)
 
 
-def test_the_training_map_has_what_is_added(written):
+def test_the_training_map_has_synthetic_and_remembered_points(written):
     (drawn,) = content(written)["training"]
     counts = np.bincount(drawn["kind"], minlength=6)
     assert counts[0] == tiny.TRAIN_CLASSES * tiny.IMAGES == len(drawn["names"])
     assert counts[1] == tiny.TRAIN_CLASSES
     assert 0 < counts[2] == counts[3] <= counts[0]
-    # 2 * 2 steps of 8 images and of all classes are remembered.
+    # The memory holds 2 * 2 steps of 8 images and of all classes.
     assert counts[4] == 4 * 8 and counts[5] == 4 * tiny.TRAIN_CLASSES
-    mixed = np.isin(drawn["kind"], (2, 3))
-    assert ((np.array(drawn["second"]) >= 0) == mixed).all()
-    assert (np.array(drawn["second"]) != drawn["label"])[mixed].all()
+    synthetic = np.isin(drawn["kind"], (2, 3))
+    assert ((np.array(drawn["second"]) >= 0) == synthetic).all()
+    assert (np.array(drawn["second"]) != drawn["label"])[synthetic].all()
     assert sorted(set(drawn["age"])) == [0, 1, 2, 3, 4]
 
 
-def test_pictures_are_the_images(root, groups, written):
+def test_thumbnails_show_the_images(root, groups, written):
     sheet = re.findall(r'class="sheet">(.*?)</script>', written.read_text(encoding="utf-8"))
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(sheet[0]))).convert("RGB"))
     side = content(written)["images"]["side"]
@@ -113,7 +113,7 @@ def test_pictures_are_the_images(root, groups, written):
         np.testing.assert_allclose(ours.mean(axis=(0, 1)), expected, atol=4)
 
 
-def test_of_many_images_some_queries_are_shown_with_all_that_they_find(groups, monkeypatch):
+def test_a_large_test_set_shows_a_subset_of_queries_with_all_neighbours(groups, monkeypatch):
     first = groups[0].first
     ranked = [ranking.rank(group.first) for group in groups]
     monkeypatch.setattr(render, "MOST_IMAGES", 20)
@@ -124,7 +124,7 @@ def test_of_many_images_some_queries_are_shown_with_all_that_they_find(groups, m
         assert set(one.neighbours[queries].ravel()) <= set(shown)
 
 
-def test_other_images_than_the_run_was_tested_on_are_refused(root, groups):
+def test_refuses_images_that_differ_from_those_of_the_run(root, groups):
     first = groups[0].first
     renamed = tuple(f"other/{name}" for name in first.queries.names)
     path = root / "renamed" / run_directory.EMBEDDINGS
@@ -132,10 +132,10 @@ def test_other_images_than_the_run_was_tested_on_are_refused(root, groups):
     embedding_files.save_embeddings(
         path, first.queries.embeddings, first.queries.labels, renamed, first.queries.class_names
     )
-    with pytest.raises(ValueError, match="holds other test images than"):
+    with pytest.raises(ValueError, match="the test images in .* differ from those"):
         render.write(runs.group([runs.read(path.parent)]), vars(folder), root / "no.html")
     assert not (root / "no.html").exists()
-    with pytest.raises(FileNotFoundError, match="there is no folder to write"):
+    with pytest.raises(FileNotFoundError, match="its folder does not exist"):
         render.write(groups, vars(folder), root / "no" / "page.html")
 
 
@@ -149,14 +149,14 @@ def test_the_program_writes_the_page(root, tmp_path):
 
 
 @chromium.needed
-def test_in_a_browser(written, tmp_path):
+def test_the_page_works_in_a_browser(written, tmp_path):
     with chromium.Page(tmp_path / "profile") as browser:
         browser.open(written.as_uri())
         assert not [
             url for url in browser.requests if not url.startswith(("file:", "data:", "blob:"))
         ]
 
-        # Pointing at the map shows an image, and what it finds.
+        # Hovering over the map shows an image with its neighbours.
         assert browser.get("document.querySelectorAll('#map-panel .thumb').length") == 0
         x, y, width, height = browser.place("#map-canvas")
         for i in range(20):
@@ -168,16 +168,16 @@ def test_in_a_browser(written, tmp_path):
         assert "blob:" in browser.get(f"getComputedStyle({subject}).backgroundImage")
         assert browser.get("document.querySelectorAll('#map-panel .strip .thumb').length") == 8
 
-        # So do the arrow keys.
-        before = browser.get(f"{subject}.dataset.picture")
+        # The arrow keys select images too.
+        before = browser.get(f"{subject}.dataset.image")
         browser.get("document.querySelector('#map-canvas').focus()")
         seen = set()
         for key in ("ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown"):
             browser.key(key)
-            seen.add(browser.get(f"{subject}.dataset.picture"))
+            seen.add(browser.get(f"{subject}.dataset.image"))
         assert seen - {before}
 
-        # Orders of the gallery and of the classes.
+        # The gallery and the table of classes can be sorted.
         precisions = (
             "[...document.querySelectorAll('.result')].map(x => Number(x.dataset.precision))"
         )
@@ -187,7 +187,9 @@ def test_in_a_browser(written, tmp_path):
         browser.get(f"{order}.value = 'best'; {order}.dispatchEvent(new Event('change'))")
         best = browser.get(precisions)
         assert best == sorted(best, reverse=True) and best[0] > worst[0]
-        frames = "document.querySelectorAll('.result .strip .right, .result .strip .wrong').length"
+        frames = (
+            "document.querySelectorAll('.result .strip .correct, .result .strip .wrong').length"
+        )
         assert browser.get(frames) == 8 * 8 * 2
         column = (
             "[...document.querySelectorAll('#class-table tbody tr')]"
@@ -199,7 +201,7 @@ def test_in_a_browser(written, tmp_path):
         browser.click("#class-table thead th:nth-child(2) button")
         assert browser.get(column) == names[::-1]
 
-        # Curves over time, the other run, and nothing that complains.
+        # Curves over time, the other run, and no errors in the console.
         browser.get("document.querySelector('input[name=axis][value=\"1\"]').click()")
         assert (
             browser.get("document.querySelector('#curve-charts .xtitle').textContent") == "seconds"
@@ -210,7 +212,7 @@ def test_in_a_browser(written, tmp_path):
 
 
 @chromium.needed
-def test_on_a_phone_nothing_is_wider_than_the_page(written, tmp_path):
+def test_the_page_fits_a_phone(written, tmp_path):
     with chromium.Page(tmp_path / "profile", width=390, dark=True, touch=True) as browser:
         browser.open(written.as_uri())
         assert browser.get("document.documentElement.scrollWidth") == 390

@@ -49,7 +49,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group():
         "against": "+15.00",
     }
     assert rows[1]["cells"][0]["against"] == "" and not rows[1]["cells"][0]["best"]
-    assert rows[2]["bare"] == ""  # Nothing else has its learning rate.
+    assert rows[2]["baseline"] == ""  # No other run has this learning rate.
     assert tables.scores(groups, vars(folder))[0]["cells"][0]["published"] == ""
 
     first, *rest = tables.settings(groups)
@@ -59,11 +59,11 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group():
     assert differing.keys() == {"optimizer.learning_rate", "proxy_synthesis.ratio"}
 
 
-def test_each_row_is_compared_with_the_bare_loss_on_its_own_schedule():
+def test_each_row_is_compared_with_the_baseline_on_its_schedule():
     names = ("baseline", "ps", "memvir_baseline", "memvir", "ps_memvir")
     found = [make(f"/r/{name}", seeded(cars196, name, 0)) for name in names]
     rows = {row["name"]: row for row in tables.scores(runs.group(found), vars(cars196))}
-    assert {name: row["bare"] for name, row in rows.items()} == {
+    assert {name: row["baseline"] for name, row in rows.items()} == {
         "baseline": "",
         "ps": "baseline",
         "memvir_baseline": "",
@@ -75,7 +75,7 @@ def test_each_row_is_compared_with_the_bare_loss_on_its_own_schedule():
         recall["published"] == "86.11 ± 0.19 (MemVir README, 5 runs); 86.8 (MemVir paper, table 4)"
     )
     assert precision["published"] == "38.29 ± 0.21 (MemVir README, 5 runs)"
-    # Nobody published what the bare loss makes of MemVir's schedule.
+    # There are no published scores of the baseline on MemVir's schedule.
     assert {cell["published"] for cell in rows["memvir_baseline"]["cells"]} == {""}
     assert rows["baseline"]["cells"][0]["published"].startswith("83.08 ± 0.21 (PS README")
     for row in tables.commands(runs.group(found), vars(cars196)):
@@ -85,7 +85,7 @@ def test_each_row_is_compared_with_the_bare_loss_on_its_own_schedule():
 
 
 @pytest.mark.parametrize("loss", ["", "_proxy_nca", "_softmax"])
-def test_the_baseline_of_a_variant_is_on_its_schedule(loss):
+def test_baseline_returns_the_variant_on_the_same_schedule(loss):
     plain = loss.removeprefix("_") or "baseline"
     long = f"memvir_baseline{loss}"
     expected = {
@@ -97,22 +97,24 @@ def test_the_baseline_of_a_variant_is_on_its_schedule(loss):
     }
     for variant, baseline in expected.items():
         assert comparison.baseline(variant, cars196.get_config) == baseline
-    # Where MemVir has no schedule of its own, its baseline is the only one.
+    # Without a schedule of its own, MemVir has the usual baseline.
     assert comparison.baseline(f"memvir{loss}", folder.get_config) == plain
 
 
-def test_the_table_takes_what_is_published_as_it_is():
+def test_the_table_has_a_column_of_published_scores_if_there_are_any():
     scores = {"plain": [0.5, 0.52], "mixed": [0.6, 0.62]}
-    nothing = comparison.table("R@1", scores, baselines={}, published={"plain": "", "mixed": ""})
-    assert "published" not in nothing
-    one = comparison.table("R@1", scores, baselines={}, published={"plain": "", "mixed": "61 (me)"})
-    head, _, *rows = one.splitlines()
+    without = comparison.table("R@1", scores, baselines={}, published={"plain": "", "mixed": ""})
+    assert "published" not in without
+    with_one = comparison.table(
+        "R@1", scores, baselines={}, published={"plain": "", "mixed": "61 (me)"}
+    )
+    head, _, *rows = with_one.splitlines()
     assert head.endswith("| published |")
     assert [row.split(" | ")[-1] for row in rows] == [" |", "61 (me) |"]
 
 
 @pytest.mark.parametrize("variant", ["baseline", "ps_memvir", "memvir_proxy_nca", "cosface"])
-def test_the_command_gives_the_configuration_again(variant):
+def test_the_command_reproduces_the_configuration(variant):
     settings = {"optimizer.decay_epochs": (3,), "data.root": "my images", "loss.scale": 7.0}
     config = seeded(folder, variant, 3, **settings)
     (row,) = tables.commands(runs.group([make("/r/a b", config)]), vars(folder))
@@ -134,7 +136,7 @@ def test_the_command_of_a_fork_names_its_origin(tmp_path):
     assert "--fork_from='/runs/a b'" in row["command"]
 
 
-def test_a_configuration_that_names_another_program_is_refused(tmp_path):
+def test_refuses_a_configuration_with_a_path_as_data_set_name(tmp_path):
     config = folder.get_config()
     config = config.copy_and_resolve_references()
     config.data.name = "../../elsewhere/evil"
@@ -143,19 +145,19 @@ def test_a_configuration_that_names_another_program_is_refused(tmp_path):
         runs.read(tmp_path)
 
 
-def test_runs_on_other_images_are_not_compared():
+def test_refuses_to_compare_runs_on_different_images():
     config = folder.get_config()
     first, second = make("/r/a", config), make("/r/b", config, names=("a", "c"))
     with pytest.raises(ValueError, match="/r/b and /r/a were tested on different images"):
         runs.group([first, second])
-    with pytest.raises(ValueError, match="/r/a is named twice"):
+    with pytest.raises(ValueError, match="/r/a is given twice"):
         runs.group([first, first])
 
 
-def test_a_run_that_has_not_ended_is_refused(tmp_path):
+def test_refuses_an_unfinished_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         runs.read(tmp_path)
     config = seeded(folder, "baseline", 0, **{"data.root": "images"})
     files.write_text(tmp_path / run_directory.CONFIG, config.to_json())
-    with pytest.raises(FileNotFoundError, match="has not ended"):
+    with pytest.raises(FileNotFoundError, match="has not finished"):
         runs.read(tmp_path)

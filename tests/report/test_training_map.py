@@ -10,7 +10,7 @@ from dml_jax.report import training_map
 BATCH, CLASSES, DIM, SLOTS, BLOCKS = 4, 3, 5, 3, 2
 
 
-def test_what_is_remembered_comes_by_age():
+def test_entries_are_ordered_by_age():
     loss = losses.NormSoftmax()
     memory = memvir.init(
         num_steps=SLOTS,

@@ -16,7 +16,7 @@ function chartLayout(x, suffix) {
   };
 }
 
-// traces() and layout() are asked again when the colours change.
+// Calls traces() and layout() again when the colours change.
 function addChart(parent, title, traces, layout) {
   const plot = element("div");
   parent.append(element("div", { className: "chart" }, element("h3", {}, title), plot));
@@ -27,7 +27,7 @@ function addChart(parent, title, traces, layout) {
 
 const axis = () => Number(document.querySelector("input[name=axis]:checked").value);
 
-// Seconds in the unit that suits the longest run.
+// The unit of time for the longest run, and its seconds.
 function timeUnit() {
   const longest = Math.max(0, ...content.curves.flatMap((c) => c.lines.loss.map((line) => line[1] ?? 0)));
   if (longest > 7200) return ["hours", 3600];
@@ -56,7 +56,7 @@ function drawCurves() {
   const last = Math.max(...content.curves.flatMap((c) => c.lines.loss.map((line) => line[0])));
   const layout = (unit) => () => {
     const made = chartLayout(axis() ? timeUnit()[0] : "epoch", unit);
-    if (!axis() && last <= 10) made.xaxis.dtick = 1; // There is no half epoch.
+    if (!axis() && last <= 10) made.xaxis.dtick = 1; // Integer epochs only.
     return made;
   };
   for (const [name, metric] of content.scores) {
@@ -68,7 +68,7 @@ function drawCurves() {
   }
 }
 
-// The same for those who cannot point at lines.
+// The curves as a table, for screen readers.
 function drawCurveTable() {
   const titles = ["Run", "Seed", "Epoch", "Seconds", "Loss", ...content.scores.map(([name]) => name)];
   const head = element("tr", {}, ...titles.map((x, i) => element("th", { scope: "col", className: i ? "number" : "" }, x)));
@@ -91,7 +91,7 @@ function drawCurveTable() {
 function drawHistograms() {
   const parent = document.getElementById("similarity-charts");
   const start = ({ same, other }) => same.findIndex((count, bin) => count + other[bin] > 0);
-  // One axis, so that runs can be compared.
+  // All runs share the axis.
   const first = Math.max(0, Math.min(...runs.map((run) => start(run.histogram))) - 1);
   runs.forEach((run) => {
     const { same, other } = run.histogram;

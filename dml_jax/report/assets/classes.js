@@ -1,8 +1,9 @@
-// The table of classes, sortable by every column, and the pairs that are taken for each other.
+// The sortable table of classes, and the pairs of classes that are confused.
 
 const FIRST_ROWS = 12;
 
-function exampleOf() {
+// The first image of each class.
+function examplesByClass() {
   const first = new Map();
   images.labels.forEach((label, image) => { if (!first.has(label)) first.set(label, image); });
   return first;
@@ -11,41 +12,41 @@ function exampleOf() {
 function drawClasses() {
   const table = document.getElementById("class-table");
   const more = document.getElementById("class-more");
-  const examples = exampleOf();
+  const examples = examplesByClass();
   const labels = images.classes.map((_, label) => label).filter((label) => runs[0].classes.queries[label] > 0);
   const columns = [
     { title: "Class", value: (label) => images.classes[label], text: true },
     { title: "Images", value: (label) => runs[0].classes.queries[label] },
   ];
   for (const [i, run] of runs.entries()) {
-    const of = runs.length > 1 ? `${run.name} ` : "";
+    const prefix = runs.length > 1 ? `${run.name} ` : "";
     columns.push(
-      { title: `${of}R@1`, value: (label) => run.classes.recall[label], run: i, percent: true },
-      { title: `${of}MAP@R`, value: (label) => run.classes.precision[label], run: i, percent: true },
+      { title: `${prefix}R@1`, value: (label) => run.classes.recall[label], run: i, percent: true },
+      { title: `${prefix}MAP@R`, value: (label) => run.classes.precision[label], run: i, percent: true },
     );
   }
-  let by = columns[3], down = false, all = false;
+  let sortedBy = columns[3], descending = false, all = false;
 
   function compare(a, b) {
-    const [x, y] = [by.value(a), by.value(b)];
-    const sign = by.text ? x.localeCompare(y) : x - y;
-    return down ? -sign : sign;
+    const [x, y] = [sortedBy.value(a), sortedBy.value(b)];
+    const sign = sortedBy.text ? x.localeCompare(y) : x - y;
+    return descending ? -sign : sign;
   }
 
   function draw() {
     const sorted = [...labels].sort(compare);
     const head = element("tr", {}, element("th", {}, element("span", { className: "hidden" }, "Example")));
     for (const column of columns) {
-      const mark = column === by ? (down ? " ↓" : " ↑") : "";
+      const mark = column === sortedBy ? (descending ? " ↓" : " ↑") : "";
       const button = element("button", { type: "button" }, column.title + mark);
       button.addEventListener("click", () => {
-        down = column === by ? !down : false;
-        by = column;
+        descending = column === sortedBy ? !descending : false;
+        sortedBy = column;
         draw();
         table.querySelector("th[aria-sort] button").focus();
       });
       const cell = element("th", { scope: "col", className: column.text ? "" : "number" }, button);
-      if (column === by) cell.setAttribute("aria-sort", down ? "descending" : "ascending");
+      if (column === sortedBy) cell.setAttribute("aria-sort", descending ? "descending" : "ascending");
       head.append(cell);
     }
     const rows = sorted.slice(0, all ? undefined : FIRST_ROWS).map((label) => row(label));
@@ -55,7 +56,7 @@ function drawClasses() {
   }
 
   function row(label) {
-    const name = element("button", { type: "button", className: "name", title: "Show its queries" }, images.classes[label]);
+    const name = element("button", { type: "button", className: "name", title: "Show the queries of this class" }, images.classes[label]);
     name.addEventListener("click", () => showClass(label));
     const cells = columns.slice(1).map((column) => {
       const value = column.value(label);
@@ -71,15 +72,15 @@ function drawClasses() {
   function drawPairs() {
     const confused = runs[state.run].confused.slice(0, FIRST_ROWS);
     pairs.replaceChildren(...confused.map((pair) => {
-      const pictures = [pair.first, pair.second].map((label) => (
+      const thumbnails = [pair.first, pair.second].map((label) => (
         examples.has(label) ? thumbnail("span", examples.get(label), images.classes[label]) : element("span")
       ));
-      const told = `${pair.there + pair.back} of ${pair.queries}`;
+      const summary = `${pair.first_as_second + pair.second_as_first} of ${pair.queries}`;
       const text = element("span", {}, `${images.classes[pair.first]} ↔ ${images.classes[pair.second]} `);
-      text.append(element("span", { className: "quiet" }, `${told} (${pair.there} + ${pair.back})`));
-      return element("li", {}, ...pictures, text);
+      text.append(element("span", { className: "quiet" }, `${summary} (${pair.first_as_second} + ${pair.second_as_first})`));
+      return element("li", {}, ...thumbnails, text);
     }));
-    if (!confused.length) pairs.append(element("li", {}, "None: every first neighbour is right."));
+    if (!confused.length) pairs.append(element("li", {}, "None: every first neighbour is correct."));
   }
   state.listeners.push(drawPairs);
   drawPairs();

@@ -1,4 +1,4 @@
-// What the page shows, unpacked, and the small things that all of it needs.
+// The data of the page, and helpers shared by all sections.
 
 const content = JSON.parse(document.getElementById("content").textContent);
 
@@ -9,7 +9,7 @@ function unpack(text) {
 
 const images = { ...content.images, labels: unpack(content.images.labels) };
 const queries = unpack(content.queries);
-// Of each image, which query it is; -1 for those that are only found.
+// The index of each image among the queries, or -1.
 const queryOf = new Int32Array(images.names.length).fill(-1);
 queries.forEach((image, query) => { queryOf[image] = query; });
 const runs = content.runs.map((run) => ({
@@ -18,7 +18,7 @@ const runs = content.runs.map((run) => ({
   similarities: Float32Array.from(unpack(run.similarities), (x) => x / 10000 - 1),
   precision: Float32Array.from(unpack(run.precision), (x) => x / 10000),
   answerable: unpack(run.answerable),
-  places: Float32Array.from(unpack(run.places), (x) => x / 65535),
+  positions: Float32Array.from(unpack(run.positions), (x) => x / 65535),
 }));
 
 const state = { run: 0, listeners: [] };
@@ -47,7 +47,7 @@ function colour(name) {
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const runColour = (run) => colour(`--run-${run % 8}`);
 
-// Neighbouring class numbers get hues far apart.
+// The golden angle gives successive classes distant hues.
 function classColour(label) {
   return `hsl(${(label * 137.508) % 360} ${dark.matches ? "62% 64%" : "62% 44%"})`;
 }
@@ -64,38 +64,38 @@ function sheetUrl(sheet) {
   return sheetUrls[sheet];
 }
 
-const pictureCount = images.names.length
+const thumbnailCount = images.names.length
   + content.training.reduce((sum, one) => sum + one.names.length, 0);
 
-function picturePlace(picture) {
+function thumbnailPosition(index) {
   const perSheet = images.columns ** 2;
-  const sheet = Math.floor(picture / perSheet), inSheet = picture % perSheet;
+  const sheet = Math.floor(index / perSheet), inSheet = index % perSheet;
   return {
     sheet,
     column: inSheet % images.columns,
     row: Math.floor(inSheet / images.columns),
-    rows: Math.ceil(Math.min(perSheet, pictureCount - sheet * perSheet) / images.columns),
+    rows: Math.ceil(Math.min(perSheet, thumbnailCount - sheet * perSheet) / images.columns),
   };
 }
 
-// A picture of any size: sheets are scaled in percent of the element.
-function thumbnail(tag, picture, label, className = "") {
-  const { sheet, column, row, rows } = picturePlace(picture);
+// An element showing a thumbnail at any size: the sheet is scaled in percent of the element.
+function thumbnail(tag, index, label, className = "") {
+  const { sheet, column, row, rows } = thumbnailPosition(index);
   const made = element(tag, { className: `thumb ${className}`, title: label });
   if (tag === "button") made.type = "button";
   else made.setAttribute("role", "img");
   made.setAttribute("aria-label", label);
-  made.dataset.picture = picture;
+  made.dataset.image = index;
   made.style.backgroundImage = `url(${sheetUrl(sheet)})`;
   made.style.backgroundSize = `${images.columns * 100}% ${rows * 100}%`;
-  const down = rows > 1 ? (100 * row) / (rows - 1) : 0;
-  made.style.backgroundPosition = `${(100 * column) / (images.columns - 1)}% ${down}%`;
+  const vertical = rows > 1 ? (100 * row) / (rows - 1) : 0;
+  made.style.backgroundPosition = `${(100 * column) / (images.columns - 1)}% ${vertical}%`;
   return made;
 }
 
 const sheetImages = [];
 
-// For canvases: the sheet's image once it is decoded, and until then nothing.
+// The sheet as an image to draw on a canvas, or null until it is decoded.
 function sheetImage(sheet, ready) {
   if (!sheetImages[sheet]) {
     sheetImages[sheet] = element("img", { src: sheetUrl(sheet) });
@@ -107,20 +107,20 @@ function sheetImage(sheet, ready) {
 const className = (image) => images.classes[images.labels[image]];
 const percent = (fraction, digits = 1) => (100 * fraction).toFixed(digits);
 
-// What a query finds, nearest first, by a run.
+// The neighbours that a run finds for a query, nearest first.
 function neighboursOf(run, query) {
   const found = [];
   for (let i = query * run.perQuery; i < (query + 1) * run.perQuery; i++) {
     const image = run.neighbours[i];
-    const right = images.labels[image] === images.labels[queries[query]];
-    found.push({ image, right, similarity: run.similarities[i] });
+    const correct = images.labels[image] === images.labels[queries[query]];
+    found.push({ image, correct, similarity: run.similarities[i] });
   }
   return found;
 }
 
-function neighbourThumbnail({ image, right, similarity }) {
-  const label = `${right ? "right" : "wrong"}: ${className(image)}, ${images.names[image]}, cosine ${similarity.toFixed(2)}`;
-  const made = thumbnail("button", image, label, right ? "right" : "wrong");
+function neighbourThumbnail({ image, correct, similarity }) {
+  const label = `${correct ? "correct" : "wrong"}: ${className(image)}, ${images.names[image]}, cosine ${similarity.toFixed(2)}`;
+  const made = thumbnail("button", image, label, correct ? "correct" : "wrong");
   made.addEventListener("click", () => testMap.show(image));
   return made;
 }

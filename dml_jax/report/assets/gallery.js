@@ -1,4 +1,4 @@
-// Queries and what they find, all runs side by side.
+// Queries with their neighbours, all runs side by side.
 
 const PAGE = 8;
 
@@ -9,13 +9,13 @@ function drawGallery() {
   const more = document.getElementById("gallery-more");
   let sorted = [];
 
-  // Average precision, and among equals how near the first wrong one is.
+  // By average precision; ties by the rank of the first wrong neighbour.
   const orders = {
     worst: (run) => (a, b) => run.precision[a] - run.precision[b] || firstWrong(run, a) - firstWrong(run, b),
     best: (run) => (a, b) => run.precision[b] - run.precision[a],
     differ: () => (a, b) => spread(b) - spread(a),
   };
-  const firstWrong = (run, query) => neighboursOf(run, query).findIndex((one) => !one.right);
+  const firstWrong = (run, query) => neighboursOf(run, query).findIndex((one) => !one.correct);
   const spread = (query) => {
     const precisions = runs.map((run) => run.precision[query]);
     return Math.max(...precisions) - Math.min(...precisions);
@@ -53,7 +53,7 @@ function drawGallery() {
   sort();
 }
 
-// Filters the gallery; the table of classes leads to it.
+// Filters the gallery by class; set by drawGallery, called by the table of classes.
 let showClass;
 
 function shuffle(items) {
@@ -66,21 +66,21 @@ function shuffle(items) {
 function result(query) {
   const image = queries[query];
   const caption = element("p", { className: "caption quiet" });
-  const picture = thumbnail("button", image, `query: ${className(image)}, ${images.names[image]}`);
-  picture.addEventListener("click", () => testMap.show(image));
+  const queryImage = thumbnail("button", image, `query: ${className(image)}, ${images.names[image]}`);
+  queryImage.addEventListener("click", () => testMap.show(image));
   const found = element("div", { className: "found" });
   runs.forEach((run) => {
-    const told = element("span", { className: "quiet" }, `AP ${percent(run.precision[query], 0)} %`);
+    const precision = element("span", { className: "quiet" }, `AP ${percent(run.precision[query], 0)} %`);
     found.append(
-      element("p", {}, runs.length > 1 ? run.name : "", told),
+      element("p", {}, runs.length > 1 ? run.name : "", precision),
       element("div", { className: "strip" }, ...neighboursOf(run, query).map(neighbourThumbnail)),
     );
   });
   const made = element(
     "article", { className: "result", dataset: { query, precision: runs[state.run].precision[query] } },
-    element("div", { className: "query" }, picture, element("p", {}, className(image))), found, caption,
+    element("div", { className: "query" }, queryImage, element("p", {}, className(image))), found, caption,
   );
-  // What is pointed at, or focused, is named below.
+  // The caption names the image under the pointer or with the focus.
   const name = (event) => {
     const thumb = event.target.closest(".thumb");
     if (thumb) caption.textContent = thumb.getAttribute("aria-label");

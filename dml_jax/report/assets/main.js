@@ -1,4 +1,4 @@
-// Puts everything on the page.
+// Builds the page.
 
 for (const swatch of document.querySelectorAll("[data-swatch]")) {
   swatch.style.background = `var(--run-${swatch.dataset.swatch % 8})`;
@@ -17,14 +17,14 @@ for (const button of document.querySelectorAll("[data-copy]")) {
       await navigator.clipboard.writeText(pre.textContent);
       button.textContent = "Copied";
     } catch {
-      // Browsers refuse it to some local pages; then the text is at least selected.
+      // Some browsers deny local pages the clipboard; select the text instead.
       getSelection().selectAllChildren(pre);
     }
   });
 }
 drawTestMap();
 document.getElementById("map-panel").append(
-  element("p", { className: "quiet" }, "Point at an image, or use the arrow keys."),
+  element("p", { className: "quiet" }, "Point at an image or use the arrow keys."),
 );
 drawGallery();
 drawClasses();

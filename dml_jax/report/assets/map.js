@@ -1,11 +1,13 @@
-// A map of points on a canvas: pointed at, walked over by arrow keys, moved and zoomed.
-// 12,000 points are drawn in a few milliseconds; a library's would neither walk nor show pictures.
+// A map of points on a canvas, with selection by pointer and arrow keys, panning and zooming.
+// It draws 12,000 points in a few milliseconds. Plotting libraries offer neither navigation by keys
+// nor thumbnails as markers.
 
-const LARGEST_ZOOM = 60;
-const REACH = 16; // Pixels within which a pointer finds a point.
+const MAX_ZOOM = 60;
+const REACH = 16; // Maximum distance of the pointer from a selected point, in pixels.
 
-// options: places() -> [x0, y0, x1, ...] in 0..1; visible(i); paint(context, points, map);
-// selected(i) is told of the point that is looked at, marked(i or null) of a click or Enter.
+// options: positions() returns [x0, y0, x1, ...] in 0..1; visible(i) returns whether a point is drawn;
+// paint(context, points, map) draws; selected(i) is called when a point is selected, marked(i) on a
+// click or Enter, with i = -1 on Escape or for no point.
 function pointMap(canvas, options) {
   const map = { current: -1, zoom: 1, x: 0.5, y: 0.5, canvas };
   const context = canvas.getContext("2d");
@@ -13,13 +15,13 @@ function pointMap(canvas, options) {
 
   map.size = () => Math.min(canvas.clientWidth, canvas.clientHeight) - 24;
   map.at = (i) => {
-    const places = options.places(), scale = map.size() * map.zoom;
+    const positions = options.positions(), scale = map.size() * map.zoom;
     return [
-      (places[2 * i] - map.x) * scale + canvas.clientWidth / 2,
-      (places[2 * i + 1] - map.y) * scale + canvas.clientHeight / 2,
+      (positions[2 * i] - map.x) * scale + canvas.clientWidth / 2,
+      (positions[2 * i + 1] - map.y) * scale + canvas.clientHeight / 2,
     ];
   };
-  const points = () => Array.from({ length: options.places().length / 2 }, (_, i) => i).filter(options.visible);
+  const points = () => Array.from({ length: options.positions().length / 2 }, (_, i) => i).filter(options.visible);
 
   function draw() {
     frame = 0;
@@ -45,12 +47,12 @@ function pointMap(canvas, options) {
 
   map.zoomTo = (zoom, x = canvas.clientWidth / 2, y = canvas.clientHeight / 2) => {
     const old = map.size() * map.zoom;
-    map.zoom = Math.min(LARGEST_ZOOM, Math.max(1, zoom));
+    map.zoom = Math.min(MAX_ZOOM, Math.max(1, zoom));
     const now = map.size() * map.zoom;
     map.x += (x - canvas.clientWidth / 2) * (1 / old - 1 / now);
     map.y += (y - canvas.clientHeight / 2) * (1 / old - 1 / now);
     if (map.zoom === 1) map.x = map.y = 0.5;
-    // A finger scrolls the page until there is something to move.
+    // Until the map is zoomed in, touch scrolls the page.
     canvas.style.touchAction = map.zoom > 1 ? "none" : "pan-y";
     map.redraw();
   };
@@ -64,7 +66,7 @@ function pointMap(canvas, options) {
     return best;
   }
 
-  // The point that lies in a direction: near, and not far to the side.
+  // The nearest point in a direction; lateral distance costs double.
   function step(dx, dy) {
     if (map.current < 0) return nearest(canvas.clientWidth / 2, canvas.clientHeight / 2, Infinity);
     const [x, y] = map.at(map.current);
@@ -82,7 +84,7 @@ function pointMap(canvas, options) {
     const [x, y] = map.at(i);
     const margin = 24, { clientWidth, clientHeight } = canvas;
     if (x < margin || y < margin || x > clientWidth - margin || y > clientHeight - margin) {
-      [map.x, map.y] = options.places().slice(2 * i, 2 * i + 2);
+      [map.x, map.y] = options.positions().slice(2 * i, 2 * i + 2);
     }
     map.redraw();
   };
@@ -95,15 +97,15 @@ function pointMap(canvas, options) {
     if (keys[event.key]) {
       const i = step(...keys[event.key]);
       if (i >= 0) { map.select(i); map.reveal(i); }
-    } else if (event.key === "+" || event.key === "=") map.zoomTo(map.zoom * 1.5, ...focusPlace());
-    else if (event.key === "-") map.zoomTo(map.zoom / 1.5, ...focusPlace());
+    } else if (event.key === "+" || event.key === "=") map.zoomTo(map.zoom * 1.5, ...focusPosition());
+    else if (event.key === "-") map.zoomTo(map.zoom / 1.5, ...focusPosition());
     else if (event.key === "0") map.zoomTo(1);
     else if (event.key === "Enter" || event.key === " ") options.marked(map.current);
     else if (event.key === "Escape") options.marked(-1);
     else return;
     event.preventDefault();
   });
-  const focusPlace = () => (map.current < 0 ? [] : map.at(map.current));
+  const focusPosition = () => (map.current < 0 ? [] : map.at(map.current));
   canvas.addEventListener("focus", () => {
     if (map.current < 0 && canvas.matches(":focus-visible")) map.select(step(0, 0));
   });
@@ -119,22 +121,22 @@ function pointMap(canvas, options) {
   return map;
 }
 
-// Mouse, pen and fingers: pointing, dragging, pinching, and the wheel.
+// Pointer events: hovering, dragging, pinching and the wheel.
 function addPointers(map, canvas, nearest, options) {
   const down = new Map();
   let moved = 0;
-  const place = (event) => [event.offsetX, event.offsetY];
+  const position = (event) => [event.offsetX, event.offsetY];
   const spread = () => {
     const [[ax, ay], [bx, by]] = [...down.values()];
     return [Math.hypot(ax - bx, ay - by), (ax + bx) / 2, (ay + by) / 2];
   };
   canvas.addEventListener("pointerdown", (event) => {
-    down.set(event.pointerId, place(event));
+    down.set(event.pointerId, position(event));
     moved = 0;
     if (event.pointerType === "mouse" || map.zoom > 1) canvas.setPointerCapture(event.pointerId);
   });
   canvas.addEventListener("pointermove", (event) => {
-    const now = place(event), before = down.get(event.pointerId);
+    const now = position(event), before = down.get(event.pointerId);
     if (!before) {
       const i = nearest(...now);
       if (i >= 0) map.select(i);
@@ -144,8 +146,8 @@ function addPointers(map, canvas, nearest, options) {
     if (down.size === 2) {
       const [old] = spread();
       down.set(event.pointerId, now);
-      const [wide, x, y] = spread();
-      map.zoomTo((map.zoom * wide) / Math.max(old, 1), x, y);
+      const [distance, x, y] = spread();
+      map.zoomTo((map.zoom * distance) / Math.max(old, 1), x, y);
     } else if (map.zoom > 1) {
       const scale = map.size() * map.zoom;
       map.x -= (now[0] - before[0]) / scale;
@@ -158,31 +160,31 @@ function addPointers(map, canvas, nearest, options) {
     const clicked = event.type === "pointerup" && moved < 6 && down.size === 1;
     down.delete(event.pointerId);
     if (!clicked) return;
-    const i = nearest(...place(event), event.pointerType === "mouse" ? REACH : 1.5 * REACH);
+    const i = nearest(...position(event), event.pointerType === "mouse" ? REACH : 1.5 * REACH);
     if (i >= 0) map.select(i);
     options.marked(i);
   };
   canvas.addEventListener("pointerup", up);
   canvas.addEventListener("pointercancel", up);
-  // Only where it is clear that the map is meant, so that the page scrolls over it.
+  // The wheel zooms only with Ctrl or if the map has the focus; otherwise it scrolls the page.
   canvas.addEventListener("wheel", (event) => {
     if (!event.ctrlKey && document.activeElement !== canvas) return;
     event.preventDefault();
-    map.zoomTo(map.zoom * Math.exp(-event.deltaY / 300), ...place(event));
+    map.zoomTo(map.zoom * Math.exp(-event.deltaY / 300), ...position(event));
   }, { passive: false });
 }
 
 // The map of the test images.
-const PICTURES_AT = 180; // Points in view that are few enough to be pictures.
+const MAX_THUMBNAILS = 180; // With at most so many points in view, they are drawn as thumbnails.
 const testMap = { marked: -1 };
 
 function drawTestMap() {
   const canvas = document.getElementById("map-canvas");
   const search = document.getElementById("map-class");
-  let places = runs[0].places;
+  let positions = runs[0].positions;
 
   const map = pointMap(canvas, {
-    places: () => places,
+    positions: () => positions,
     visible: () => true,
     paint: paintTestMap,
     selected: (image) => showImage(document.getElementById("map-panel"), image),
@@ -204,13 +206,13 @@ function drawTestMap() {
     map.reveal(image);
   };
   state.listeners.push(() => {
-    const start = places, end = runs[state.run].places, began = performance.now();
-    const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    const start = positions, end = runs[state.run].positions, began = performance.now();
+    const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)").matches;
     if (map.current >= 0) showImage(document.getElementById("map-panel"), map.current);
     (function move(now) {
-      const part = still ? 1 : Math.min(1, Math.max(0, (now - began) / 450));
+      const part = reducedMotion ? 1 : Math.min(1, Math.max(0, (now - began) / 450));
       const eased = part * part * (3 - 2 * part);
-      places = part === 1 ? end : start.map((x, i) => x + (end[i] - x) * eased);
+      positions = part === 1 ? end : start.map((x, i) => x + (end[i] - x) * eased);
       map.redraw();
       if (part < 1) requestAnimationFrame(move);
     })(began);
@@ -219,14 +221,14 @@ function drawTestMap() {
 
 function paintTestMap(context, points, map) {
   const faded = (i) => testMap.marked >= 0 && images.labels[i] !== testMap.marked;
-  const close = points.length <= PICTURES_AT && map.zoom > 1.5;
+  const close = points.length <= MAX_THUMBNAILS && map.zoom > 1.5;
   const side = Math.min(40, images.side), radius = Math.min(4, 1.8 + map.zoom / 4);
-  // The marked class lies on top.
+  // The marked class is drawn last, on top.
   for (const i of [...points.filter(faded), ...points.filter((i) => !faded(i))]) {
     const [x, y] = map.at(i);
     context.globalAlpha = faded(i) ? 0.12 : 0.85;
     context.fillStyle = context.strokeStyle = classColour(images.labels[i]);
-    if (close) paintPicture(context, i, x, y, side, map.redraw);
+    if (close) paintThumbnail(context, i, x, y, side, map.redraw);
     else {
       context.beginPath();
       context.arc(x, y, radius, 0, 7);
@@ -237,12 +239,12 @@ function paintTestMap(context, points, map) {
   if (map.current >= 0) paintCurrent(context, map, side, close);
 }
 
-function paintPicture(context, picture, x, y, side, ready) {
-  const { sheet, column, row } = picturePlace(picture);
-  const sheetOf = sheetImage(sheet, ready);
-  if (!sheetOf) return;
+function paintThumbnail(context, index, x, y, side, ready) {
+  const { sheet, column, row } = thumbnailPosition(index);
+  const loaded = sheetImage(sheet, ready);
+  if (!loaded) return;
   context.drawImage(
-    sheetOf, column * images.side, row * images.side, images.side, images.side,
+    loaded, column * images.side, row * images.side, images.side, images.side,
     x - side / 2, y - side / 2, side, side,
   );
   context.lineWidth = 2;
@@ -252,21 +254,21 @@ function paintPicture(context, picture, x, y, side, ready) {
 function paintCurrent(context, map, side, close) {
   const [x, y] = map.at(map.current), query = queryOf[map.current];
   context.lineWidth = 1.25;
-  for (const { image, right } of query < 0 ? [] : neighboursOf(runs[state.run], query)) {
-    context.strokeStyle = colour(right ? "--right" : "--wrong");
+  for (const { image, correct } of query < 0 ? [] : neighboursOf(runs[state.run], query)) {
+    context.strokeStyle = colour(correct ? "--correct" : "--wrong");
     context.beginPath();
     context.moveTo(x, y);
     context.lineTo(...map.at(image));
     context.stroke();
   }
-  paintPicture(context, map.current, x, y, close ? side : 28, map.redraw);
+  paintThumbnail(context, map.current, x, y, close ? side : 28, map.redraw);
   context.strokeStyle = colour("--text");
   context.lineWidth = 2;
   const half = (close ? side : 28) / 2 + 2;
   context.strokeRect(x - half, y - half, 2 * half, 2 * half);
 }
 
-// An image, its class and its neighbours beside the map.
+// Shows an image with its class and its neighbours in the panel beside the map.
 function showImage(panel, image) {
   const run = runs[state.run], query = queryOf[image];
   const parts = [
@@ -276,10 +278,10 @@ function showImage(panel, image) {
   ];
   if (query >= 0) {
     const found = neighboursOf(run, query);
-    const right = found.filter((one) => one.right).length;
-    const told = run.answerable[query] ? `, AP ${percent(run.precision[query], 0)} %` : "";
+    const correct = found.filter((one) => one.correct).length;
+    const precision = run.answerable[query] ? `, AP ${percent(run.precision[query], 0)} %` : "";
     parts.push(
-      element("p", { className: "quiet" }, `${right} of its first ${found.length} neighbours are right${told}`),
+      element("p", { className: "quiet" }, `${correct} of its first ${found.length} neighbours are correct${precision}`),
       element("div", { className: "strip" }, ...found.map(neighbourThumbnail)),
     );
   }

@@ -1,10 +1,10 @@
-// The map of some training classes, with what Proxy Synthesis and MemVir add to them.
+// The map of training classes with synthetic and virtual classes.
 
-const IMAGE = 0, PROXY = 1, MIXED_PROXY = 3, OLD_PROXY = 5;
+const IMAGE = 0, PROXY = 1, SYNTHETIC_PROXY = 3, REMEMBERED_PROXY = 5;
 
 function paintSymbol(context, kind, x, y, hue) {
-  const proxy = kind % 2 === 1, hollow = kind === 2 || kind === MIXED_PROXY;
-  const radius = { [PROXY]: 9, [MIXED_PROXY]: 5.5, [OLD_PROXY]: 5 }[kind] ?? 4;
+  const proxy = kind % 2 === 1, hollow = kind === 2 || kind === SYNTHETIC_PROXY;
+  const radius = { [PROXY]: 9, [SYNTHETIC_PROXY]: 5.5, [REMEMBERED_PROXY]: 5 }[kind] ?? 4;
   context.beginPath();
   if (proxy) {
     context.moveTo(x, y - radius);
@@ -31,16 +31,16 @@ function drawTraining() {
   const kinds = document.getElementById("training-kinds");
   content.training.forEach((one, i) => select.append(element("option", { value: i }, one.name)));
   document.getElementById("training-run-field").hidden = content.training.length < 2;
-  let shown, places, marked = -1;
+  let shown, positions, marked = -1;
   const hidden = new Set();
-  // Eight classes on a wheel of hues.
+  // Eight classes with evenly spaced hues.
   const hue = (label) => `hsl(${label * 45 + 10} ${dark.matches ? "65% 64%" : "65% 45%"})`;
 
   const map = pointMap(document.getElementById("training-canvas"), {
-    places: () => places ?? [],
+    positions: () => positions ?? [],
     visible: (i) => !hidden.has(shown.kind[i]),
     paint,
-    selected: tell,
+    selected: showPoint,
     marked: (i) => {
       marked = i < 0 || shown.label[i] === marked ? -1 : shown.label[i];
       map.redraw();
@@ -51,12 +51,12 @@ function drawTraining() {
     const oldest = Math.max(1, ...shown.age);
     const inMarked = (i) => marked < 0 || shown.label[i] === marked || shown.second[i] === marked;
     const fade = (i) => (inMarked(i) ? 1 : 0.1) * (shown.age[i] ? 1 - (0.75 * shown.age[i]) / oldest : 0.9);
-    if (!hidden.has(OLD_PROXY)) paintTrails(context, inMarked);
+    if (!hidden.has(REMEMBERED_PROXY)) paintTrails(context, inMarked);
     for (const i of [...points].sort((a, b) => (shown.kind[a] === PROXY) - (shown.kind[b] === PROXY))) {
       context.globalAlpha = fade(i);
-      const mixed = shown.second[i] >= 0;
+      const synthetic = shown.second[i] >= 0;
       const own = hue(shown.label[i]);
-      paintSymbol(context, shown.kind[i], ...map.at(i), mixed ? `color-mix(in srgb, ${own}, ${hue(shown.second[i])})` : own);
+      paintSymbol(context, shown.kind[i], ...map.at(i), synthetic ? `color-mix(in srgb, ${own}, ${hue(shown.second[i])})` : own);
     }
     context.globalAlpha = 1;
     if (map.current < 0 || hidden.has(shown.kind[map.current])) return;
@@ -66,13 +66,13 @@ function drawTraining() {
     context.strokeRect(x - 11, y - 11, 22, 22);
   }
 
-  // From a class's proxy back through its remembered ones.
+  // Lines from the proxy of a class through its remembered proxies, by age.
   function paintTrails(context, inMarked) {
     const perLabel = shown.classes.map(() => []);
-    shown.kind.forEach((kind, i) => { if (kind === OLD_PROXY) perLabel[shown.label[i]].push(i); });
+    shown.kind.forEach((kind, i) => { if (kind === REMEMBERED_PROXY) perLabel[shown.label[i]].push(i); });
     perLabel.forEach((trail, label) => {
       const ages = new Set(trail.map((i) => shown.age[i]));
-      // Classes with several proxies have no single way.
+      // Classes with several proxies have no single trajectory.
       if (!trail.length || ages.size < trail.length) return;
       const start = shown.kind.findIndex((kind, i) => kind === PROXY && shown.label[i] === label);
       context.globalAlpha = inMarked(start) ? 0.5 : 0.08;
@@ -85,10 +85,10 @@ function drawTraining() {
     });
   }
 
-  function tell(i) {
+  function showPoint(i) {
     const kind = shown.kind[i], classes = [shown.label[i], shown.second[i]].filter((x) => x >= 0);
     const parts = kind === IMAGE
-      ? [thumbnail("span", shown.firstPicture + i, shown.names[i], "subject")] : [];
+      ? [thumbnail("span", shown.firstThumbnail + i, shown.names[i], "subject")] : [];
     parts.push(element("h3", {}, classes.map((x) => shown.classes[x]).join(" + ")));
     const age = shown.age[i] ? `, ${shown.age[i]} step${shown.age[i] > 1 ? "s" : ""} old` : "";
     parts.push(element("p", { className: "quiet" }, content.kinds[kind] + age));
@@ -99,12 +99,12 @@ function drawTraining() {
   function choose() {
     const one = content.training[select.value];
     shown = one;
-    places = Float32Array.from(unpack(one.places), (x) => x / 65535);
+    positions = Float32Array.from(unpack(one.positions), (x) => x / 65535);
     marked = map.current = -1;
     hidden.clear();
-    panel.replaceChildren(element("p", { className: "quiet" }, "Point at something, or use the arrow keys."));
-    const there = [...new Set(one.kind)].sort();
-    kinds.replaceChildren(...there.map((kind) => {
+    panel.replaceChildren(element("p", { className: "quiet" }, "Point at an item or use the arrow keys."));
+    const present = [...new Set(one.kind)].sort();
+    kinds.replaceChildren(...present.map((kind) => {
       const box = element("input", { type: "checkbox", checked: true });
       box.addEventListener("change", () => {
         hidden[box.checked ? "delete" : "add"](kind);
