@@ -1,11 +1,14 @@
 """Maps: many dimensions laid out in two, neighbours beside each other."""
 
 import numpy as np
-import openTSNE
 from jaxtyping import Float32, Float64
-from openTSNE import affinity, initialization, nearest_neighbors
 
+from dml_jax._utils import extras
 from dml_jax.retrieval import exact
+
+with extras.required_by("report"):
+    import openTSNE
+    from openTSNE import affinity, initialization, nearest_neighbors
 
 _PERPLEXITY = 30
 # Fewer points are laid out by principal components alone.

@@ -63,7 +63,10 @@ def test_what_does_not_fit_or_is_not_safe_is_refused(torch, tensors, tmp_path):
     bad = {
         "bn1.weight is missing": {k: x for k, x in tensors.items() if k != "bn1.weight"},
         "neither a state dict": {"epoch": 3},
-        "holds no weights that are safe to read": {"state_dict": tensors, "code": pytest.raises},
+        "holds no weights that torch.load can read safely": {
+            "state_dict": tensors,
+            "code": pytest.raises,
+        },
     }
     for message, saved in bad.items():
         torch.save(saved, source)

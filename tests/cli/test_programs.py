@@ -100,7 +100,9 @@ def test_embed_needs_nothing_of_the_run_but_config_and_checkpoint(images, finish
 
 def test_export_embeds_as_the_run_did(images, finished, tmp_path):
     out = tmp_path / "exported"
-    assert f"is in {out / 'README.md'}" in succeed("export.py", finished, f"--out={out}")
+    assert f"{out / 'README.md'} says how to load it" in succeed(
+        "export.py", finished, f"--out={out}"
+    )
     saved = embedding_files.load_embeddings(finished / run_directory.EMBEDDINGS)
     ours = dml_jax.load(out).embed([images / name for name in saved.names])
     lengths = np.linalg.norm(saved.embeddings, axis=1, keepdims=True)
