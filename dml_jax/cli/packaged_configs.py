@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import dml_jax.configs
+from dml_jax import configs
 from dml_jax._utils.errors import UserError
+
+_FOLDER = Path(configs.__file__).parent
 
 
 def names() -> list[str]:
     """Returns the names of the packaged config files, sorted."""
-    return sorted(file.stem for folder in _folders() for file in folder.glob("*.py"))
+    return sorted(file.stem for file in _FOLDER.glob("*.py") if file.stem != "__init__")
 
 
 def path(name: str) -> Path:
@@ -18,12 +20,12 @@ def path(name: str) -> Path:
     Raises:
         UserError: there is no packaged config of that name.
     """
-    for folder in _folders():
-        if (file := folder / f"{name}.py").is_file():
-            return file
-    raise UserError(
-        f"there is no config {name!r}: give the path of a .py file or one of {', '.join(names())}"
-    )
+    if name not in names():
+        raise UserError(
+            f"there is no config {name!r}: give the path of a .py file or one of "
+            f"{', '.join(names())}"
+        )
+    return _FOLDER / f"{name}.py"
 
 
 def resolve(arguments: Sequence[str]) -> list[str]:
@@ -51,8 +53,3 @@ def _resolve(value: str) -> str:
     if file.endswith(".py") or Path(file).is_file():
         return value
     return f"{path(file)}{colon}{variant}"
-
-
-def _folders() -> list[Path]:
-    # A namespace package: its config files are programs, so their folder has no __init__.py.
-    return [Path(folder) for folder in dml_jax.configs.__path__]
