@@ -20,5 +20,6 @@ def required_by(*extras: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         commands = " or ".join(f'pip install "dml_jax[{extra}]"' for extra in extras)
-        message = f"the package {error.name} is not installed: {commands}"
-        raise MissingExtraError(message, name=error.name) from None
+        package = str(error.name).partition(".")[0]
+        message = f"the package {package} is not installed: {commands}"
+        raise MissingExtraError(message, name=package) from None
