@@ -11,6 +11,7 @@ from absl import flags
 
 from dml_jax import retrieval
 from dml_jax._utils import sharding
+from dml_jax._utils.errors import UserError
 from dml_jax.cli import command_line
 from dml_jax.evaluation import embedding_files
 from dml_jax.training import builder, checkpoint, run_directory
@@ -36,7 +37,7 @@ _NMI = flags.DEFINE_bool("nmi", None, "Whether to compute NMI; default: as in th
 def main() -> None:
     """Runs the program."""
     with command_line.user_errors():
-        recall_at = [int(k) for k in _RECALL_AT.value] if _RECALL_AT.value else None
+        recall_at = _recall_at(_RECALL_AT.value) if _RECALL_AT.value else None
         if _EMBEDDINGS.value and not (_WORKDIR.value or _CHECKPOINT.value):
             scores = _score_exported(_EMBEDDINGS.value, recall_at or [1, 2, 4, 8])
         elif _WORKDIR.value and not (_EMBEDDINGS.value or _GALLERY.value):
@@ -47,6 +48,13 @@ def main() -> None:
                 "or --embeddings, optionally with --gallery"
             )
     print(json.dumps(scores, indent=2))
+
+
+def _recall_at(given: list[str]) -> list[int]:
+    try:
+        return [int(k) for k in given]
+    except ValueError:
+        raise UserError(f"--recall_at={','.join(given)} must be integers, such as 1,2,4") from None
 
 
 def _score_exported(file: str, recall_at: list[int]) -> dict[str, float]:
