@@ -7,7 +7,7 @@ import pytest
 
 from dml_jax import data
 from dml_jax.cli import command_line
-from dml_jax.training import config
+from dml_jax.training import variants
 from tests.helpers import tiny
 
 
@@ -18,7 +18,7 @@ def exit_code(work):
 
 
 def test_a_user_error_is_reported_by_its_message(capsys):
-    assert exit_code(lambda: config.parse_variant("psi")) == 2
+    assert exit_code(lambda: variants.parse_variant("psi")) == 2
     assert capsys.readouterr().err.startswith("error: unknown variant 'psi'")
     assert exit_code(Path("nowhere").read_bytes) == 2
 
