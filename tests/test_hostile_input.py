@@ -18,7 +18,7 @@ NAMES = {"__import__", "compile", "eval", "exec"}
 PARSERS = {"faiss.read_index", "jax.export.deserialize"}
 SUSPECTS = NAMES | PARSERS | IMPORTERS | {"numpy.load", "torch.load"}
 ALLOWED = {
-    # Parts that the user names by their import path.
+    # Losses and other parts in files of the current folder, which a config names.
     "dml_jax/_utils/registry.py": {"importlib.import_module"},
     # Lazy imports of the package's own modules.
     "dml_jax/__init__.py": {"importlib.import_module"},

@@ -1,7 +1,6 @@
 """The command line of the programs: arguments, flags, errors and exit codes."""
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
@@ -26,9 +25,6 @@ def run(
         embeds: see `runtime.prepare`.
     """
     _show_in_help(main)
-    # A config may name a part in the user's own file, such as --config.loss.name=my_losses:Banded.
-    # Python searches the folder of the started program, which is not the current one.
-    sys.path.append(os.getcwd())
     logging.set_verbosity(logging.WARNING)
     runtime.prepare(embeds=embeds)
 
