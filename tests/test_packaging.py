@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 FILES = [file for folder in ("dml_jax", "configs") for file in (ROOT / folder).rglob("*.py")]
-DISTRIBUTIONS = packages_distributions()
+# MLflow is optional in the environment of the tests, and its distribution has another name.
+DISTRIBUTIONS = {"mlflow": ["mlflow-skinny"], **packages_distributions()}
 
 
 def canonical(requirement):
