@@ -1,4 +1,4 @@
-"""`python -m dml_jax PROGRAM`; `dml-jax` is the same."""
+"""Starts a program: `python -m dml_jax PROGRAM`, the same as `dml-jax PROGRAM`."""
 
 import sys
 
@@ -6,7 +6,11 @@ from dml_jax.cli import PROGRAMS, launch
 
 
 def start(module: str = "__main__") -> None:
-    """Runs the program that the first argument names."""
+    """Runs the program that the first argument names, or prints the usage.
+
+    Args:
+        module: the `__name__` of the started file; see `cli.launch`.
+    """
     program = sys.argv[1] if len(sys.argv) > 1 else ""
     if program in PROGRAMS:
         sys.argv[:2] = [f"dml-jax {program}"]

@@ -1,11 +1,12 @@
 # shellcheck shell=bash
-# Sourced by quickstart.sh and test.sh, under set -e. Changes to the root of the repository and defines
+# quickstart.sh and test.sh source this file under set -e. It changes to the repository's root and
+# defines
 #
 #   prepare_environment FOLDER EXTRAS
 #
-# which makes FOLDER a virtual environment holding this project with EXTRAS (as in "cpu,demo"), in
-# the versions of constraints.txt. It takes the newest supported Python that runs, or $PYTHON.
-# An environment that is complete and up to date is left as it is, without asking the network.
+# which makes FOLDER a virtual environment with this project and EXTRAS (such as "cpu,demo"), in the
+# versions of constraints.txt. It uses the newest supported Python that runs, or $PYTHON. A complete
+# and current environment is left unchanged, without network access.
 
 fail() {
   printf 'error: ' >&2
@@ -13,16 +14,16 @@ fail() {
   exit 1
 }
 
-# A path given in PYTHON is relative to where the user is, so it is resolved before the cd.
+# A path in PYTHON is relative to the user's folder, so it is resolved before the cd.
 if [[ -n "${PYTHON:-}" ]]; then
   PYTHON="$(command -v -- "$PYTHON")" || fail "PYTHON does not name a program that can be run"
   [[ "$PYTHON" == /* ]] || PYTHON="$PWD/$PYTHON"
 fi
 CDPATH="" cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit
 
-# Prints "3.x" if $1 is a Python that runs and can make environments. A name on the PATH proves
-# neither: it may be a pyenv shim for a version not chosen here, or a Debian Python without venv.
-# Free-threaded builds do not count: not all of the dependencies have wheels for them.
+# Prints "3.x" if $1 is a Python that runs and can make environments. A program on the PATH may be
+# unable to: a pyenv shim of a version that is not selected, or a Debian Python without venv.
+# Free-threaded builds are excluded: some dependencies have no wheels for them.
 python_version() {
   "$1" -c '
 import ctypes, ensurepip, ssl, sys, sysconfig, venv
@@ -51,7 +52,7 @@ install_project() {
   local venv="$1" extras="$2" pip
   pip=("$venv/bin/python" -m pip --disable-pip-version-check install --constraint constraints.txt)
   [[ -t 1 ]] || pip+=(--quiet)
-  # Without build isolation the build tool is the pinned one too, and is not fetched anew each time.
+  # Without build isolation, pip builds with the pinned setuptools and does not fetch it each time.
   "${pip[@]}" setuptools && "${pip[@]}" --no-build-isolation --editable ".[$extras]"
 }
 
@@ -60,8 +61,8 @@ prepare_environment() {
   stamp="$venv/installed.txt"
   contents="$(cat pyproject.toml setup.py constraints.txt | cksum)"
 
-  # A stamp is written last, so an environment without one was interrupted, and is made anew; so is
-  # one that was made elsewhere, for other extras, or by another Python than the one asked for.
+  # The stamp is written last: an environment without one is incomplete and is made anew. So is one
+  # made in another folder, for other extras or by another Python.
   identity="$PWD [$extras]"
   if [[ -f "$stamp" ]] && "$venv/bin/python" -c "" 2> /dev/null; then
     previous="$(cat "$stamp")"
@@ -78,7 +79,7 @@ prepare_environment() {
     echo "Updating $1 ..."
     rm -- "$stamp"
     if ! install_project "$venv" "$extras"; then
-      printf '%s\n' "$previous" > "$stamp" # pip changes nothing before it has everything
+      printf '%s\n' "$previous" > "$stamp" # pip changes nothing until it has all packages
       fail "could not update $venv; pip's message is above."
     fi
   else
@@ -96,7 +97,7 @@ prepare_environment() {
     "$PYTHON" -m venv --clear "$venv" || fail "could not make a virtual environment in $venv."
     install_project "$venv" "$extras" || fail \
       "could not install into $venv; pip's message is above." \
-      "The first run needs the network. Run the same command again to go on."
+      "The first run needs the network. Run the same command again to retry."
   fi
   printf '%s\n' "$identity $contents" > "$stamp"
 }

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Lint, format, types and tests, in an environment of their own (.venv-test).
+# Runs lint, format, types, import layers and tests, in an environment of their own (.venv-test).
 #
-#   scripts/test.sh [--all] [PYTEST ARGUMENTS]       PYTHON=/path/to/python chooses the Python
+#   scripts/test.sh [--all] [PYTEST ARGUMENTS]       PYTHON=/path/to/python selects the Python
 #
-# Without --all, tests that are marked slow are left out.
+# Without --all, tests marked slow are skipped.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
-prepare_environment .venv-test cpu,demo,mlflow,test,wandb
+prepare_environment .venv-test cpu,demo,mlflow,prepare,report,test,wandb
 python="$PWD/.venv-test/bin/python"
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy dml_jax benchmarks configs scripts
+"$PWD/.venv-test/bin/lint-imports"
 if [[ "${1:-}" == --all ]]; then
   shift
 else

@@ -1,4 +1,4 @@
-"""Nothing that is read can run code: what could do that is not used, in any file of the project."""
+"""No input file can run code: the project uses no function that could execute what it reads."""
 
 import ast
 from pathlib import Path
@@ -14,27 +14,27 @@ MODULES = {
 }
 IMPORTERS = {"importlib.import_module", "importlib.util.spec_from_file_location"}
 NAMES = {"__import__", "compile", "eval", "exec"}
-# Parsers in C++ of files that a run or an export has written, which this project cannot check.
+# C++ parsers of files that a run or an export wrote; this project cannot check them.
 PARSERS = {"faiss.read_index", "jax.export.deserialize"}
 SUSPECTS = NAMES | PARSERS | IMPORTERS | {"numpy.load", "torch.load"}
 ALLOWED = {
-    # Modules of the package, imported when they are first asked for.
+    # Losses and other parts in files of the current folder, which a config names.
+    "dml_jax/_utils/registry.py": {"importlib.import_module"},
+    # Lazy imports of the package's own modules.
     "dml_jax/__init__.py": {"importlib.import_module"},
     "dml_jax/cli/__init__.py": {"importlib.import_module"},
-    # Losses and other parts that a config names: files of the folder that the user is in.
-    "dml_jax/_utils/registry.py": {"importlib.import_module"},
     "dml_jax/inference/retriever.py": {"jax.export.deserialize"},
     "dml_jax/search/index.py": {"faiss.read_index"},
-    # Only for the name of the error that torch.load raises.
+    # Only for the class of the error that torch.load raises.
     "dml_jax/cli/convert_weights.py": {"pickle"},
-    # A configuration is a Python file: one that the user names, or one of the project's own.
+    # A config is a Python file: the user names it, or it is a packaged one.
     "dml_jax/cli/reproduce.py": {"runpy"},
     "dml_jax/cli/report.py": {"runpy"},
 }
 
 
 def imports(tree):
-    """Names in a module with what they stand for, such as `n` with `numpy`."""
+    """Yields each imported name of a module and its full name, such as `np` and `numpy`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -45,8 +45,8 @@ def imports(tree):
                 yield alias.asname or alias.name, f"{node.module}.{alias.name}"
 
 
-def dangers(tree):
-    """What in a module could run code that comes from a file; `f = eval` as well as `eval(x)`."""
+def unsafe_uses(tree):
+    """Yields what could run code from a file, whether called (`eval(x)`) or not (`f = eval`)."""
     known = dict(imports(tree))
     yield from {whole.partition(".")[0] for whole in known.values()} & MODULES
     checked = set()
@@ -64,17 +64,14 @@ def dangers(tree):
                 and called == "torch.load"
             ):
                 checked.add(node.func)
-        elif (
-            called in NAMES | PARSERS | IMPORTERS | {"numpy.load", "torch.load"}
-            and node not in checked
-        ):
+        elif called in SUSPECTS and node not in checked:
             yield called
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_file_can_run_what_it_reads(path):
+def test_no_module_can_run_code_from_a_file(path):
     allowed = ALLOWED.get(path.relative_to(ROOT).as_posix(), set())
-    assert set(dangers(ast.parse(path.read_text(encoding="utf-8")))) == allowed
+    assert set(unsafe_uses(ast.parse(path.read_text(encoding="utf-8")))) == allowed
 
 
 @pytest.mark.parametrize(
@@ -101,8 +98,8 @@ def test_no_file_can_run_what_it_reads(path):
         "from importlib import util; util.spec_from_file_location(name, path)",
     ],
 )
-def test_the_scan_finds_what_it_looks_for(code):
-    assert list(dangers(ast.parse(code)))
+def test_the_scan_finds_unsafe_uses(code):
+    assert list(unsafe_uses(ast.parse(code)))
 
 
 def test_all_files_are_scanned():

@@ -1,6 +1,9 @@
-"""The programs, each started by `dml-jax NAME`, `python -m dml_jax NAME` or a file in scripts/."""
+"""The programs. Each starts as `dml-jax NAME`, `python -m dml_jax NAME` or `scripts/FILE.py`."""
 
 import importlib
+import sys
+
+from dml_jax._utils.errors import MissingExtraError
 
 PROGRAMS = {
     "train": "train",
@@ -15,22 +18,27 @@ PROGRAMS = {
     "convert": "convert_weights",
     "quickstart": "quickstart",
 }
-"""The module in this package of each program."""
+"""By program: its module in this package."""
 
 _STOPPABLE = ("train", "reproduce", "quickstart")
 
 
 def launch(module: str, program: str) -> None:
-    """Runs a program if this process was started for it, and not as a worker of its.
+    """Runs a program, except in a worker process, which imports the started file again.
 
     Args:
-        module: the `__name__` of the file that was started.
+        module: the `__name__` of the started file; in a worker it is not "__main__".
         program: a key of `PROGRAMS`.
     """
-    # The imports take seconds, in which training may be asked to stop already.
+    # The imports take seconds, in which a run may already receive the signal to stop.
     if program in _STOPPABLE:
         from dml_jax.training import preemption
 
         preemption.expect(module)
     if module == "__main__":
-        importlib.import_module(f"dml_jax.cli.{PROGRAMS[program]}").start()
+        try:
+            started = importlib.import_module(f"dml_jax.cli.{PROGRAMS[program]}")
+        except MissingExtraError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        started.start()

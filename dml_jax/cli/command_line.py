@@ -1,27 +1,27 @@
-"""What the programs in scripts/ share: how they start, and how they speak of errors."""
+"""The command line of the programs: arguments, flags, errors and exit codes."""
 
 import contextlib
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
 
 from dml_jax._utils import runtime
+from dml_jax._utils.errors import UserError
+from dml_jax.cli import packaged_configs
 from dml_jax.training import preemption
 
 
 def run(
     main: Callable[..., None], *arguments: str, many: str | None = None, embeds: bool = False
 ) -> None:
-    """Parses the flags and runs a program.
+    """Parses the command line and runs a program.
 
     Args:
-        main: the program.
-        arguments: what its arguments are called, in their order; it takes them as strings.
-        many: what further arguments are called, if there may be any number of them.
+        main: the program; it takes its positional arguments as strings.
+        arguments: the names of the positional arguments, in order.
+        many: the name of further arguments, if any number of them may follow.
         embeds: see `runtime.prepare`.
     """
     _show_in_help(main)
@@ -30,60 +30,56 @@ def run(
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
-            return flags.FLAGS(argv)
-        # A mistyped --config.name is an AttributeError or a KeyError of ml_collections.
+            return flags.FLAGS(packaged_configs.resolve(argv))
+        # ml_collections raises an AttributeError or a KeyError for a mistyped --config.name.
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            message = str(error.args[0] if isinstance(error, KeyError) else error).strip()
-            # What went wrong inside a config file comes behind its whole traceback.
-            _exit(message.splitlines()[-1] if "Traceback" in message else message, 2)
+            _exit(_parse_message(error), 2)
 
     def guarded(argv: Sequence[str]) -> None:
         given = argv[1:]
         if len(given) > len(arguments) and many is None:
             unexpected = given[len(arguments)]
-            _exit(f"unexpected argument {unexpected!r}; settings are given as --name=value", 2)
+            _exit(f"unexpected argument {unexpected!r}; write settings as --name=value", 2)
         if len(given) < len(arguments):
-            _exit(f"the argument {arguments[len(given)]!r} is missing; --help tells more", 2)
+            _exit(f"the argument {arguments[len(given)]!r} is missing; see --help", 2)
         main(*given)
 
     app.run(guarded, flags_parser=parse)
 
 
 def _show_in_help(main: Callable[..., None]) -> None:
-    """Has --help show the docstring and the flags of the program, not those of its launcher."""
+    """Makes --help show the docstring and the flags of the program instead of its launcher's."""
     sys.modules["__main__"].__doc__ = sys.modules[main.__module__].__doc__
     for flag in flags.FLAGS.get_key_flags_for_module(main.__module__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
+def _parse_message(error: BaseException) -> str:
+    """Returns the message of an error in the flags, without the traceback through a config file."""
+    # ml_collections puts the traceback of an error in a config file into its own message.
+    while "Traceback" in str(error) and error.__context__ is not None:
+        error = error.__context__
+    return str(error.args[0] if isinstance(error, KeyError) else error).strip()
+
+
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Around work in which an error is the user's to mend: tells it in short, with exit code 2.
+    """Reports errors that the user can fix by their message alone and exits with code 2.
 
-    Settings, files and images are checked there. Steps that are no longer finite end with exit
-    code 3, a run that was asked to stop with 75. `--verbosity=1` adds the traceback. A ValueError
-    that nobody raised on purpose is ours to mend: it passes, and ends with its traceback and exit
-    code 1.
+    These are `UserError`, an OSError and a missing package; `--verbosity=1` adds the traceback.
+    Exit code 3 means that training values became nonfinite; 75 that the run was asked to stop and
+    has saved a checkpoint. Other errors, among them any other ValueError, are bugs: they pass, and
+    the program ends with the traceback and exit code 1.
     """
     try:
         yield
     except preemption.Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(preemption.EXIT_CODE)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        if isinstance(error, ValueError) and not _on_purpose(error):
-            raise
-        _exit(f"{error}\n(--verbosity=1 shows where)", 2)
+    except (UserError, OSError, ModuleNotFoundError) as error:
+        _exit(f"{error}\n(--verbosity=1 shows the traceback)", 2)
     except FloatingPointError as error:
         _exit(error, 3)
-
-
-def _on_purpose(error: ValueError) -> bool:
-    """Whether a `raise` of this project is where an error began, not some operation that failed."""
-    origin = traceback.extract_tb(error.__traceback__)[-1]
-    folders = Path(__file__).parent, Path(sys.argv[0]).resolve().parent
-    ours = any(Path(origin.filename).is_relative_to(folder) for folder in folders)
-    return ours and (origin.line or "").startswith("raise ")
 
 
 def _exit(error: object, code: int) -> NoReturn:

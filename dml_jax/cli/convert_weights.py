@@ -1,9 +1,9 @@
-"""Turns weights that PyTorch saved into a .safetensors file for `config.model.pretrained`.
+"""Converts PyTorch weights to a .safetensors file for `config.model.pretrained`.
 
-python scripts/convert_weights.py --backbone=resnet50 --source=FILE.pth --out=FILE.safetensors
+dml-jax convert --backbone=resnet50 --source=FILE.pth --out=FILE.safetensors
 
-A file that is named as PyTorch's hub names them, NAME-DIGITS.pth with the first digits of its
-SHA-256, is held against these digits before anything in it is read.
+PyTorch's hub names its files NAME-DIGITS.pth, with the first digits of the SHA-256. A file with
+such a name is checked against them before it is read.
 """
 
 import pickle
@@ -13,12 +13,14 @@ import numpy as np
 import safetensors.numpy
 from absl import flags
 
-from dml_jax._utils import files
+from dml_jax._utils import extras, files
 from dml_jax.cli import command_line
 from dml_jax.models import BACKBONES, pretrained
 
-_BACKBONE = flags.DEFINE_enum("backbone", None, BACKBONES.names(), "Whose weights.", required=True)
-_SOURCE = flags.DEFINE_string("source", None, "The file torch.save wrote.", required=True)
+_BACKBONE = flags.DEFINE_enum(
+    "backbone", None, BACKBONES.names(), "The backbone of the weights.", required=True
+)
+_SOURCE = flags.DEFINE_string("source", None, "The file that torch.save wrote.", required=True)
 _OUT = flags.DEFINE_string("out", None, "The .safetensors file to write.", required=True)
 
 
@@ -27,9 +29,9 @@ def main() -> None:
     with command_line.user_errors():
         out = Path(_OUT.value)
         if out.suffix != ".safetensors" or not out.absolute().parent.is_dir():
-            raise ValueError(f"--out={out} must end in .safetensors and lie in an existing folder")
+            raise ValueError(f"--out={out} must end in .safetensors and be in an existing folder")
         if out.exists():
-            raise FileExistsError(f"{out} exists; remove it, or choose another --out")
+            raise FileExistsError(f"{out} exists; remove it or choose another --out")
         pretrained.check_hash(Path(_SOURCE.value))
         tensors = pretrained.from_port(_read(_SOURCE.value))
         try:
@@ -42,14 +44,12 @@ def main() -> None:
 
 
 def _read(source: str) -> dict[str, np.ndarray]:
-    try:
+    with extras.required_by("convert"):
         import torch
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("--source needs PyTorch: pip install '.[convert]'") from None
     try:
         loaded = torch.load(source, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{source} holds no weights that are safe to read") from error
+        raise ValueError(f"{source} holds no weights that torch.load can read safely") from error
     tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not tensors or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
         raise ValueError(f"{source} holds neither a state dict nor one under the key 'state_dict'")

@@ -1,6 +1,6 @@
-"""Embeds any folder of images with a trained run, whose own images are not needed any more.
+"""Embeds a folder of images with the network of a run; needs no images of the run itself.
 
-python scripts/embed.py --workdir=runs/memvir --images=DIR --out=embeddings.npz
+dml-jax embed --workdir=runs/memvir --images=DIR --out=embeddings.npz
 """
 
 from pathlib import Path
@@ -17,10 +17,10 @@ from dml_jax.training import checkpoint, run_directory
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
 _CHECKPOINT = flags.DEFINE_enum(
-    "checkpoint", "last", ["last", *checkpoint.BEST], "Which of the run's checkpoints."
+    "checkpoint", "last", ["last", *checkpoint.BEST], "The checkpoint of the run."
 )
 _IMAGES = flags.DEFINE_string(
-    "images", None, "Folder of images, or of one folder a class.", required=True
+    "images", None, "Folder of images, or of one folder of images per class.", required=True
 )
 _OUT = flags.DEFINE_string("out", None, "The .npz file to write.", required=True)
 
@@ -29,7 +29,7 @@ def main() -> None:
     """Runs the program."""
     with command_line.user_errors():
         if not Path(_OUT.value).absolute().parent.is_dir():
-            raise FileNotFoundError(f"there is no folder to write {_OUT.value} into")
+            raise FileNotFoundError(f"the folder of --out={_OUT.value} does not exist")
         folder = Path(_WORKDIR.value)
         given = {"images": data.images_below(_IMAGES.value)}
         findings = data.inspect(given)

@@ -1,7 +1,7 @@
-"""Scores a run's checkpoint, or exported embeddings, by retrieval.
+"""Computes the retrieval metrics of a run's checkpoint or of exported embeddings.
 
-python scripts/evaluate.py --workdir=runs/memvir --checkpoint=best_map
-python scripts/evaluate.py --embeddings=runs/memvir/embeddings.npz --nmi --recall_at=1,10,100
+dml-jax evaluate --workdir=runs/memvir --checkpoint=best_map
+dml-jax evaluate --embeddings=runs/memvir/embeddings.npz --nmi --recall_at=1,10,100
 """
 
 import json
@@ -11,6 +11,7 @@ from absl import flags
 
 from dml_jax import retrieval
 from dml_jax._utils import sharding
+from dml_jax._utils.errors import UserError
 from dml_jax.cli import command_line
 from dml_jax.evaluation import embedding_files
 from dml_jax.training import builder, checkpoint, run_directory
@@ -18,40 +19,55 @@ from dml_jax.training.config import parse
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
 _CHECKPOINT = flags.DEFINE_enum(
-    "checkpoint", None, ["last", *checkpoint.BEST], "Which of the run's checkpoints; the last."
+    "checkpoint",
+    None,
+    ["last", *checkpoint.BEST],
+    "The checkpoint of the run; default: the last one.",
 )
-_EMBEDDINGS = flags.DEFINE_string("embeddings", None, "Exported embeddings, in place of a run.")
+_EMBEDDINGS = flags.DEFINE_string("embeddings", None, "Exported embeddings, instead of a run.")
 _GALLERY = flags.DEFINE_string(
-    "gallery", None, "Exported embeddings to look for --embeddings in, if not among themselves."
+    "gallery", None, "Exported embeddings of the gallery; default: --embeddings itself."
 )
-_RECALL_AT = flags.DEFINE_list("recall_at", None, "Each k of Recall@k; the run's, or 1,2,4,8.")
-_NMI = flags.DEFINE_bool("nmi", None, "Whether to cluster and measure NMI too; as the run does.")
+_RECALL_AT = flags.DEFINE_list(
+    "recall_at", None, "Values of k for Recall@k; default: the run's, or 1,2,4,8."
+)
+_NMI = flags.DEFINE_bool("nmi", None, "Whether to compute NMI; default: as in the run.")
 
 
 def main() -> None:
     """Runs the program."""
     with command_line.user_errors():
-        recall_at = [int(k) for k in _RECALL_AT.value] if _RECALL_AT.value else None
+        recall_at = _recall_at(_RECALL_AT.value) if _RECALL_AT.value else None
         if _EMBEDDINGS.value and not (_WORKDIR.value or _CHECKPOINT.value):
             scores = _score_exported(_EMBEDDINGS.value, recall_at or [1, 2, 4, 8])
         elif _WORKDIR.value and not (_EMBEDDINGS.value or _GALLERY.value):
             scores = _score_run(Path(_WORKDIR.value), recall_at)
         else:
             raise ValueError(
-                "give either --workdir, perhaps with --checkpoint, "
-                "or --embeddings, perhaps with --gallery"
+                "give either --workdir, optionally with --checkpoint, "
+                "or --embeddings, optionally with --gallery"
             )
     print(json.dumps(scores, indent=2))
+
+
+def _recall_at(given: list[str]) -> list[int]:
+    try:
+        return [int(k) for k in given]
+    except ValueError:
+        raise UserError(f"--recall_at={','.join(given)} must be integers, such as 1,2,4") from None
 
 
 def _score_exported(file: str, recall_at: list[int]) -> dict[str, float]:
     queries = embedding_files.load_embeddings(file)
     gallery = None
     if _GALLERY.value:
-        found_in = embedding_files.load_embeddings(_GALLERY.value)
-        if found_in.class_names != queries.class_names:
-            raise ValueError(f"{_GALLERY.value} numbers other classes than {file}")
-        gallery = found_in.embeddings, found_in.labels
+        exported = embedding_files.load_embeddings(_GALLERY.value)
+        if exported.class_names != queries.class_names:
+            raise ValueError(
+                f"{_GALLERY.value} and {file} have different class names; "
+                "export both from one data set"
+            )
+        gallery = exported.embeddings, exported.labels
     return retrieval.evaluate(
         queries.embeddings,
         queries.labels,

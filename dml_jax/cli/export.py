@@ -1,6 +1,6 @@
-"""Exports a run's embedding function: files that JAX reads by itself, and a model card.
+"""Exports a run's embedding function, which then needs JAX alone, with a model card.
 
-python scripts/export.py runs/memvir --out=exports/memvir --checkpoint=best_map
+dml-jax export runs/memvir --out=exports/memvir --checkpoint=best_map
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from dml_jax.inference import export
 from dml_jax.training import checkpoint
 
 _CHECKPOINT = flags.DEFINE_enum(
-    "checkpoint", "last", ["last", *checkpoint.BEST], "Which of the run's checkpoints."
+    "checkpoint", "last", ["last", *checkpoint.BEST], "The checkpoint of the run."
 )
 _OUT = flags.DEFINE_string("out", None, "The folder to write.", required=True)
 
@@ -24,7 +24,7 @@ def main(run: str) -> None:
         export.write(Path(run), out, _CHECKPOINT.value)
     for path in sorted(out.iterdir()):
         print(f"{path.stat().st_size / 1e6:8.2f} MB  {path}")
-    print(f"How to load it is in {out / export.CARD}")
+    print(f"{out / export.CARD} says how to load it")
 
 
 def start() -> None:

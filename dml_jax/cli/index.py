@@ -1,7 +1,7 @@
-"""Indexes embeddings, so that images like a given one can be found among them.
+"""Builds a search index of embeddings for `dml-jax search`.
 
-python scripts/embed.py --workdir=runs/memvir --images=DIR --out=mine.npz
-python scripts/index.py --embeddings=mine.npz --images=DIR --out=mine.index
+dml-jax embed --workdir=runs/memvir --images=DIR --out=mine.npz
+dml-jax index --embeddings=mine.npz --images=DIR --out=mine.index
 """
 
 from pathlib import Path
@@ -15,13 +15,15 @@ from dml_jax.evaluation import embedding_files
 from dml_jax.search import index
 
 _EMBEDDINGS = flags.DEFINE_string(
-    "embeddings", None, "What embedding_files.py wrote.", required=True
+    "embeddings", None, "Embeddings, as `dml-jax embed` writes them.", required=True
 )
 _IMAGES = flags.DEFINE_string(
-    "images", None, "The folder that was embedded, to show what is found; else it is only named."
+    "images", None, "The folder that was embedded; without it, results are shown by name only."
 )
 _OUT = flags.DEFINE_string("out", None, "The folder to write the index to.", required=True)
-_KIND = flags.DEFINE_enum("kind", None, index.KINDS, "By default the one for so many images.")
+_KIND = flags.DEFINE_enum(
+    "kind", None, index.KINDS, "The kind of index; default: by the number of images."
+)
 
 
 def main() -> None:

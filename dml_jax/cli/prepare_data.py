@@ -1,8 +1,10 @@
-"""Prepares a public data set, or any images, for training: see README.md for where to get them.
+"""Prepares a public data set or a folder of images for training.
 
-python scripts/prepare_data.py cars196 --source=stanford_cars --out=data/cars196
-python scripts/prepare_data.py cub200 --download --source=downloads --out=data/cub200
-python scripts/prepare_data.py folder --source=photos --out=data/photos
+README.md says where to get the public data sets.
+
+dml-jax prepare cars196 --source=stanford_cars --out=data/cars196
+dml-jax prepare cub200 --download --source=downloads --out=data/cub200
+dml-jax prepare folder --source=photos --out=data/photos
 """
 
 from pathlib import Path
@@ -15,12 +17,14 @@ from dml_jax.data.prepare import prepare
 _SOURCE = flags.DEFINE_string(
     "source", None, "Directory or archive with the published files.", required=True
 )
-_OUT = flags.DEFINE_string("out", None, "Directory to make.", required=True)
-_DOWNLOAD = flags.DEFINE_bool("download", False, "Whether to download the archives to --source.")
+_OUT = flags.DEFINE_string("out", None, "Directory to create.", required=True)
+_DOWNLOAD = flags.DEFINE_bool(
+    "download", False, "Whether to download the archives to --source first."
+)
 _ALLOW = flags.DEFINE_bool(
     "allow_different_counts",
     False,
-    "Whether to go on without missing or unreadable images, or with other counts than published.",
+    "Whether to accept missing or unreadable images and counts other than the published ones.",
 )
 
 

@@ -1,7 +1,8 @@
 """Trains a baseline, Proxy Synthesis, MemVir and both together on the embedded letters.
 
-Prints how they compare, and writes a report. Started again, it resumes where it was; finished runs
-are not repeated.
+Prints a comparison and writes a report. Started again, it resumes; finished runs are not repeated.
+
+dml-jax quickstart --root=runs/quickstart
 """
 
 from collections.abc import Mapping
@@ -24,13 +25,13 @@ from dml_jax.training.state import network_variables
 
 _ROOT = flags.DEFINE_string("root", "runs/quickstart", "Folder of the runs.")
 _EPOCHS = flags.DEFINE_integer(
-    "epochs", None, "Epochs of each run; the config's by default.", lower_bound=1
+    "epochs", None, "Epochs of each run; default: as in the config.", lower_bound=1
 )
 
 _VARIANTS = ("baseline", "ps", "memvir", "ps_memvir")
 _CAPTION = (
-    "One seed each, at the published scale of 23 and settings that validation classes chose. A "
-    "smaller scale does as much without either method: see README.md, which has five seeds too."
+    "One seed each, with the published scale of 23 and settings selected on validation classes. A "
+    "smaller scale alone gains as much: see README.md, which also has the scores of five seeds."
 )
 
 
@@ -51,7 +52,7 @@ def main() -> None:
         newest = max((run.first.folder / run_directory.RESULT).stat().st_mtime for run in groups)
         if not out.exists() or out.stat().st_mtime < newest:
             render.write(groups, vars(glyphs), out)
-    print(f"Open in a browser what they find and confuse: {out.absolute()}")
+    print(f"Report, to open in a browser: {out.absolute()}")
 
 
 def _config(variant: str) -> ConfigDict:
@@ -62,7 +63,7 @@ def _config(variant: str) -> ConfigDict:
 
 
 def _untrained(config: ConfigDict) -> dict[str, dict[str, float]]:
-    """Returns the scores that the test images give without training, by name."""
+    """Returns the scores of raw pixels and of the untrained network on the test images."""
     built = builder.build(parse(config), sharding.make_mesh())
     pixels = {"test": _pixels(built.sources["test"])}
     network = built.evaluator.embed(network_variables(built.init()), "test")
@@ -73,7 +74,7 @@ def _untrained(config: ConfigDict) -> dict[str, dict[str, float]]:
 
 
 def _table(rows: Mapping[str, Mapping[str, float]]) -> Table:
-    """Returns the comparison in percent, with the differences that the regularisers make."""
+    """Returns the comparison in percent, with each regulariser's difference from the baseline."""
     table = Table(
         "",
         *retrieval.SCORES,

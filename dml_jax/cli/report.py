@@ -1,8 +1,8 @@
-"""Makes one page of finished runs: what they score, what they find, what they confuse.
+"""Writes an HTML report of finished runs: scores, retrieved images and confused classes.
 
-python scripts/report.py runs/quickstart/* --out=report.html
+dml-jax report runs/quickstart/* --out=report.html
 
-The page needs no network. Runs that differ in the seed alone are one row of its first table.
+The page needs no network. Runs that differ only in the seed share a row of its first table.
 """
 
 import runpy
@@ -10,12 +10,10 @@ from pathlib import Path
 
 from absl import flags
 
-from dml_jax.cli import command_line
+from dml_jax.cli import command_line, packaged_configs
 from dml_jax.report import render, runs
 
 _OUT = flags.DEFINE_string("out", "report.html", "The page to write.")
-
-_CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def main(*folders: str) -> None:
@@ -23,7 +21,8 @@ def main(*folders: str) -> None:
     out = Path(_OUT.value)
     with command_line.user_errors():
         groups = runs.group([runs.read(Path(folder)) for folder in folders])
-        recipe = runpy.run_path(str(_CONFIGS / f"{groups[0].first.config.data.name}.py"))
+        config_file = packaged_configs.path(groups[0].first.config.data.name)
+        recipe = runpy.run_path(str(config_file))
         render.write(groups, recipe, out)
     print(f"Report ({out.stat().st_size / 1e6:.1f} MB): {out.absolute()}")
 

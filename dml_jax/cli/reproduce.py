@@ -1,18 +1,17 @@
-"""Trains variants with several seeds each, and prints how they compare.
+"""Trains variants with several seeds each and prints a comparison.
 
-python scripts/reproduce.py --config=configs/glyphs.py --variants=baseline,ps,memvir --seeds=3 \
-    --root=runs/glyphs
-python scripts/reproduce.py --config=configs/cars196.py:ps_proxy_nca --seeds=8 --root=runs/cars196 \
+dml-jax reproduce --config=glyphs --variants=baseline,ps,memvir --seeds=3 --root=runs/glyphs
+dml-jax reproduce --config=cars196:ps_proxy_nca --seeds=8 --root=runs/cars196 \
     --config.data.root=data/cars196
 
-Started again it goes on where it was; what is finished is not done again. A variant is compared
-with the bare loss on the same schedule, which is trained too: a variant with MemVir with
-`memvir_baseline`, if the config file gives MemVir another schedule or initialiser of the proxies,
-and otherwise with `baseline`. The column "against" names it.
+Started again, it resumes; finished runs are not repeated. Each variant is compared with the bare
+loss on the same schedule, which is trained too. That is `memvir_baseline` for a variant with MemVir
+if the config file gives MemVir another schedule or proxy initialiser, and `baseline` otherwise. The
+column "against" names it.
 
-Scores are of the last epoch. `--epoch=best` gives each metric's own best epoch instead, as the
-official programs do: chosen on the test classes, unless classes are held out. Published scores
-are given with their sources; see dml_jax/published.py.
+Scores are those of the last epoch. With `--epoch=best` they are those of each metric's best epoch,
+as in the official programs: selected on the test classes, unless validation classes are held out.
+Published scores appear with their sources; see dml_jax/published.py.
 """
 
 import runpy
@@ -27,12 +26,19 @@ from dml_jax.cli import command_line
 from dml_jax.report import comparison
 from dml_jax.training import run, variants
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE, or FILE:variant")
-_VARIANTS = flags.DEFINE_list("variants", None, "Variants; that of --config, or the methods.")
-_SEEDS = flags.DEFINE_integer("seeds", 8, "Runs of each variant, seeds 0, 1, ...", lower_bound=1)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="FILE.py or the name of a packaged config; then, optionally, :variant."
+)
+_VARIANTS = flags.DEFINE_list(
+    "variants", None, "Variants; default: that of --config, or ps, memvir, ps_memvir."
+)
+_SEEDS = flags.DEFINE_integer("seeds", 8, "Runs per variant, with seeds 0, 1, ...", lower_bound=1)
 _ROOT = flags.DEFINE_string("root", None, "Folder of the runs.", required=True)
 _EPOCH = flags.DEFINE_enum(
-    "epoch", "last", ["last", "best"], "Scores to compare: the last epoch's, or each one's best."
+    "epoch",
+    "last",
+    ["last", "best"],
+    "Compare the scores of the last epoch or of each metric's best epoch.",
 )
 
 flags.mark_flag_as_required("config")
@@ -48,7 +54,7 @@ def main() -> None:
         bare = {name: comparison.baseline(name, recipe["get_config"]) for name in wanted}
         trained = list(dict.fromkeys(name for x in wanted for name in (bare[x], x)))
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in trained}
-        # Seed by seed, so that what is done compares all variants, however far it is.
+        # Seeds are the outer loop, so that an interrupted comparison covers all variants.
         for seed in range(_SEEDS.value):
             for name in trained:
                 config = recipe["get_config"](name)
@@ -70,7 +76,7 @@ def main() -> None:
         )
         print(f"\n{table}")
     if references:
-        print("\nPublished by READMEs: each metric's best epoch on the test classes.")
+        print("\nThe scores published in READMEs are each metric's best epoch on the test classes.")
 
 
 def start() -> None:

@@ -1,7 +1,7 @@
-"""Finds images like a given one in an index, in the terminal or on a local page.
+"""Finds the images of an index most similar to query images, in the terminal or on a local page.
 
-python scripts/search.py --index=mine.index --workdir=runs/memvir query.jpg
-python scripts/search.py --index=mine.index --workdir=runs/memvir --serve
+dml-jax search --index=mine.index --workdir=runs/memvir query.jpg
+dml-jax search --index=mine.index --workdir=runs/memvir --serve
 """
 
 import contextlib
@@ -21,28 +21,35 @@ from dml_jax.cli import command_line
 from dml_jax.search import html, index, server
 from dml_jax.training import checkpoint
 
-_INDEX = flags.DEFINE_string("index", None, "What index.py wrote.", required=True)
+_INDEX = flags.DEFINE_string("index", None, "The folder that `dml-jax index` wrote.", required=True)
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Folder of the run that the gallery was embedded with, or of its export.",
+    "Folder of the run that embedded the gallery, or of its export.",
     required=True,
 )
 _CHECKPOINT = flags.DEFINE_enum(
-    "checkpoint", None, ["last", *checkpoint.BEST], "Which of the run's checkpoints; the last."
+    "checkpoint",
+    None,
+    ["last", *checkpoint.BEST],
+    "The checkpoint of the run; default: the last one.",
 )
-_NEIGHBOURS = flags.DEFINE_integer("neighbours", 12, "How many to show.", lower_bound=1)
+_NEIGHBOURS = flags.DEFINE_integer(
+    "neighbours", 12, "The number of neighbours to show.", lower_bound=1
+)
 _OUT = flags.DEFINE_string("out", "search.html", "The contact sheet to write.")
-_SERVE = flags.DEFINE_bool("serve", False, "Whether to serve a page to drop images on instead.")
-_HOST = flags.DEFINE_string("host", "127.0.0.1", "Where to serve; whoever reaches it may search.")
-_PORT = flags.DEFINE_integer("port", 8000, "The page's port; 0 for any free one.")
+_SERVE = flags.DEFINE_bool("serve", False, "Whether to serve a search page instead.")
+_HOST = flags.DEFINE_string(
+    "host", "127.0.0.1", "Address to serve on; anyone who can reach it can search."
+)
+_PORT = flags.DEFINE_integer("port", 8000, "Port of the page; 0 takes any free port.")
 
 
 def main(*queries: str) -> None:
     """Runs the program."""
     with command_line.user_errors():
         if bool(queries) == _SERVE.value:
-            raise ValueError("give one or more images to look for, or --serve without any")
+            raise ValueError("give either one or more query images or --serve")
         images = [(name, Path(name).read_bytes()) for name in queries]
         gallery = index.load(Path(_INDEX.value))
         model = dml_jax.load(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
@@ -64,7 +71,9 @@ def main(*queries: str) -> None:
             ]
             files.write_text(Path(_OUT.value), html.sheet(gallery, found))
     if _SERVE.value:
-        print(f"{gallery.facts}: http://{_HOST.value}:{serving.server_address[1]} (Ctrl-C ends it)")
+        print(
+            f"{gallery.facts}: http://{_HOST.value}:{serving.server_address[1]} (Ctrl-C stops it)"
+        )
         with contextlib.suppress(KeyboardInterrupt), serving:
             serving.serve_forever()
         return
@@ -76,7 +85,7 @@ def main(*queries: str) -> None:
 def _table(title: str, neighbours: Sequence[index.Neighbour]) -> Table:
     table = Table("", "similarity", title=escape(title))
     for name in ("class", "image"):
-        table.add_column(name, overflow="fold")  # A name that is cut names nothing.
+        table.add_column(name, overflow="fold")  # A truncated name is useless.
     for rank, neighbour in enumerate(neighbours, 1):
         row = (neighbour.class_name, neighbour.name)
         table.add_row(str(rank), f"{neighbour.similarity:.3f}", *map(escape, row))

@@ -1,9 +1,9 @@
-"""Trains an embedding, or goes on with a run that was interrupted.
+"""Trains an embedding or resumes an interrupted run.
 
-python scripts/train.py --config=configs/glyphs.py:memvir --workdir=runs/memvir
-python scripts/train.py --config=configs/folder.py:ps --workdir=runs/mine --config.data.root=DIR
+dml-jax train --config=glyphs:memvir --workdir=runs/memvir
+dml-jax train --config=folder:ps --workdir=runs/mine --config.data.root=DIR
 
-Asked to stop (Ctrl-C, SIGTERM) it saves and ends with exit code 75: start it again to go on.
+On Ctrl-C or SIGTERM it saves a checkpoint and ends with exit code 75. The same command resumes.
 """
 
 from pathlib import Path
@@ -16,22 +16,26 @@ from dml_jax._utils import processes
 from dml_jax.cli import command_line
 from dml_jax.training import run, run_directory
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="FILE[:variant]")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="FILE.py or the name of a packaged config; then, optionally, :variant."
+)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; one of its own for each run.", required=True
+    "workdir", None, "Folder of the run; each run needs its own.", required=True
 )
 _FORK_FROM = flags.DEFINE_string(
-    "fork_from", None, "Folder of another run, whose network in its last checkpoint to start from."
+    "fork_from",
+    None,
+    "Folder of another run; training starts from the network of its last checkpoint.",
 )
 
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Whether to join the processes that SLURM, a TPU pod or MPI has started."
+    "distributed", False, "Whether to join the processes that SLURM, a TPU pod or MPI started."
 )
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of the first of --num_processes processes, to join them."
+    "coordinator", None, "HOST:PORT of the first of the --num_processes processes."
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "The index of this process, from 0.")
 
 flags.mark_flag_as_required("config")
 
@@ -51,7 +55,7 @@ def main() -> None:
     if not processes.is_first_process():
         return
     print(f"last: {retrieval.summary(result['last'])}")
-    best = f"epoch {result['best']['epoch']}, chosen on the {result['best_chosen_on']} classes"
+    best = f"epoch {result['best']['epoch']}, selected on the {result['best_chosen_on']} classes"
     print(f"best: {retrieval.summary(result['best'])} ({best})")
     print(f"results: {folder / run_directory.RESULT}")
 

@@ -1,11 +1,14 @@
 """Two-dimensional maps of embeddings by t-SNE."""
 
 import numpy as np
-import openTSNE
 from jaxtyping import Float32, Float64
-from openTSNE import affinity, initialization, nearest_neighbors
 
+from dml_jax._utils import extras
 from dml_jax.retrieval import exact
+
+with extras.required_by("report"):
+    import openTSNE
+    from openTSNE import affinity, initialization, nearest_neighbors
 
 _PERPLEXITY = 30
 # With fewer points the map is their first two principal components.

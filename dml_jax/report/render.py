@@ -9,21 +9,23 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-import plotly.offline
 from jaxtyping import Int64
-from markupsafe import Markup
 
 import dml_jax
 from dml_jax import data, retrieval
-from dml_jax._utils import files
+from dml_jax._utils import extras, files
 from dml_jax.data import splits
 from dml_jax.report import projection, ranking, tables, thumbnails, training_map
 from dml_jax.report.runs import Group, Run
 from dml_jax.retrieval import exact
 from dml_jax.training import run_directory
 from dml_jax.training.config import parse
+
+with extras.required_by("report"):
+    import jinja2
+    import plotly.offline
+    from markupsafe import Markup
 
 MOST_IMAGES = 12_000
 """Maximum number of images on a page; of a larger test set, a subset of queries is shown."""

@@ -12,14 +12,11 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from dml_jax._utils import extras
 from dml_jax.retrieval.topk import MeshSearcher, check_depth
 
-try:
+with extras.required_by("cpu", "cuda", "tpu"):
     import faiss
-except ImportError as error:  # pragma: no cover
-    raise ImportError(
-        "retrieval needs faiss: install dml_jax with the extra [cpu] or [cuda]"
-    ) from error
 
 BACKENDS = ("auto", "cpu", "gpu", "jax")
 """Search backends: faiss on the CPU or on the first GPU, or JAX on its devices."""

@@ -13,13 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import faiss
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from dml_jax._utils import files
+from dml_jax._utils import extras, files
 from dml_jax.evaluation.embedding_files import Embeddings
 from dml_jax.retrieval import exact
+
+with extras.required_by("cpu", "cuda", "tpu"):
+    import faiss
 
 KINDS = ("flat", "hnsw", "ivf")
 FLAT_UP_TO, HNSW_UP_TO = 50_000, 200_000

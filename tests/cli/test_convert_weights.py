@@ -1,4 +1,4 @@
-"""scripts/convert_weights.py on files as torch.save writes them."""
+"""The convert program, on files that torch.save wrote."""
 
 import numpy as np
 import pytest
@@ -30,11 +30,11 @@ def images(tmp_path_factory):
     return tiny.write_images(tmp_path_factory.mktemp("images"))
 
 
-def test_an_old_checkpoint_of_a_parallel_model_becomes_a_state_dict(torch, tmp_path):
+def test_an_old_checkpoint_of_a_data_parallel_model_is_converted(torch, tmp_path):
     source, out = tmp_path / "old.pth", tmp_path / "new.safetensors"
     old = {key: torch.from_numpy(np.array(x)) for key, x in weights.port(NAME).items()}
     old["module.bn1.num_batches_tracked"] = torch.tensor(3)
-    # Laid out otherwise than contiguously.
+    # A memory layout that is not contiguous.
     old["module.conv1.weight"] = old["module.conv1.weight"].to(memory_format=torch.channels_last)
     torch.save({"state_dict": old, "epoch": 3}, source, _use_new_zipfile_serialization=False)
     succeed(*arguments(source, out))
@@ -49,7 +49,7 @@ def test_an_old_checkpoint_of_a_parallel_model_becomes_a_state_dict(torch, tmp_p
     assert out.read_bytes() == before
 
 
-def test_bninceptions_port_reaches_a_run(torch, images, tmp_path):
+def test_weights_of_the_bninception_port_give_its_golden_features(torch, images, tmp_path):
     source, out = tmp_path / "bn_inception.pth", tmp_path / "bninception.safetensors"
     port = {key: torch.from_numpy(x) for key, x in weights.port("bninception").items()}
     plain = {key.removeprefix("module."): x for key, x in port.items()}
@@ -58,12 +58,15 @@ def test_bninceptions_port_reaches_a_run(torch, images, tmp_path):
     assert_golden_features("bninception", out, images)
 
 
-def test_what_does_not_fit_or_is_not_safe_is_refused(torch, tensors, tmp_path):
+def test_wrong_or_unsafe_files_are_rejected(torch, tensors, tmp_path):
     source, out = tmp_path / "bad.pth", tmp_path / "new.safetensors"
     bad = {
         "bn1.weight is missing": {k: x for k, x in tensors.items() if k != "bn1.weight"},
         "neither a state dict": {"epoch": 3},
-        "holds no weights that are safe to read": {"state_dict": tensors, "code": pytest.raises},
+        "holds no weights that torch.load can read safely": {
+            "state_dict": tensors,
+            "code": pytest.raises,
+        },
     }
     for message, saved in bad.items():
         torch.save(saved, source)
@@ -73,8 +76,8 @@ def test_what_does_not_fit_or_is_not_safe_is_refused(torch, tensors, tmp_path):
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_a_file_that_is_not_what_its_name_says_is_refused_unread(tmp_path):
-    # PyTorch is not needed for that.
+def test_a_file_that_does_not_match_the_hash_in_its_name_is_rejected_unread(tmp_path):
+    # This check does not need PyTorch.
     source, out = tmp_path / "bn_inception-52deb4733.pth", tmp_path / "new.safetensors"
     source.write_bytes(b"half of a download")
     done = run(*arguments(source, out, "bninception"))

@@ -1,4 +1,4 @@
-"""The programs, started as a user starts them."""
+"""The programs, started from the command line."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def test_evaluate_scores_checkpoints_and_exported_embeddings(finished):
     assert 0 <= exported["nmi"] <= 1 and "recall@2" not in exported
 
 
-def test_embed_needs_nothing_of_the_run_but_config_and_checkpoint(images, finished, tmp_path):
+def test_embed_needs_only_config_and_checkpoint_of_the_run(images, finished, tmp_path):
     out, moved = tmp_path / "mine.npz", tmp_path / "moved"
     images.rename(moved)
     try:
@@ -98,9 +98,11 @@ def test_embed_needs_nothing_of_the_run_but_config_and_checkpoint(images, finish
     assert ours.names[0] == "class0/0.png"
 
 
-def test_export_embeds_as_the_run_did(images, finished, tmp_path):
+def test_an_export_embeds_like_the_run(images, finished, tmp_path):
     out = tmp_path / "exported"
-    assert f"is in {out / 'README.md'}" in succeed("export.py", finished, f"--out={out}")
+    assert f"{out / 'README.md'} says how to load it" in succeed(
+        "export.py", finished, f"--out={out}"
+    )
     saved = embedding_files.load_embeddings(finished / run_directory.EMBEDDINGS)
     ours = dml_jax.load(out).embed([images / name for name in saved.names])
     lengths = np.linalg.norm(saved.embeddings, axis=1, keepdims=True)
@@ -116,7 +118,7 @@ def indexed(images, finished, tmp_path_factory):
     return out
 
 
-def test_search_finds_an_image_of_the_gallery_first(images, finished, indexed, tmp_path):
+def test_search_ranks_the_query_itself_first(images, finished, indexed, tmp_path):
     query, sheet = images / "test" / "class2" / "3.png", tmp_path / "sheet.html"
     where = [f"--index={indexed}", f"--workdir={finished}"]
     printed = succeed("search.py", *where, f"--out={sheet}", "--neighbours=3", query)
@@ -128,11 +130,11 @@ def test_search_finds_an_image_of_the_gallery_first(images, finished, indexed, t
 PRETRAINED = {"model__backbone": "resnet18", "model__width": 64, "model__stem": "imagenet"}
 
 
-def test_a_run_starts_from_pretrained_weights_and_goes_on_without_their_file(images, tmp_path):
+def test_a_run_starts_from_pretrained_weights_and_resumes_without_their_file(images, tmp_path):
     file, folder = tmp_path / "resnet18.safetensors", tmp_path / "run"
     expected = weights.state_dict("resnet18")
     save_file(expected, file)
-    # Nothing is learnt, so that the checkpoint holds what the run started from.
+    # The parameters stay the same, so the checkpoint has the initial ones.
     still = {"optimizer__learning_rate": 1e-30, "optimizer__weight_decay": 0.0}
     settings = PRETRAINED | still | {"model__pretrained": file, "model__freeze_bn": True}
     training = ["train.py", f"--workdir={folder}", *tiny.arguments(images, epochs=1, **settings)]
@@ -149,7 +151,7 @@ def test_a_run_starts_from_pretrained_weights_and_goes_on_without_their_file(ima
     assert "last: R@1" in succeed(*training)
 
 
-BAD = {
+BAD_SETTINGS = {
     "unknown key": (["--config.optimizer.leraning_rate=1"], "leraning_rate"),
     "wrong type": (["--config.epochs=many"], "epochs"),
     "unknown variant": (["--config=configs/folder.py:psi"], "unknown variant 'psi'"),
@@ -168,20 +170,20 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_setting_is_told_before_anything_is_written(images, tmp_path, name):
-    wrong, message = BAD[name]
+@pytest.mark.parametrize("name", BAD_SETTINGS)
+def test_a_bad_setting_is_reported_before_anything_is_written(images, tmp_path, name):
+    arguments, message = BAD_SETTINGS[name]
     folder = tmp_path / "run"
-    done = run("train.py", f"--workdir={folder}", *tiny.arguments(images), *wrong)
+    done = run("train.py", f"--workdir={folder}", *tiny.arguments(images), *arguments)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not folder.exists()
 
 
-def test_numbers_that_are_not_finite_end_a_run_with_an_exit_code_of_their_own(images, tmp_path):
+def test_nonfinite_values_end_a_run_with_exit_code_3(images, tmp_path):
     folder = tmp_path / "run"
-    # Loss and gradient are finite, but the gradient times this rate is not.
+    # Loss and gradient are finite, but the update at this learning rate is not.
     wild = {"optimizer__name": "sgd", "optimizer__learning_rate": 1e38}
     done = run("train.py", f"--workdir={folder}", *tiny.arguments(images, epochs=1, **wild))
     assert done.returncode == 3, done.stderr
@@ -190,13 +192,13 @@ def test_numbers_that_are_not_finite_end_a_run_with_an_exit_code_of_their_own(im
         f"{folder / run_directory.NOT_FINITE} tells more; the last good checkpoint is none yet"
         in (done.stderr)
     )
-    told = json.loads((folder / run_directory.NOT_FINITE).read_text())
-    assert (told["step"], told["learning_rate"], len(told["images"])) == (1, 1e38, 8)
-    assert 0 < told["loss"] < 100 and 0 < told["gradient_norm"] < 1000
+    details = json.loads((folder / run_directory.NOT_FINITE).read_text())
+    assert (details["step"], details["learning_rate"], len(details["images"])) == (1, 1e38, 8)
+    assert 0 < details["loss"] < 100 and 0 < details["gradient_norm"] < 1000
     assert not (folder / run_directory.RESULT).exists()
 
 
-def test_bad_images_are_told_by_path(tmp_path):
+def test_bad_images_are_reported_by_path(tmp_path):
     images = tiny.write_images(tmp_path / "images")
     (images / "train" / "class1" / "2.png").write_text("not an image")
     (images / "train" / "class9").mkdir()
@@ -210,7 +212,7 @@ def test_bad_images_are_told_by_path(tmp_path):
     assert not folder.exists()
 
 
-def test_a_run_of_another_configuration_is_left_as_it_is(images, finished):
+def test_a_run_with_another_config_is_not_changed(images, finished):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     done = run("train.py", f"--workdir={finished}", *tiny.arguments(images, "ps", epochs=6))
     assert done.returncode == 2
@@ -223,7 +225,7 @@ def markdown_rows(table):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
-def test_reproduce_goes_on_after_a_kill_and_compares(images, tmp_path):
+def test_reproduce_resumes_after_a_kill_and_compares(images, tmp_path):
     settings = [x for x in tiny.arguments(images, epochs=2) if not x.startswith("--config=")]
     reproduce = command(
         "reproduce.py",
@@ -263,7 +265,7 @@ def test_reproduce_goes_on_after_a_kill_and_compares(images, tmp_path):
 
 
 def quickstart(arguments):
-    # As quickstart.sh starts it, once the environment is made.
+    # quickstart.sh starts it like this once the environment is ready.
     started = [sys.executable, "-m", "dml_jax", "quickstart", *arguments]
     return subprocess.run(started, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
@@ -273,7 +275,7 @@ def table_rows(printed):
     return [[cell.strip() for cell in cells] for cells in lines]
 
 
-def test_quickstart_compares_and_reuses(tmp_path):
+def test_quickstart_compares_and_reuses_finished_runs(tmp_path):
     arguments = [f"--root={tmp_path}", "--epochs=1"]
     printed, report = quickstart(arguments), tmp_path / "report.html"
     assert printed.rstrip().endswith(str(report)) and report.stat().st_size > 1e6
@@ -295,11 +297,11 @@ def test_quickstart_compares_and_reuses(tmp_path):
     assert runs == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
-def test_a_full_disk_ends_a_run_and_room_lets_it_go_on(images, tmp_path):
+def test_a_run_resumes_after_the_disk_was_full(images, tmp_path):
     folder = tmp_path / "run"
     arguments = tiny.arguments(images, epochs=2, model__width=64)
     training = ("train.py", f"--workdir={folder}", *arguments)
-    # No file may grow beyond 200 KiB, and the state is larger.
+    # Files are limited to 200 KiB, and the state is larger.
     limited = ["bash", "-c", 'ulimit -f 200 && exec "$@"', "bash", *command(*training)]
     full = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
     assert full.returncode == 2, full.stderr
@@ -309,9 +311,9 @@ def test_a_full_disk_ends_a_run_and_room_lets_it_go_on(images, tmp_path):
     assert "last: R@1" in succeed(*training)
 
 
-def test_two_processes_that_are_asked_to_stop_train_like_one_that_is_not(tmp_path):
+def test_two_interrupted_processes_train_like_one_uninterrupted_process(tmp_path):
     images = tiny.write_images(tmp_path / "images")
-    # One process looks at the images, and tells the other what to leave out.
+    # One process inspects the images and tells the others which to skip.
     (images / "train" / "class0" / "0.png").write_bytes(b"")
     arguments = tiny.arguments(images, "ps_memvir", epochs=3, data__unreadable="skip")
     slow = ["--config.optimizer.learning_rate=1e-4", "--config.evaluation.recall_at=(1,2)"]
@@ -339,7 +341,7 @@ def test_two_processes_that_are_asked_to_stop_train_like_one_that_is_not(tmp_pat
         printed = [process.communicate(timeout=600) for process in processes]
         return [process.returncode for process in processes], printed
 
-    # The second one is asked to stop in step 5; all come to know it four steps later.
+    # The second process receives the stop signal in step 5; all processes stop four steps later.
     together, does = tmp_path / "together", str(tmp_path / "does")
     asks = {"DML_JAX_TEST_DOES": does, "DML_JAX_TEST_STOPS": "5"}
     codes, printed = start_two(together, program=("-m", "tests.helpers.marked"), **asks)
@@ -365,7 +367,7 @@ def test_two_processes_that_are_asked_to_stop_train_like_one_that_is_not(tmp_pat
     )
     np.testing.assert_allclose(ours.embeddings, expected.embeddings, rtol=1e-4, atol=1e-4)
 
-    # The last checkpoint is of epoch 3; without it a single process does that epoch again.
+    # Without the last checkpoint, of epoch 3, a single process repeats that epoch.
     (together / run_directory.RESULT).unlink()
     shutil.rmtree(together / run_directory.CHECKPOINTS / "12")
     process = start(together, 1)

@@ -195,7 +195,7 @@ def test_drawings_coincide_within_the_tolerances():
 
 def test_missing_package_or_typeface_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(glyphs, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "dml_jax\[demo\]"'):
         data.create("glyphs")
     spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(glyphs, "find_spec", lambda name: spec)

@@ -5,11 +5,14 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from tensorflow_datasets.proto import tf_example_pb2
 
+from dml_jax._utils import extras
 from dml_jax.data import records
+
+with extras.required_by("prepare"):
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.proto import tf_example_pb2
 
 _HEADER = struct.Struct("<QI")  # Of a TFRecord: the length of its data, and a checksum of that.
 _CHECKSUM_SIZE = 4  # Bytes after the data.

@@ -6,12 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-import tensorflow_datasets as tfds
 from rich.progress import Progress
-from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
+from dml_jax._utils import extras
 from dml_jax.data import images, records
 from dml_jax.data.prepare.layouts import Contents, ImageEntry
+
+with extras.required_by("prepare"):
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
 _VERSION = "1.0.0"  # Of the written data set; TFDS requires one.
 _SHARD_SIZE = 4096  # Images per file.

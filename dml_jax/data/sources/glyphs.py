@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from fontTools.ttLib import TTFont
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 
+from dml_jax._utils import extras
 from dml_jax.data.sources.source import Sources, from_classes
 
 _SIZE = 32
@@ -118,7 +118,7 @@ def _draw_all() -> Iterator[_Drawing]:
     spec = find_spec("matplotlib")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
-            "the glyphs are drawn with the typefaces of matplotlib's wheel: pip install matplotlib"
+            'the glyphs need the typefaces in matplotlib\'s wheel: pip install "dml_jax[demo]"'
         )
     scripts = tuple(script for scripts in _SCRIPTS.values() for script in scripts)
     letters = [
@@ -137,6 +137,9 @@ def _draw_all() -> Iterator[_Drawing]:
 
 def _draw(typeface: str, path: Path, letters: Iterable[str]) -> Iterator[_Drawing]:
     """Yields those of the letters that the typeface at `path` contains."""
+    with extras.required_by("demo"):
+        from fontTools.ttLib import TTFont
+
     # The other layout engine needs libraqm; the images must not depend on what is installed.
     engine = ImageFont.Layout.BASIC
     font = ImageFont.truetype(str(path), _FONT_SIZE, layout_engine=engine)
