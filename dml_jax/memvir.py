@@ -32,6 +32,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dml_jax import losses
 from dml_jax._utils import numerics, sharding
+from dml_jax._utils.errors import UserError
 from dml_jax.losses.base import (
     AnchorTerms,
     ClassMask,
@@ -140,7 +141,7 @@ def init(
         ("shards", shards, 1),
     ):
         if value < minimum:
-            raise ValueError(f"memvir needs {name} of at least {minimum}, got {value}")
+            raise UserError(f"memvir needs {name} of at least {minimum}, got {value}")
     num_classes = -(-num_classes // shards) * shards
     per_class, pdim = (1, dim) if loss is None else loss.proxy_shape(1, dim)
     anchors = {"rows": batch_size, "classes": num_classes}

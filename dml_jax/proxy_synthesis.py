@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dml_jax import losses
+from dml_jax._utils.errors import UserError
 from dml_jax.losses.base import ClassMask, Embeddings, Labels, RawProxies, RowMask
 from dml_jax.settings import number, setting
 
@@ -161,7 +162,7 @@ def synthesize(
     # 0.29 * 100 is 28.999999999999996, but should give 29 synthetic classes.
     count = math.floor(ratio * batch + 1e-6)
     if not 0 <= count <= partner.size:
-        raise ValueError(
+        raise UserError(
             f"ratio={ratio} needs {count} synthetic classes, but {partner.shape[0]} draw(s) of "
             f"partners for {batch} samples give 0 to {partner.size}; draw more partners or lower "
             "ratio"

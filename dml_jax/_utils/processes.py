@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from dml_jax._utils.errors import UserError
 from dml_jax._utils.sharding import put_batch, replicated_sharding
 
 
@@ -37,14 +38,14 @@ def join_processes(
     """
     explicit = (coordinator, num_processes, process_id)
     if explicit != (None, None, None) and (None in explicit or detect):
-        raise ValueError(
+        raise UserError(
             "give --coordinator, --num_processes and --process_id together, or --distributed alone"
         )
     if detect or coordinator is not None:
         try:
             jax.distributed.initialize(coordinator, num_processes, process_id)
         except ValueError as error:
-            raise ValueError(f"cannot connect to the other processes: {error}") from error
+            raise UserError(f"cannot connect to the other processes: {error}") from error
 
 
 def is_first_process() -> bool:
@@ -86,7 +87,7 @@ def in_first_process(work: Callable[[], None]) -> None:
     if failure is not None:
         raise failure
     if failed:
-        raise ValueError("the first process failed; see its error message")
+        raise UserError("the first process failed; see its error message")
 
 
 class Agreement:

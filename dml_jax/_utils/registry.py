@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from dml_jax._utils.errors import UserError
+
 T = TypeVar("T", bound=Callable)
 
 
@@ -35,7 +37,7 @@ class Registry(Generic[T]):
 
         def decorate(part: T) -> T:
             if ":" in name or self._parts.get(name, part) is not part:
-                raise ValueError(f"the {self.kind} name {name!r} is taken or not allowed")
+                raise UserError(f"the {self.kind} name {name!r} is taken or not allowed")
             self._parts[name] = part
             return part
 
@@ -58,7 +60,7 @@ class Registry(Generic[T]):
             return self._parts[name]
         if ":" in name:
             return self._imported(name)
-        raise ValueError(f"unknown {self.kind} {name!r}; {self.choices}")
+        raise UserError(f"unknown {self.kind} {name!r}; {self.choices}")
 
     @property
     def choices(self) -> str:
@@ -81,16 +83,16 @@ class Registry(Generic[T]):
         module, _, name = path.partition(":")
         # Other modules are not imported: the path may come from the run of a stranger.
         if module not in sys.modules and not _in_current_folder(module):
-            raise ValueError(
+            raise UserError(
                 f"the {self.kind} {path!r} is not there: {module} is neither imported nor in the "
                 "current folder"
             )
         try:
             part = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"the {self.kind} {path!r} cannot be imported: {error}") from error
+            raise UserError(f"the {self.kind} {path!r} cannot be imported: {error}") from error
         if not callable(part):
-            raise ValueError(f"the {self.kind} {path!r} is not a class or function")
+            raise UserError(f"the {self.kind} {path!r} is not a class or function")
         return part
 
 

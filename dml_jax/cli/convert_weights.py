@@ -14,6 +14,7 @@ import safetensors.numpy
 from absl import flags
 
 from dml_jax._utils import extras, files
+from dml_jax._utils.errors import UserError
 from dml_jax.cli import command_line
 from dml_jax.models import BACKBONES, pretrained
 
@@ -29,7 +30,7 @@ def main() -> None:
     with command_line.user_errors():
         out = Path(_OUT.value)
         if out.suffix != ".safetensors" or not out.absolute().parent.is_dir():
-            raise ValueError(f"--out={out} must end in .safetensors and be in an existing folder")
+            raise UserError(f"--out={out} must end in .safetensors and be in an existing folder")
         if out.exists():
             raise FileExistsError(f"{out} exists; remove it or choose another --out")
         pretrained.check_hash(Path(_SOURCE.value))
@@ -37,7 +38,7 @@ def main() -> None:
         try:
             pretrained.convert(_BACKBONE.value, tensors)
         except ValueError as error:
-            raise ValueError(f"{_SOURCE.value}: {error}") from None
+            raise UserError(f"{_SOURCE.value}: {error}") from None
         with files.atomic_write(out) as part:
             safetensors.numpy.save_file(tensors, part)
     print(f"{len(tensors)} tensors of {_BACKBONE.value}: {out}")
@@ -49,10 +50,10 @@ def _read(source: str) -> dict[str, np.ndarray]:
     try:
         loaded = torch.load(source, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{source} holds no weights that torch.load can read safely") from error
+        raise UserError(f"{source} holds no weights that torch.load can read safely") from error
     tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not tensors or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
-        raise ValueError(f"{source} holds neither a state dict nor one under the key 'state_dict'")
+        raise UserError(f"{source} holds neither a state dict nor one under the key 'state_dict'")
     return {
         key: (x.detach().float() if x.is_floating_point() else x).numpy()
         for key, x in tensors.items()

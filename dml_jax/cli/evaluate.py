@@ -43,7 +43,7 @@ def main() -> None:
         elif _WORKDIR.value and not (_EMBEDDINGS.value or _GALLERY.value):
             scores = _score_run(Path(_WORKDIR.value), recall_at)
         else:
-            raise ValueError(
+            raise UserError(
                 "give either --workdir, optionally with --checkpoint, "
                 "or --embeddings, optionally with --gallery"
             )
@@ -63,7 +63,7 @@ def _score_exported(file: str, recall_at: list[int]) -> dict[str, float]:
     if _GALLERY.value:
         exported = embedding_files.load_embeddings(_GALLERY.value)
         if exported.class_names != queries.class_names:
-            raise ValueError(
+            raise UserError(
                 f"{_GALLERY.value} and {file} have different class names; "
                 "export both from one data set"
             )

@@ -17,6 +17,7 @@ from rich.table import Table
 import dml_jax
 from dml_jax import data
 from dml_jax._utils import files
+from dml_jax._utils.errors import UserError
 from dml_jax.cli import command_line
 from dml_jax.search import html, index, server
 from dml_jax.training import checkpoint
@@ -49,7 +50,7 @@ def main(*queries: str) -> None:
     """Runs the program."""
     with command_line.user_errors():
         if bool(queries) == _SERVE.value:
-            raise ValueError("give either one or more query images or --serve")
+            raise UserError("give either one or more query images or --serve")
         images = [(name, Path(name).read_bytes()) for name in queries]
         gallery = index.load(Path(_INDEX.value))
         model = dml_jax.load(_WORKDIR.value, checkpoint=_CHECKPOINT.value)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray, UInt8
 
 from dml_jax._utils import sharding
+from dml_jax._utils.errors import UserError
 from dml_jax.data import images as host_images
 from dml_jax.data.images import Augmentation
 from dml_jax.data.sources import Source
@@ -98,7 +99,7 @@ def _check_free_memory(size: int, mesh: Mesh) -> None:
     stats = mesh.local_devices[0].memory_stats() or {}
     free = stats.get("bytes_limit", np.inf) - stats.get("bytes_in_use", 0)
     if size / mesh.size > free:
-        raise ValueError(
+        raise UserError(
             f"config.data.cache is 'device', but {size / mesh.size / 1e9:.1f} GB of images do not "
             f"fit into a device with {free / 1e9:.1f} GB free; lower config.data.cache_size, or "
             "choose 'host' or 'none'"

@@ -13,6 +13,7 @@ import simplejpeg
 from jaxtyping import Float64, UInt8
 from PIL import ExifTags, Image, ImageOps
 
+from dml_jax._utils.errors import UserError
 from dml_jax.settings import check_of, flag, number, setting, several
 
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -77,7 +78,7 @@ class Augmentation:
             if not check.holds(value):
                 problems[field.name] = f"{field.name} is {value!r}; {check.allowed()}"
         if problems:
-            raise ValueError("; ".join(problems.values()))
+            raise UserError("; ".join(problems.values()))
 
 
 class LazyImage:
@@ -163,7 +164,7 @@ def _errors_named(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Pillow's decoders raise nearly any exception on damaged input.
-        raise ValueError(f"{name}: not a readable image ({error})") from error
+        raise UserError(f"{name}: not a readable image ({error})") from error
 
 
 def decode(data: bytes, name: str, *, min_side: int = 0) -> UInt8[np.ndarray, "h w 3"]:
@@ -214,7 +215,7 @@ def check_size(image: Image.Image) -> None:
         ValueError: it has no pixels, or more than `MAX_PIXELS`.
     """
     if not 0 < image.width * image.height <= MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels; up to {MAX_PIXELS} are read")
+        raise UserError(f"{image.width} x {image.height} pixels; up to {MAX_PIXELS} are read")
 
 
 def _upright(image: Image.Image) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dml_jax._utils.errors import UserError
 from dml_jax.data import images
 from dml_jax.data.sources import Source, Sources, leave_out
 
@@ -158,7 +159,7 @@ def accept(sources: Mapping[str, Source], inspection: InspectionReport, policy: 
     if not reasons:
         return dict(sources)
     if policy == "fail":
-        raise ValueError(
+        raise UserError(
             f"{len(reasons)} of {sum(map(len, sources.values()))} images cannot be read:\n"
             f"{_shorten(reasons)}\n"
             "Repair or remove them, or set config.data.unreadable to skip"

@@ -32,6 +32,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int32, UInt8
 
+from dml_jax._utils.errors import UserError
 from dml_jax.data import images, sampling
 from dml_jax.data.sources import Source
 
@@ -224,7 +225,7 @@ def train_batches(
     """
     sampling.steps_per_epoch(source.labels, batch_size=batch_size, n_instance=n_instance)
     if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}")
+        raise UserError(f"seed must not be negative, got {seed}")
     rows = _rows(batch_size, process_index, process_count)
     order = sampling.Order(source.labels, batch_size, n_instance, seed)
     load = _TrainLoader(source, order, rows, image_size, augmentation)
@@ -301,7 +302,7 @@ def test_batches(
             image if one cannot be decoded.
     """
     if resize < image_size:
-        raise ValueError(f"resize {resize} is smaller than image_size {image_size}")
+        raise UserError(f"resize {resize} is smaller than image_size {image_size}")
     rows = _rows(batch_size, process_index, process_count)
     load = _TestLoader(source, batch_size, rows, image_size, resize)
     steps = -(-len(source) // batch_size)
@@ -311,12 +312,12 @@ def test_batches(
 def _rows(batch_size: int, process_index: int, process_count: int) -> range:
     """Returns the rows of a global batch that belong to a process."""
     if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
+        raise UserError(
             f"batch_size {batch_size} must be a positive multiple of the number of processes, "
             f"{process_count}"
         )
     if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} is not below {process_count}")
+        raise UserError(f"process_index {process_index} is not below {process_count}")
     share = batch_size // process_count
     return range(process_index * share, (process_index + 1) * share)
 
@@ -373,7 +374,7 @@ def _read(batches: grain.MapDataset, num_workers: int, source: Source) -> Batche
     decode and cache all of them.
     """
     if num_workers < 0:
-        raise ValueError(f"num_workers must not be negative, got {num_workers}")
+        raise UserError(f"num_workers must not be negative, got {num_workers}")
     if num_workers == 0 or source.cache is not None:
         threads = max(num_workers, _THREADS)
         read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)

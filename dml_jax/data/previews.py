@@ -6,6 +6,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from dml_jax._utils.errors import UserError
 from dml_jax.data.images import FORMATS, check_size, decode, resize
 
 
@@ -18,7 +19,7 @@ def check_upload(encoded: bytes) -> None:
     try:
         image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     except Exception as error:  # Pillow's parsers raise nearly any exception on damaged input.
-        raise ValueError(f"this is not an image; {', '.join(FORMATS)} are read") from error
+        raise UserError(f"this is not an image; {', '.join(FORMATS)} are read") from error
     check_size(image)
 
 

@@ -12,6 +12,8 @@ from pathlib import Path, PureWindowsPath
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from dml_jax._utils.errors import UserError
+
 MANIFEST = "index.json"
 """File name of the manifest."""
 
@@ -84,24 +86,24 @@ def read_manifest(directory: Path) -> Manifest:
 def _check(manifest: Manifest) -> None:
     """Raises ValueError or TypeError unless all values have their types and ranges."""
     if not {"train", "test"} <= manifest.splits.keys() <= {"train", "test", "gallery"}:
-        raise ValueError(f"its splits are {sorted(manifest.splits)}")
+        raise UserError(f"its splits are {sorted(manifest.splits)}")
     for split in manifest.splits.values():
         labels = split.labels
         if not labels or not all(type(label) is int for label in labels):
-            raise ValueError("a split without labels, or labels that are not integers")
+            raise UserError("a split without labels, or labels that are not integers")
         if not 0 <= min(labels) <= max(labels) < len(manifest.class_names):
-            raise ValueError("labels outside the range of the classes")
+            raise UserError("labels outside the range of the classes")
         if len(set(split.names)) != len(split.names):
-            raise ValueError("names that are not unique")
+            raise UserError("names that are not unique")
     split_strings = [[*split.files, *split.names] for split in manifest.splits.values()]
     if not all(isinstance(s, str) for s in itertools.chain(manifest.class_names, *split_strings)):
-        raise ValueError("names that are not strings")
+        raise UserError("names that are not strings")
     if any(escapes_directory(file) for split in manifest.splits.values() for file in split.files):
-        raise ValueError("files in other directories")
+        raise UserError("files in other directories")
 
 
 def _damaged(directory: Path, error: Exception) -> ValueError:
-    return ValueError(
+    return UserError(
         f"{directory / MANIFEST} is damaged: {error!r}; remove {directory} and prepare the data "
         "set again"
     )
@@ -125,7 +127,7 @@ class EncodedImages(Sequence[bytes]):
         try:
             self._examples = ArrayRecordDataSource([str(directory / file) for file in files])
         except Exception as error:  # The reader, in C++, raises RuntimeError and others.
-            raise ValueError(
+            raise UserError(
                 f"cannot read the ArrayRecord files in {directory}; "
                 f"remove that directory and prepare the data set again ({error})"
             ) from error

@@ -5,6 +5,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Int, Int64
 
+from dml_jax._utils.errors import UserError
+
 
 def steps_per_epoch(labels: Int[np.ndarray, " n"], *, batch_size: int, n_instance: int = 1) -> int:
     """Returns the number of full batches in one pass over the training images.
@@ -21,22 +23,22 @@ def steps_per_epoch(labels: Int[np.ndarray, " n"], *, batch_size: int, n_instanc
         ValueError: such a batch cannot be drawn from these labels.
     """
     if batch_size < 1 or n_instance < 1:
-        raise ValueError(
+        raise UserError(
             f"batch_size and n_instance must be positive, got {batch_size} and {n_instance}"
         )
     if batch_size > len(labels):
-        raise ValueError(
+        raise UserError(
             f"batch_size {batch_size} is larger than the training set of {len(labels)} images; "
             "choose a smaller batch"
         )
     if batch_size % n_instance:
-        raise ValueError(
+        raise UserError(
             f"batch_size {batch_size} is not divisible by n_instance {n_instance}, "
             "so the batch cannot hold n_instance images of every class in it"
         )
     classes = len(np.unique(labels))
     if n_instance > 1 and batch_size // n_instance > classes:
-        raise ValueError(
+        raise UserError(
             f"batch_size {batch_size} with n_instance {n_instance} needs "
             f"{batch_size // n_instance} classes, the training set has {classes}; "
             "raise n_instance or lower batch_size"

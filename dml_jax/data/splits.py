@@ -8,6 +8,7 @@ import numpy as np
 
 from dml_jax import data
 from dml_jax._utils import processes
+from dml_jax._utils.errors import UserError
 from dml_jax.data.config import DataConfig
 
 
@@ -44,7 +45,7 @@ def load_splits(
         _check_gallery_size(sources, split, max(recall_at))
     for split, source in sources.items():
         if len(source.class_names) < 2:
-            raise ValueError(
+            raise UserError(
                 f"the images of {split!r} are all of one class, {source.class_names[0]}; a split "
                 "needs at least two classes"
             )
@@ -75,7 +76,7 @@ def _check_gallery_size(sources: Mapping[str, data.Source], split: str, max_rank
     is_self = gallery is None  # A query is not its own neighbour.
     relevant = np.bincount(searched.labels)[queries.labels] - is_self
     if max_rank > len(searched) - is_self or relevant.max() < 1:
-        raise ValueError(
+        raise UserError(
             f"the gallery of {split!r} has too few images, {len(searched)}: "
             f"config.evaluation.recall_at needs {max_rank} neighbours, and at least one query "
             "another image of its class"

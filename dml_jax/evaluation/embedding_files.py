@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float32, Integer
 
 from dml_jax._utils import files
+from dml_jax._utils.errors import UserError
 
 _MAX_RATIO = 100  # Unpacked over packed size; embeddings compress far less.
 _ALWAYS_ALLOWED = 1 << 28  # Bytes that a file may unpack to whatever the ratio.
@@ -84,7 +85,7 @@ def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:
             _check_size(archive, len(content))
             arrays = {key: archive[key] for key in Embeddings._fields if key in archive}
     except Exception as error:  # numpy's and zipfile's parsers raise nearly any exception.
-        raise ValueError(
+        raise UserError(
             f"{path} is not an embeddings file (.npz without pickles): {error}"
         ) from error
     _check(arrays, path)
@@ -100,7 +101,7 @@ def _check_size(archive: Any, size: int) -> None:
     """Raises ValueError if a small file would unpack to arrays that fill the memory."""
     unpacked = sum(file.file_size for file in archive.zip.infolist())
     if unpacked > max(_ALWAYS_ALLOWED, _MAX_RATIO * size):
-        raise ValueError(
+        raise UserError(
             f"its {size} bytes unpack to {unpacked}, which is implausible for embeddings"
         )
 
@@ -109,7 +110,7 @@ def _check(arrays: Mapping[str, np.ndarray], path: Path) -> None:
     """Raises ValueError unless all four arrays exist and are consistent."""
     missing = [key for key in Embeddings._fields if key not in arrays]
     if missing:
-        raise ValueError(f"{path}: {', '.join(missing)} missing")
+        raise UserError(f"{path}: {', '.join(missing)} missing")
     embeddings, labels, names, class_names = (arrays[key] for key in Embeddings._fields)
     expected = {
         "embeddings": (2, np.floating),
@@ -120,15 +121,15 @@ def _check(arrays: Mapping[str, np.ndarray], path: Path) -> None:
     for key, (ndim, kind) in expected.items():
         array = arrays[key]
         if array.ndim != ndim or not np.issubdtype(array.dtype, kind):
-            raise ValueError(
+            raise UserError(
                 f"{path}: {key} has shape {array.shape} of {array.dtype}, "
                 f"expected {ndim} dimension(s) of {kind.__name__}"
             )
     if not len(embeddings) == len(labels) == len(names):
-        raise ValueError(
+        raise UserError(
             f"{path}: {len(embeddings)} embeddings, {len(labels)} labels and {len(names)} names"
         )
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
-        raise ValueError(
+        raise UserError(
             f"{path}: labels {labels.min()}..{labels.max()} for {len(class_names)} class names"
         )

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from dml_jax._utils import files, sharding
+from dml_jax._utils.errors import UserError
 from dml_jax.evaluation.network import Network
 from dml_jax.inference import model_card, trained
 from dml_jax.inference.retriever import FUNCTION, WEIGHTS
@@ -34,7 +35,7 @@ def write(run: Path, out: Path, checkpoint: str) -> None:
         ValueError: `out` is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not an empty folder; choose a new one")
+        raise UserError(f"{out} is not an empty folder; choose a new one")
     device = sharding.make_mesh(jax.local_devices()[:1])
     network, variables, step = trained.load(run, checkpoint, device)
     weights = traverse_util.flatten_dict(jax.device_get(variables), sep="/")

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from dml_jax._utils import sharding
+from dml_jax._utils.errors import UserError
 from dml_jax.data.images import centre_view, decode, from_pillow
 from dml_jax.evaluation import embedding_files
 from dml_jax.inference import trained
@@ -80,7 +81,7 @@ class Retriever:
         for number, image in enumerate(images):
             _check(image, number)
         if not len(images):
-            raise ValueError("there are no images to embed")
+            raise UserError("there are no images to embed")
         images = list(images)
         blocks = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
         return np.concatenate([self._embed_block(block) for block in blocks])
@@ -119,7 +120,7 @@ class Retriever:
         vectors, names = _gallery(gallery)
         queries = exact.unit_rows(self.embed(images))
         if queries.shape[1] != vectors.shape[1]:
-            raise ValueError(
+            raise UserError(
                 f"the gallery's embeddings have {vectors.shape[1]} dimensions, those of this "
                 f"network {queries.shape[1]}; embed its images with this network"
             )
@@ -148,7 +149,7 @@ def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> Retr
     config = run_directory.read_config(folder)
     is_export = (folder / FUNCTION).exists()
     if is_export and checkpoint is not None:
-        raise ValueError(f"{folder} is an export, which holds one checkpoint; omit `checkpoint`")
+        raise UserError(f"{folder} is an export, which holds one checkpoint; omit `checkpoint`")
     function = _load_export(folder) if is_export else _load_run(folder, checkpoint or "last")
     return Retriever(function, image_size=config.data.image_size, resize=config.data.resize)
 
@@ -157,7 +158,7 @@ def _load_export(folder: Path) -> Callable[[np.ndarray], Array]:
     try:
         exported = jax.export.deserialize(bytearray((folder / FUNCTION).read_bytes()))
     except Exception as error:  # The parser raises nearly any exception.
-        raise ValueError(f"{folder / FUNCTION} cannot be read by this JAX: {error}") from error
+        raise UserError(f"{folder / FUNCTION} cannot be read by this JAX: {error}") from error
     weights = jax.device_put(load_file(folder / WEIGHTS))
     function = jax.jit(exported.call)
     return lambda images: function(weights, images)
@@ -172,7 +173,7 @@ def _load_run(folder: Path, checkpoint: str) -> Callable[[np.ndarray], Array]:
 def _check(image: Any, number: int) -> None:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise ValueError(
+            raise UserError(
                 f"image {number} is {image.dtype} of shape {image.shape}; pixels must be uint8 "
                 "[height, width, 3]"
             )

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from dml_jax._utils.errors import UserError
 from dml_jax._utils.registry import Registry
 from dml_jax.losses.base import ProxyLoss
 from dml_jax.losses.margins import ArcFace, CosFace, SphereFace
@@ -50,7 +51,7 @@ def create(name: str, **hyperparameters: Any) -> ProxyLoss:
     loss = LOSSES.get(name)
     known = {field.name for field in dataclasses.fields(loss)}
     if unknown := sorted(hyperparameters.keys() - known):
-        raise ValueError(
+        raise UserError(
             f"loss {name!r} has no hyper-parameter {', '.join(unknown)}; "
             f"it has {', '.join(sorted(known)) or 'none'}"
         )

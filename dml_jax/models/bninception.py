@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dml_jax._utils.errors import UserError
 from dml_jax.models import layers
 from dml_jax.models.normalisation import CAFFE, InputNormalisation
 
@@ -77,7 +78,7 @@ class BNInception(nn.Module):
         """Raises a ValueError for an image size that a block cannot halve."""
         # The first three halving layers reduce a side to (side + 1) // 8 pixels.
         if any(not side // 8 or side // 8 % 4 for side in (height + 1, width + 1)):
-            raise ValueError(
+            raise UserError(
                 f"bninception cannot halve images of {height}x{width} pixels five times; "
                 "choose multiples of 32"
             )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from dml_jax._utils.errors import UserError
 from dml_jax.models import layers
 from dml_jax.models.normalisation import IMAGENET, InputNormalisation
 
@@ -35,7 +36,7 @@ class ConvNet(nn.Module):
     def check_image_size(height: int, width: int) -> None:
         """Raises a ValueError for images of fewer than 16 pixels a side."""
         if min(height, width) < 16:
-            raise ValueError(
+            raise UserError(
                 f"conv4 cannot halve images of {height}x{width} pixels four times; choose 16 or "
                 "more"
             )

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
+from dml_jax._utils.errors import UserError
+
 POOLINGS = ("gap", "gmp", "gap+gmp")
 HEAD_INITS = ("uniform", "kaiming_fan_out")
 
@@ -33,11 +35,11 @@ class Embedder(nn.Module):
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
-            raise ValueError(
+            raise UserError(
                 f"unknown pooling {self.pooling!r}: choose one of {', '.join(POOLINGS)}"
             )
         if self.head_init not in HEAD_INITS:
-            raise ValueError(
+            raise UserError(
                 f"unknown head_init {self.head_init!r}: choose one of {', '.join(HEAD_INITS)}"
             )
         super().__post_init__()

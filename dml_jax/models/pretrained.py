@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from dml_jax._utils.errors import UserError
 from dml_jax.models.registry import create_backbone
 
 _LEAVES = {
@@ -85,9 +86,9 @@ def load(name: str, location: str) -> dict[str, Any]:
     except OSError:
         raise
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     except Exception as error:  # SafetensorError, and others for a corrupt header.
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged or not a safetensors file ({error}); "
             "scripts/convert_weights.py converts a .pth file"
         ) from None
@@ -125,7 +126,7 @@ def check_hash(path: Path) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     expected = match["digits"]
     if not digest.startswith(expected):
-        raise ValueError(
+        raise UserError(
             f"{path} does not match the hash in its name: its SHA-256 begins with "
             f"{digest[: len(expected)]}, not with {expected}; download it again, or rename the "
             "file if these digits are not a hash"
@@ -196,7 +197,7 @@ def convert(name: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
     if problems:
         listed = sorted(problems)[:_LISTED]
         more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
-        raise ValueError(f"the weights do not fit {name}: {'; '.join(listed + more)}")
+        raise UserError(f"the weights do not fit {name}: {'; '.join(listed + more)}")
     return flax.traverse_util.unflatten_dict(
         {path: jnp.array(arrays[key], jnp.float32) for key, path in paths.items()}
     )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dml_jax._utils.errors import UserError
 from dml_jax.models import layers
 from dml_jax.models.normalisation import IMAGENET, InputNormalisation
 
@@ -85,7 +86,7 @@ class ResNet(nn.Module):
 
     def __post_init__(self) -> None:
         if self.stem not in STEMS:
-            raise ValueError(f"unknown stem {self.stem!r}: choose one of {', '.join(STEMS)}")
+            raise UserError(f"unknown stem {self.stem!r}: choose one of {', '.join(STEMS)}")
         super().__post_init__()
 
     @nn.compact

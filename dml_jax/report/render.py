@@ -15,6 +15,7 @@ from jaxtyping import Int64
 import dml_jax
 from dml_jax import data, retrieval
 from dml_jax._utils import extras, files
+from dml_jax._utils.errors import UserError
 from dml_jax.data import splits
 from dml_jax.report import projection, ranking, tables, thumbnails, training_map
 from dml_jax.report.runs import Group, Run
@@ -121,7 +122,7 @@ def _sources(run: Run) -> dict[str, data.Source]:
     )
     for split, embedded in (("test", run.queries), ("gallery", run.gallery)):
         if embedded is not None and sources[split].names != embedded.names:
-            raise ValueError(
+            raise UserError(
                 f"the {split} images in {config.data.root or config.data.name} differ from those "
                 f"{run.folder} was tested on; restore them, or train again"
             )

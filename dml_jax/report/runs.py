@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dml_jax._utils import files
+from dml_jax._utils.errors import UserError
 from dml_jax.evaluation import embedding_files
 from dml_jax.evaluation.embedding_files import Embeddings
 from dml_jax.training import config as configs
@@ -103,7 +104,7 @@ def _check_same_images(runs: Sequence[Run]) -> None:
     folders = [run.folder.resolve() for run in runs]
     for folder in folders:
         if folders.count(folder) > 1:
-            raise ValueError(f"{folder} is given twice; give each run once")
+            raise UserError(f"{folder} is given twice; give each run once")
     first = runs[0]
     for run in runs[1:]:
         images, first_images = (
@@ -111,7 +112,7 @@ def _check_same_images(runs: Sequence[Run]) -> None:
             for x in (run, first)
         )
         if images != first_images:
-            raise ValueError(
+            raise UserError(
                 f"{run.folder} and {first.folder} were tested on different images; make a separate "
                 "report of each"
             )

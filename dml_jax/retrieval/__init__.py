@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from numpy.typing import ArrayLike
 
+from dml_jax._utils.errors import UserError
 from dml_jax.retrieval import exact, metrics
 
 # Queries per block: as many as faiss processes at a time, but so few that the neighbours of a block
@@ -69,14 +70,14 @@ def evaluate(
         (queries, query_labels) if gallery is None else _validate(*gallery, "gallery ")
     )
     if queries.shape[1] != targets.shape[1]:
-        raise ValueError(
+        raise UserError(
             f"embeddings have {queries.shape[1]} dimensions, the gallery's {targets.shape[1]}"
         )
     available = len(targets) - exclude_query
     if not all(isinstance(k, int | np.integer) for k in recall_at):
         raise TypeError(f"recall_at={tuple(recall_at)} must be integers")
     if not all(1 <= k <= available for k in recall_at):
-        raise ValueError(
+        raise UserError(
             f"recall_at={tuple(recall_at)} must be in 1..{available}, the number of gallery images"
         )
     backend = exact.choose(backend)
@@ -86,7 +87,7 @@ def evaluate(
     relevant = np.bincount(target_codes, minlength=len(classes))[query_codes] - exclude_query
     with_match = np.count_nonzero(relevant)
     if with_match == 0:
-        raise ValueError("no query has an image of its class in the gallery")
+        raise UserError("no query has an image of its class in the gallery")
 
     searcher = exact.make(targets, backend)
     totals = np.zeros(len(recall_at) + 2)
@@ -127,7 +128,7 @@ def _as_float32(embeddings: ArrayLike, prefix: str) -> Float32[np.ndarray, "..."
     try:
         given = np.asarray(embeddings)
     except ValueError as error:  # Rows of different lengths.
-        raise ValueError(f"{prefix}embeddings are not an array: {error}") from None
+        raise UserError(f"{prefix}embeddings are not an array: {error}") from None
     if not (np.issubdtype(given.dtype, np.floating) or np.issubdtype(given.dtype, np.integer)):
         raise TypeError(f"{prefix}embeddings must be real numbers, got {given.dtype}")
     with np.errstate(over="ignore"):
@@ -140,14 +141,14 @@ def _validate(
     """Returns unit embeddings (zero ones stay zero) and labels; raises an error if invalid."""
     vectors, classes = _as_float32(embeddings, prefix), np.asarray(labels)
     if vectors.ndim != 2 or classes.ndim != 1:
-        raise ValueError(
+        raise UserError(
             f"{prefix}embeddings must be [n, d] and labels [n], "
             f"got shapes {vectors.shape} and {classes.shape}"
         )
     if vectors.size == 0:
-        raise ValueError(f"{prefix}embeddings are empty: shape {vectors.shape}")
+        raise UserError(f"{prefix}embeddings are empty: shape {vectors.shape}")
     if len(vectors) != len(classes):
-        raise ValueError(f"{len(vectors)} {prefix}embeddings but {len(classes)} labels")
+        raise UserError(f"{len(vectors)} {prefix}embeddings but {len(classes)} labels")
     if not np.issubdtype(classes.dtype, np.integer):
         raise TypeError(f"{prefix}labels must be integers, got {classes.dtype}")
     return exact.unit_rows(vectors, f"{prefix}embeddings"), classes.astype(np.int64)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from dml_jax._utils import extras
+from dml_jax._utils.errors import UserError
 from dml_jax.retrieval.topk import MeshSearcher, check_depth
 
 with extras.required_by("cpu", "cuda", "tpu"):
@@ -37,10 +38,10 @@ def choose(backend: str) -> str:
         ValueError: the name is unknown, or it is "gpu" and faiss finds no GPU.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise UserError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     gpu_available = faiss.get_num_gpus() > 0
     if backend == "gpu" and not gpu_available:
-        raise ValueError(
+        raise UserError(
             'backend "gpu": faiss finds no GPU; install a GPU build of faiss or use another backend'
         )
     if backend != "auto":
@@ -135,7 +136,7 @@ def unit_rows(
     norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
     nonfinite = np.flatnonzero(~np.isfinite(norms))
     if len(nonfinite):
-        raise ValueError(
+        raise UserError(
             f"{len(nonfinite)} {name} are not finite in float32, the first in row {nonfinite[0]}"
         )
     norms[norms == 0] = 1

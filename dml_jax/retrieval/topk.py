@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int, Int64
 
 from dml_jax._utils import sharding
+from dml_jax._utils.errors import UserError
 
 _CHUNK_ROWS = 8192  # Maximum number of gallery rows that a device compares with at a time.
 # Maximum number of similarities in an array, for a block of queries with a chunk and the nearest
@@ -114,7 +115,7 @@ class _Best(NamedTuple):
 def check_depth(k: int, count: int, *, own: bool) -> None:
     """Raises ValueError unless a gallery has k images or, with `own`, k other than the query."""
     if not 1 <= k <= count - own:
-        raise ValueError(
+        raise UserError(
             f"cannot find {k} neighbours{' besides the query' if own else ''} "
             f"in a gallery of {count} images"
         )

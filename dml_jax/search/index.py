@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from dml_jax._utils import extras, files
+from dml_jax._utils.errors import UserError
 from dml_jax.evaluation.embedding_files import Embeddings
 from dml_jax.retrieval import exact
 
@@ -92,7 +93,7 @@ class Gallery(NamedTuple):
             ValueError: the embedding has another dimension than the index, or is not finite.
         """
         if embedding.shape[1] != self.vectors.d:
-            raise ValueError(
+            raise UserError(
                 f"the network's embeddings have {embedding.shape[1]} dimensions, the index's "
                 f"{self.vectors.d}: it was built with another network"
             )
@@ -124,7 +125,7 @@ class Gallery(NamedTuple):
         """
         (unit,) = exact.unit_rows(first)
         if len(unit) != len(self.first) or float(unit @ np.asarray(self.first, np.float32)) < 0.99:
-            raise ValueError(
+            raise UserError(
                 f"the network's embedding of {self.names[0]} differs from the one in the index: "
                 "use the run and the checkpoint whose embeddings were indexed, or embed and index "
                 "the images again"
@@ -149,7 +150,7 @@ def build(
         FileNotFoundError: an image is not in the folder.
     """
     if not images.embeddings.size:
-        raise ValueError("there are no embeddings to index")
+        raise UserError("there are no embeddings to index")
     _check_files(folder, images.names)
     unit = exact.unit_rows(images.embeddings)
     kind = kind or kind_for(len(unit))
@@ -295,14 +296,14 @@ def load(folder: Path) -> Gallery:
     try:
         metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
         if _checksum(folder / VECTORS) != metadata.pop("checksum"):
-            raise ValueError(f"the checksum of {VECTORS} differs")
+            raise UserError(f"the checksum of {VECTORS} differs")
         gallery = Gallery(vectors=faiss.read_index(str(folder / VECTORS)), **metadata)
         counts = {gallery.vectors.ntotal, len(gallery.names), len(gallery.labels)}
         if len(counts) > 1 or max(gallery.labels) >= len(gallery.class_names):
-            raise ValueError(f"{METADATA} and {VECTORS} do not belong together")
+            raise UserError(f"{METADATA} and {VECTORS} do not belong together")
     # The errors of reading any other JSON than `save` writes.
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(
+        raise UserError(
             f"the index {folder} is damaged ({error}); build it again with scripts/index.py"
         ) from error
     return gallery

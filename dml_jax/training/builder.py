@@ -12,6 +12,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from dml_jax import data, losses, memvir
 from dml_jax._utils import sharding
+from dml_jax._utils.errors import UserError
 from dml_jax.data import device_cache
 from dml_jax.data.splits import load_splits
 from dml_jax.evaluation import network as networks
@@ -73,7 +74,7 @@ def build(
     parts = config.micro_batches
     if config.batch_size // parts % mesh.size:
         in_parts = f" in {parts} parts (config.micro_batches)" if parts > 1 else ""
-        raise ValueError(
+        raise UserError(
             f"config.batch_size is {config.batch_size}, which the {mesh.size} devices cannot share "
             f"evenly{in_parts}; choose a multiple of {parts * mesh.size}"
         )
@@ -188,7 +189,7 @@ def _images(
 
 def _check_lengths(config: Config, steps_per_epoch: int) -> None:
     if config.skip_nonfinite >= steps_per_epoch:
-        raise ValueError(
+        raise UserError(
             f"config.skip_nonfinite is {config.skip_nonfinite}, but an epoch has only "
             f"{steps_per_epoch} steps; it must be fewer, so that each epoch has a loss"
         )
@@ -200,7 +201,7 @@ def _check_lengths(config: Config, steps_per_epoch: int) -> None:
         *of_optimizer.decay_epochs,
     )
     if longest * steps_per_epoch >= 2**31:
-        raise ValueError(
+        raise UserError(
             f"{longest} epochs of {steps_per_epoch} steps are too many: steps are counted in 32 "
             "bits; see config.epochs and config.optimizer.frozen_epochs, .decay_epochs and "
             ".decay_every"

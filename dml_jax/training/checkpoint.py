@@ -19,6 +19,7 @@ from absl import logging
 from jaxtyping import PyTree
 
 from dml_jax._utils import processes
+from dml_jax._utils.errors import UserError
 from dml_jax.evaluation.network import Network
 from dml_jax.settings import integer, setting
 from dml_jax.training import integrity, run_directory
@@ -107,8 +108,8 @@ class Checkpoints:
             if self._writes and isinstance(error, OSError):
                 raise
             for step, damage in _damaged(self._directory).items():
-                raise ValueError(_DAMAGED.format(self._directory / str(step), damage)) from error
-            raise ValueError(
+                raise UserError(_DAMAGED.format(self._directory / str(step), damage)) from error
+            raise UserError(
                 f"the checkpoints in {self._directory} cannot be read: {error}"
             ) from error
 
@@ -213,7 +214,7 @@ class Checkpoints:
         """
         folder = self._directory / str(step)
         if not self._writes and (damage := integrity.damage(folder)):
-            raise ValueError(_DAMAGED.format(folder, damage))
+            raise UserError(_DAMAGED.format(folder, damage))
         return self._checkpointer.load(step, like)
 
 
@@ -263,7 +264,7 @@ def _set_damaged_aside(workdir: Path, directory: Path) -> None:
     damaged = _damaged(directory)
     sound = [step for step in _steps(directory) if step not in damaged]
     if damaged and not sound:
-        raise ValueError(
+        raise UserError(
             f"no checkpoint in {directory} is sound; to train from the beginning, delete it:\n"
             + "\n".join(f"  step {step}: {damage}" for step, damage in damaged.items())
         )

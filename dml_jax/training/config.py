@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from dml_jax import losses, settings
+from dml_jax._utils.errors import UserError
 from dml_jax.data.config import DataConfig
 from dml_jax.evaluation.config import EvaluationConfig
 from dml_jax.memvir import MemVirConfig
@@ -213,7 +214,7 @@ def parse(config: ConfigDict | Mapping[str, Any]) -> Config:
     problems: dict[str, str] = {}
     parsed = settings.parse(Config, config, "config", problems)
     if problems:
-        raise ValueError("\n".join(problems.values()))
+        raise UserError("\n".join(problems.values()))
     return parsed
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from jaxtyping import PyTree
 
+from dml_jax._utils.errors import UserError
 from dml_jax._utils.files import read_json
 from dml_jax.evaluation.network import Network
 from dml_jax.training import checkpoint, run_directory
@@ -25,7 +26,7 @@ def forked_from(workdir: Path, given: Path | None) -> Path | None:
     there = Path(recorded["from"]) if begun and recorded else None
     given = None if given is None else given.absolute()
     if begun and given not in (None, there):
-        raise ValueError(f"{workdir} holds a run that was forked from {there}, not from {given}")
+        raise UserError(f"{workdir} holds a run that was forked from {there}, not from {given}")
     return there if begun else given
 
 
@@ -43,7 +44,7 @@ def read_fork(network: Network, folder: Path) -> dict[str, PyTree]:
     there, here = run_directory.read_config(folder).model, network.model
     for name in ("backbone", "width", "stem", "channels", "dim"):
         if there.get(name) != getattr(here, name):
-            raise ValueError(
+            raise UserError(
                 f"config.model.{name} is {getattr(here, name)!r}, but {folder}, from which to "
                 f"fork, has {there.get(name)!r}"
             )

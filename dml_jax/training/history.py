@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from dml_jax._utils.errors import UserError
 from dml_jax._utils.files import read_json_lines
 from dml_jax.training import checkpoint, run_directory
 
@@ -64,7 +65,7 @@ def _lines(folder: Path, step: int, steps_per_epoch: int) -> list[dict[str, Any]
     lost = [epoch for epoch in done if epoch not in there]
     what = f"lacks the lines of epochs {lost}" if lost else f"has lines of epochs {there}"
     sound = next((n for n, epoch in enumerate(done) if there[n : n + 1] != [epoch]), len(done))
-    raise ValueError(
+    raise UserError(
         f"{file} {what}, but the run's checkpoint is of step {step}, in which epochs 1 to "
         f"{len(done)} are done. Put the file back as it was; or delete the checkpoints of steps "
         f"above {sound * steps_per_epoch} in {folder / run_directory.CHECKPOINTS}, and what came "
@@ -74,12 +75,12 @@ def _lines(folder: Path, step: int, steps_per_epoch: int) -> list[dict[str, Any]
 
 def _check_length(epochs: int, done: float, evaluated: list[dict[str, Any]]) -> None:
     if done > epochs:
-        raise ValueError(
+        raise UserError(
             f"config.epochs is {epochs}, but the run has done {done:.4g} and does not go back; "
             "choose more"
         )
     if done == epochs and not (evaluated and evaluated[-1]["epoch"] == epochs):
-        raise ValueError(
+        raise UserError(
             f"the run has done all of the {epochs} epochs that config.epochs asks for, but has "
             "not evaluated the last one, which was not the last when it was trained; choose more"
         )

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from dml_jax._utils import free_memory, processes, runtime, sharding
+from dml_jax._utils.errors import UserError
 from dml_jax.evaluation.embedding import in_flight
 from dml_jax.training import builder, resume
 from dml_jax.training.builder import Experiment
@@ -94,7 +95,7 @@ def check(built: Experiment, folder: Path) -> None:
             "choose a smaller config.model.backbone, config.batch_size or config.memvir.num_steps, "
             "fewer config.data.num_workers, or a machine with more memory"
         )
-    raise ValueError(f"{problem}. {advice}")
+    raise UserError(f"{problem}. {advice}")
 
 
 def need(built: Experiment) -> Need:

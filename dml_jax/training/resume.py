@@ -8,6 +8,7 @@ from typing import Any
 from absl import logging
 
 from dml_jax import data
+from dml_jax._utils.errors import UserError
 from dml_jax._utils.files import PART_SUFFIX, read_json, write_json
 from dml_jax.settings import describe
 from dml_jax.training.config import Config, to_dict
@@ -43,7 +44,7 @@ def check(workdir: Path, config: Config) -> list[str]:
         # A run that was killed when it began leaves at most these.
         names = {x.name for x in workdir.iterdir()} if workdir.exists() else set()
         if {name.removesuffix(PART_SUFFIX) for name in names} - _FIRST:
-            raise ValueError(
+            raise UserError(
                 f"{workdir} holds files but no {CONFIG}, so it is not a run to resume; "
                 "choose a new folder for --workdir"
             )
@@ -154,7 +155,7 @@ def claim(
 
 def _refuse(workdir: Path, what: str, differences: list[str]) -> None:
     if differences:
-        raise ValueError(
+        raise UserError(
             f"{workdir} holds a run of another {what}; choose another --workdir, or go back to:\n"
             + "\n".join(f"  {line}" for line in differences)
         )

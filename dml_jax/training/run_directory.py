@@ -14,6 +14,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from dml_jax import data
+from dml_jax._utils.errors import UserError
 from dml_jax._utils.files import errors_with_path, read_json, read_json_lines
 
 CONFIG = "config.json"
@@ -94,7 +95,7 @@ def locked(workdir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ValueError(
+            raise UserError(
                 f"another process is training in {workdir} ({file.read().strip()}); wait for its "
                 "end, or choose another --workdir"
             ) from None

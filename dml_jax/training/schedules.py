@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int
 
+from dml_jax._utils.errors import UserError
 from dml_jax._utils.registry import Registry
 
 STEP_DECAY = "step_decay"
@@ -96,7 +97,7 @@ def create(name: str, arguments: Mapping[str, Any], steps_per_epoch: int) -> opt
         inspect.signature(make).bind(**given)
         return make(**given)
     except (TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"the schedule {name} cannot be made of {dict(arguments)}: {error}; its arguments are "
             f"{', '.join(parameters)}, and those in steps may be given as ..._epochs"
         ) from None

@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dml_jax import losses
+from dml_jax._utils.errors import UserError
 from dml_jax.training.config import loss_to_dict
 
 METHODS = ("baseline", "ps", "memvir", "ps_memvir", "memvir_baseline")
@@ -58,7 +59,7 @@ def parse_variant(variant: str) -> tuple[str, str]:
     names |= {method: (method, "norm_softmax") for method in METHODS}
     names |= {loss: ("baseline", loss) for loss in losses.names()}
     if variant not in names:
-        raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(sorted(names))}")
+        raise UserError(f"unknown variant {variant!r}; choose one of {', '.join(sorted(names))}")
     return names[variant]
 
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from rich.progress import Progress
 
 from dml_jax._utils import files
+from dml_jax._utils.errors import UserError
 from dml_jax.data import records
 
 SUFFIXES = (".zip", ".tgz", ".tar.gz", ".tar")
@@ -84,7 +85,7 @@ def download(address: Address, directory: Path, progress: Progress) -> Path:
             if size and part.stat().st_size != size:
                 raise OSError(f"the connection ended after {part.stat().st_size} of {size} bytes")
             if digest.hexdigest() != address.sha256:
-                raise ValueError(
+                raise UserError(
                     f"{address.url} is not the published file: its SHA-256 is "
                     f"{digest.hexdigest()}, not {address.sha256}; the download is kept in {part}"
                 )
@@ -114,7 +115,7 @@ def unpack(archive: Path, directory: Path, progress: Progress) -> None:
     except _UNPACK_ERRORS as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise  # An error of the disk. EINVAL comes from a damaged archive with invalid offsets.
-        raise ValueError(f"{archive} cannot be unpacked ({error}); get it again") from error
+        raise UserError(f"{archive} cannot be unpacked ({error}); get it again") from error
 
 
 def _unpack_zip(archive: Path, directory: Path, progress: Progress) -> None:
@@ -174,7 +175,7 @@ def _max_size(archive: Path) -> int:
 
 
 def _too_large(archive: Path, size: int) -> ValueError:
-    return ValueError(
+    return UserError(
         f"{archive} is not unpacked: its {archive.stat().st_size} bytes become {size} or more, "
         "which is implausible for images"
     )
@@ -184,7 +185,7 @@ def _check_size(archive: Path, size: int, directory: Path) -> None:
     if size > _max_size(archive):
         raise _too_large(archive, size)
     if size > (free := shutil.disk_usage(directory).free):
-        raise ValueError(
+        raise UserError(
             f"{archive} unpacks to {size} bytes, but {directory} has {free} free; free some space, "
             "or choose another --out"
         )
@@ -196,4 +197,4 @@ def _check_path(archive: Path, name: str) -> None:
 
 
 def _rejection(archive: Path, name: str, reason: str) -> ValueError:
-    return ValueError(f"{archive} is not unpacked: {name!r} in it {reason}")
+    return UserError(f"{archive} is not unpacked: {name!r} in it {reason}")

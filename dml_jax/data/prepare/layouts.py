@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import scipy.io
 
+from dml_jax._utils.errors import UserError
 from dml_jax.data import records
 from dml_jax.data.prepare import tfds_copy
 from dml_jax.data.sources import folder as folder_source
@@ -60,9 +61,9 @@ def read(layout: Callable[[Path], Contents], source: Path) -> Contents:
     except OSError:
         raise
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise UserError(f"{source}: {error}") from error
     except Exception as error:  # Such as a KeyError, if an entry of another list is missing.
-        raise ValueError(
+        raise UserError(
             f"{source}: its lists are damaged, or contradict each other ({error!r})"
         ) from error
 
@@ -175,7 +176,7 @@ def inshop(source: Path) -> Contents:
     entries = []
     for name, item, split in _rows(partition, 3, header=2):
         if split not in splits:
-            raise ValueError(f"{partition}: {name} is in a split {split!r}, not in {list(splits)}")
+            raise UserError(f"{partition}: {name} is in a split {split!r}, not in {list(splits)}")
         entries.append(ImageEntry(splits[split], item, name, _inside(root, name)))
     return Contents(_unique(sorted(entry.class_name for entry in entries)), entries)
 
@@ -297,14 +298,14 @@ def _rows(path: Path, columns: int, header: int = 0) -> Iterator[list[str]]:
         if number <= header or not row:
             continue
         if len(row) != columns:
-            raise ValueError(f"{path}, line {number}: expected {columns} columns, got {line!r}")
+            raise UserError(f"{path}, line {number}: expected {columns} columns, got {line!r}")
         yield row
 
 
 def _inside(root: Path, name: str) -> Path:
     """Returns the path of a listed file; raises ValueError if it lies outside the directory."""
     if records.escapes_directory(name):
-        raise ValueError(f"a list names {name!r}, which would lie outside {root}")
+        raise UserError(f"a list names {name!r}, which would lie outside {root}")
     return root / name
 
 
@@ -315,4 +316,4 @@ def _matlab(path: Path, variable: str) -> Any:
     except Exception as error:  # scipy's reader raises nearly any exception on a damaged file.
         if isinstance(error, OSError) and error.errno is not None:
             raise  # The file could not be read at all.
-        raise ValueError(f"{path}: cannot read {variable!r} in it ({error})") from error
+        raise UserError(f"{path}: cannot read {variable!r} in it ({error})") from error

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dml_jax._utils import files
+from dml_jax._utils.errors import UserError
 from dml_jax.data import records
 from dml_jax.data.prepare import archives, layouts, writer
 from dml_jax.data.prepare.catalogue import DATA_SETS, Counts, DataSet
@@ -54,7 +55,7 @@ def prepare(
         OSError: a file is missing, or the disk or the network fails.
     """
     if data_set not in DATA_SETS:
-        raise ValueError(f"unknown data set {data_set!r}; there are {', '.join(DATA_SETS)}")
+        raise UserError(f"unknown data set {data_set!r}; there are {', '.join(DATA_SETS)}")
     published = published or DATA_SETS[data_set]
     if out.exists() and any(out.iterdir()):
         return _check_existing(data_set, out)
@@ -124,18 +125,18 @@ def _check_existing(data_set: str, out: Path) -> records.Manifest:
     try:
         manifest = records.read_manifest(out)
     except FileNotFoundError:
-        raise ValueError(f"{out} is not empty; name a new directory") from None
+        raise UserError(f"{out} is not empty; name a new directory") from None
     if manifest.data_set != data_set:
-        raise ValueError(f"{out} holds the data set {manifest.data_set!r}; name a new directory")
+        raise UserError(f"{out} holds the data set {manifest.data_set!r}; name a new directory")
     create(data_set, root=out)  # Raises if a file is damaged.
     return manifest
 
 
 def _download(data_set: str, published: DataSet, directory: Path, progress: Progress) -> None:
     if not published.addresses:
-        raise ValueError(f"{data_set} cannot be downloaded: {published.origin}")
+        raise UserError(f"{data_set} cannot be downloaded: {published.origin}")
     if directory.exists() and not directory.is_dir():
-        raise ValueError(f"--download needs a directory to download to; {directory} is a file")
+        raise UserError(f"--download needs a directory to download to; {directory} is a file")
     for address in published.addresses:
         archives.download(address, directory, progress)
 
@@ -152,7 +153,7 @@ def _unpack(
         expected = [source / address.file_name for address in published.addresses]
         found = expected if all(path.is_file() for path in expected) else []
     else:
-        raise ValueError(
+        raise UserError(
             f"{source} is neither a directory nor named *{', *'.join(archives.SUFFIXES)}"
         )
     for path in found:
@@ -166,12 +167,12 @@ def _check_classes(contents: Contents) -> None:
         for is_train in (True, False)
     }
     if shared := sorted(classes[True] & classes[False]):
-        raise ValueError(
+        raise UserError(
             f"{len(shared)} classes are both in training and in testing, as in a classification "
             f"split: {_shorten(shared, ', ')}; retrieval is tested on classes not trained on"
         )
     if not all(classes.values()):
-        raise ValueError("there are no images for training, or none for testing")
+        raise UserError("there are no images for training, or none for testing")
 
 
 def _report(data_set: str, problems: list[str], is_allowed: bool, progress: Progress) -> None:
@@ -180,7 +181,7 @@ def _report(data_set: str, problems: list[str], is_allowed: bool, progress: Prog
         return
     text = _shorten(problems, "\n")
     if not is_allowed:
-        raise ValueError(
+        raise UserError(
             f"{data_set} differs from the published data set:\n{text}\n"
             "Correct it, or set --allow_different_counts to use the images that can be read"
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from dml_jax._utils import extras
+from dml_jax._utils.errors import UserError
 from dml_jax.data import records
 
 with extras.required_by("prepare"):
@@ -78,7 +79,7 @@ def read(
     listed = []
     for split in splits or info.splits:
         if split not in info.splits:
-            raise ValueError(f"{directory} has no split {split!r}, only {sorted(info.splits)}")
+            raise UserError(f"{directory} has no split {split!r}, only {sorted(info.splits)}")
         paths = map(Path, info.splits[split].filepaths)
         examples = (example for path in paths for example in _examples(path))
         for number, example in enumerate(examples):
@@ -95,7 +96,7 @@ def _examples(path: Path) -> Iterator[_TFRecordExample | _ArrayRecordExample]:
     elif ".tfrecord" in path.name:
         yield from _tfrecord_examples(path)
     else:
-        raise ValueError(f"{path} is neither an ArrayRecord nor a TFRecord file")
+        raise UserError(f"{path} is neither an ArrayRecord nor a TFRecord file")
 
 
 def _tfrecord_examples(path: Path) -> Iterator[_TFRecordExample]:
@@ -107,5 +108,5 @@ def _tfrecord_examples(path: Path) -> Iterator[_TFRecordExample]:
             size = _HEADER.unpack(header)[0] if len(header) == _HEADER.size else end
             position += _HEADER.size + size + _CHECKSUM_SIZE
             if position > end:
-                raise ValueError(f"{path} is truncated; copy it again")
+                raise UserError(f"{path} is truncated; copy it again")
             yield _TFRecordExample(path, position - size - _CHECKSUM_SIZE, size)

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from dml_jax._utils.errors import UserError
 from dml_jax.data.sources.source import Source, Sources, from_classes
 
 IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".webp")
@@ -34,16 +35,16 @@ def _load_split(root: Path, split: str) -> Source:
             continue
         members = visible_entries(directory)
         if not members:
-            raise ValueError(f"class folder {directory} holds no images; fill or remove it")
+            raise UserError(f"class folder {directory} holds no images; fill or remove it")
         for path in members:
             if not _is_named_like_image(path):
-                raise ValueError(
+                raise UserError(
                     f"{path} is not named like an image ({', '.join(IMAGE_EXTENSIONS)}); "
                     "remove it from the class folder"
                 )
         classes[directory.name] = [(str(path.relative_to(root)), str(path)) for path in members]
     if not classes:
-        raise ValueError(f"{root / split} holds no class folders; expected {root / split}/CLASS/*")
+        raise UserError(f"{root / split} holds no class folders; expected {root / split}/CLASS/*")
     return from_classes(classes)
 
 

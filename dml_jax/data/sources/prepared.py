@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
+from dml_jax._utils.errors import UserError
 from dml_jax.data.records import MANIFEST, EncodedImages, read_manifest
 from dml_jax.data.sources.source import Source, Sources
 
@@ -31,13 +32,13 @@ def load(name: str, root: str | Path) -> Sources:
     root = Path(root)
     manifest = read_manifest(root)
     if manifest.data_set != name:
-        raise ValueError(f"{root} holds the data set {manifest.data_set!r}, not {name!r}")
+        raise UserError(f"{root} holds the data set {manifest.data_set!r}, not {name!r}")
 
     def source(split_name: str, classes: Int64[np.ndarray, " c"]) -> Source:
         split = manifest.splits[split_name]
         images = EncodedImages(root, split.files)
         if not len(images) == len(split.labels) == len(split.names):
-            raise ValueError(
+            raise UserError(
                 f"{root} is damaged: {len(images)} images but {len(split.labels)} labels in split "
                 f"{split_name!r}; remove it and prepare the data set again"
             )

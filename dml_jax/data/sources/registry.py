@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from dml_jax._utils.errors import UserError
 from dml_jax._utils.registry import Registry
 from dml_jax.data.sources import folder, glyphs, orl_faces, prepared
 from dml_jax.data.sources.source import Sources
@@ -70,11 +71,11 @@ def create(name: str, *, root: str | os.PathLike[str] | None = None) -> Sources:
     """
     load = REGISTRY.get(name)
     if name == "folder" and not root:
-        raise ValueError("data set 'folder' needs root, the directory with train/ and test/")
+        raise UserError("data set 'folder' needs root, the directory with train/ and test/")
     if name in prepared.PUBLIC and not root:
-        raise ValueError(
+        raise UserError(
             f"data set {name!r} needs root, the directory that scripts/prepare_data.py wrote"
         )
     if name in WITH_IMAGES and root:
-        raise ValueError(f"data set {name!r} comes with its images and takes no root, got {root}")
+        raise UserError(f"data set {name!r} comes with its images and takes no root, got {root}")
     return load(str(root or ""))

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
+from dml_jax._utils.errors import UserError
 from dml_jax.data.images import LazyImage
 
 
@@ -107,9 +108,9 @@ def split_classes(source: Source, fraction: float, seed: int) -> tuple[Source, S
     """
     count = len(source.class_names)
     if count < 2:
-        raise ValueError(f"{count} class cannot be split; there must be at least two")
+        raise UserError(f"{count} class cannot be split; there must be at least two")
     if not 0 < fraction < 1:
-        raise ValueError(f"fraction is {fraction}; it must be above 0 and below 1")
+        raise UserError(f"fraction is {fraction}; it must be above 0 and below 1")
     held_out = np.zeros(count, bool)
     order = np.random.default_rng(seed).permutation(count)
     held_out[order[: min(max(round(fraction * count), 1), count - 1)]] = True
@@ -136,7 +137,7 @@ def leave_out(sources: Mapping[str, Source], names: Mapping[str, Collection[str]
     }
     for split, indices in kept.items():
         if not len(indices):
-            raise ValueError(f"none of the {len(sources[split])} images of {split!r} can be read")
+            raise UserError(f"none of the {len(sources[split])} images of {split!r} can be read")
 
     def remaining_classes(split: str) -> Bool[np.ndarray, " c"]:
         same_numbering = [other for other in sources if (other == "train") == (split == "train")]

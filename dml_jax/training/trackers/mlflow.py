@@ -8,6 +8,7 @@ from typing import Any
 from absl import logging
 
 from dml_jax._utils import files
+from dml_jax._utils.errors import UserError
 from dml_jax.training import config as configs
 from dml_jax.training import run_directory
 from dml_jax.training.trackers.base import Tracker
@@ -42,7 +43,7 @@ class MlflowTracker(Tracker):
             # train again, with equal metrics.
             losses = self._client.get_metric_history(self._run_id, "loss")
         except mlflow.MlflowException as error:
-            raise ValueError(
+            raise UserError(
                 f"MLflow: {error}\nMLFLOW_TRACKING_URI says where it keeps its runs, "
                 f"{folder / run_directory.MLFLOW} holds the id of this run, if there is one, and "
                 "--config.mlflow= trains without MLflow"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dml_jax._utils import files
+from dml_jax._utils.errors import UserError
 from dml_jax.training import run_directory
 from dml_jax.training.trackers.base import Tracker
 
@@ -40,7 +41,7 @@ class WandbTracker(Tracker):
                 settings=wandb.Settings(console="off", silent=True),
             )
         except wandb.Error as error:
-            raise ValueError(
+            raise UserError(
                 f"Weights & Biases: {error}\n`wandb login` stores your API key, "
                 "WANDB_MODE=offline keeps everything here until `wandb sync`, and "
                 "--config.wandb= trains without it"
