@@ -37,7 +37,7 @@ def main() -> None:
         _write_run(root / name, root / "images", seed)
     began, computed = time.perf_counter(), time.process_time()
     groups = runs.group([runs.read(root / name) for name in ("first", "second")])
-    render.write(groups, vars(folder), root / "report.html")
+    render.write(groups, root / "report.html")
     size = (root / "report.html").stat().st_size / 1e6
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - computed
     print(

@@ -28,6 +28,15 @@ def path(name: str) -> Path:
     return _FOLDER / f"{name}.py"
 
 
+def shortened(file: str) -> str:
+    """Returns the name of a packaged config file that is given by its absolute path.
+
+    Other paths, such as `configs/cars196.py` in a checkout, are returned as they are.
+    """
+    is_packaged = Path(file).is_absolute() and Path(file).parent == _FOLDER
+    return Path(file).stem if is_packaged else file
+
+
 def resolve(arguments: Sequence[str]) -> list[str]:
     """Returns command-line arguments with the packaged config that `--config` names as a path.
 

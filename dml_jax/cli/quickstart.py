@@ -22,6 +22,7 @@ from dml_jax.report import render, runs
 from dml_jax.training import builder, run, run_directory
 from dml_jax.training.config import parse
 from dml_jax.training.state import network_variables
+from dml_jax.training.variants import origin_of
 
 _ROOT = flags.DEFINE_string("root", "runs/quickstart", "Folder of the runs.")
 _EPOCHS = flags.DEFINE_integer(
@@ -42,7 +43,9 @@ def main() -> None:
         rows = _untrained(_config("baseline"))
         for variant in _VARIANTS:
             print(f"\n{variant}: {root / variant}")
-            result = run.train(_config(variant), root / variant)
+            given = {"epochs": _EPOCHS.value} if _EPOCHS.value else {}
+            origin = origin_of("glyphs", variant, vars(glyphs), given)
+            result = run.train(_config(variant), root / variant, origin=origin)
             rows[variant] = result["last"] | {"seconds": run_directory.seconds(root / variant)}
     Console().print(_table(rows))
     print(f"Runs with checkpoints, metrics and embeddings: {root}\n")
@@ -51,7 +54,7 @@ def main() -> None:
         groups = runs.group([runs.read(root / variant) for variant in _VARIANTS])
         newest = max((run.first.folder / run_directory.RESULT).stat().st_mtime for run in groups)
         if not out.exists() or out.stat().st_mtime < newest:
-            render.write(groups, vars(glyphs), out)
+            render.write(groups, out)
     print(f"Report, to open in a browser: {out.absolute()}")
 
 

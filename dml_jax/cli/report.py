@@ -5,12 +5,11 @@ dml-jax report runs/quickstart/* --out=report.html
 The page needs no network. Runs that differ only in the seed share a row of its first table.
 """
 
-import runpy
 from pathlib import Path
 
 from absl import flags
 
-from dml_jax.cli import command_line, packaged_configs
+from dml_jax.cli import command_line
 from dml_jax.report import render, runs
 
 _OUT = flags.DEFINE_string("out", "report.html", "The page to write.")
@@ -21,9 +20,7 @@ def main(*folders: str) -> None:
     out = Path(_OUT.value)
     with command_line.user_errors():
         groups = runs.group([runs.read(Path(folder)) for folder in folders])
-        config_file = packaged_configs.path(groups[0].first.config.data.name)
-        recipe = runpy.run_path(str(config_file))
-        render.write(groups, recipe, out)
+        render.write(groups, out)
     print(f"Report ({out.stat().st_size / 1e6:.1f} MB): {out.absolute()}")
 
 

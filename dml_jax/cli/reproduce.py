@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dml_jax import published, retrieval
-from dml_jax.cli import command_line
+from dml_jax.cli import command_line, config_flag, packaged_configs
 from dml_jax.report import comparison
 from dml_jax.training import run, variants
 
@@ -47,28 +47,29 @@ flags.mark_flag_as_required("config")
 def main() -> None:
     """Runs the program."""
     with command_line.user_errors():
-        flag = flags.FLAGS["config"]
-        file, _, variant = config_flags.get_config_filename(flag).partition(":")
-        recipe, overrides = runpy.run_path(file), config_flags.get_override_values(flag)
+        file, variant = config_flag.file_and_variant()
+        recipe, overrides = runpy.run_path(file), config_flag.overrides()
         wanted = _VARIANTS.value or ([variant] if variant else ["ps", "memvir", "ps_memvir"])
-        bare = {name: comparison.baseline(name, recipe["get_config"]) for name in wanted}
-        trained = list(dict.fromkeys(name for x in wanted for name in (bare[x], x)))
+        baselines = {name: comparison.baseline(name, recipe["get_config"]) for name in wanted}
+        trained = list(dict.fromkeys(name for x in wanted for name in (baselines[x], x)))
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in trained}
         # Seeds are the outer loop, so that an interrupted comparison covers all variants.
         for seed in range(_SEEDS.value):
             for name in trained:
                 config = recipe["get_config"](name)
-                config.update_from_flattened_dict(overrides | {"seed": seed})
+                given = overrides | {"seed": seed}
+                config.update_from_flattened_dict(given)
+                origin = variants.origin_of(packaged_configs.shortened(file), name, recipe, given)
                 folder = Path(_ROOT.value) / name / f"seed{seed}"
                 print(f"\n{name}, seed {seed}: {folder}")
-                results[name].append(run.train(config, folder))
+                results[name].append(run.train(config, folder, origin=origin))
     references = recipe.get("PUBLISHED", {})
     for title, metric in retrieval.SCORES.items():
         epoch, scores = comparison.scores(results, metric, best=_EPOCH.value == "best")
         table = comparison.table(
             f"{title}, {epoch}",
             scores,
-            baselines={name: against for name, against in bare.items() if name != against},
+            baselines={name: against for name, against in baselines.items() if name != against},
             published={
                 name: published.describe(references.get(variants.parse_variant(name), ()), metric)
                 for name in trained

@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from dml_jax import retrieval
 from dml_jax._utils import processes
-from dml_jax.cli import command_line
+from dml_jax.cli import command_line, config_flag
 from dml_jax.training import run, run_directory
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -51,7 +51,13 @@ def main() -> None:
         )
         fork_from = Path(_FORK_FROM.value) if _FORK_FROM.value else None
         folder = Path(_WORKDIR.value)
-        result = run.train(_CONFIG.value, folder, overview=True, fork_from=fork_from)
+        result = run.train(
+            _CONFIG.value,
+            folder,
+            overview=True,
+            fork_from=fork_from,
+            origin=config_flag.origin(),
+        )
     if not processes.is_first_process():
         return
     print(f"last: {retrieval.summary(result['last'])}")

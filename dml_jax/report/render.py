@@ -4,7 +4,7 @@ import base64
 import json
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ _SCRIPTS = ("data.js", "charts.js", "map.js", "training.js", "gallery.js", "clas
 
 def write(
     groups: Sequence[Group],
-    config_file: Mapping[str, Any],
     path: Path,
     *,
     log: Callable[[str], None] = print,
@@ -46,7 +45,6 @@ def write(
 
     Args:
         groups: groups of runs, see `runs.group`.
-        config_file: the globals of their data set's config file.
         path: the HTML file to write.
         log: called with progress messages.
 
@@ -90,11 +88,11 @@ def write(
         all_shown=len(shown) == _count(first),
         without=[name for name, one in training_maps if one is None],
         score_names=list(retrieval.SCORES),
-        comparison=tables.scores(groups, config_file),
-        published="PUBLISHED" in config_file,
+        comparison=tables.scores(groups),
+        published=any(run.published for group in groups for run in group.runs),
         costs=tables.costs(groups),
         settings=tables.settings(groups),
-        commands=tables.commands(groups, config_file),
+        commands=tables.commands(groups),
         command=_command(groups, path),
         has_training=bool(present),
         version=dml_jax.__version__,

@@ -13,8 +13,10 @@ from dml_jax._utils import files
 from dml_jax._utils.errors import UserError
 from dml_jax.evaluation import embedding_files
 from dml_jax.evaluation.embedding_files import Embeddings
+from dml_jax.published import Reference
 from dml_jax.training import config as configs
 from dml_jax.training import run_directory
+from dml_jax.training.origin import Origin
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,6 +31,7 @@ class Run:
         scores: the scores of the last epoch, as fractions.
         queries: embeddings of the test images.
         gallery: embeddings of the gallery, or None if the test images are their own gallery.
+        origin: config file and variant, or None if the run was not started from a config file.
     """
 
     folder: Path
@@ -38,6 +41,12 @@ class Run:
     scores: dict[str, Any]
     queries: Embeddings
     gallery: Embeddings | None
+    origin: Origin | None = None
+
+    @property
+    def published(self) -> tuple[Reference, ...]:
+        """The published scores of the run's variant."""
+        return self.origin.published if self.origin else ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,6 +91,7 @@ def read(folder: Path) -> Run:
         scores=result["last"],
         queries=embedding_files.load_embeddings(folder / run_directory.EMBEDDINGS),
         gallery=embedding_files.load_embeddings(gallery) if gallery.exists() else None,
+        origin=run_directory.read_origin(folder),
     )
 
 

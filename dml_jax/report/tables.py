@@ -2,7 +2,7 @@
 
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -12,41 +12,14 @@ from dml_jax.report import comparison
 from dml_jax.report.runs import Group, Run
 from dml_jax.training import config as configs
 from dml_jax.training import fork
+from dml_jax.training.origin import Origin
 
 
-def variant(config: ConfigDict, config_file: Mapping[str, Any]) -> tuple[str, str]:
-    """Returns method and loss of a configuration, like `variants.parse_variant` for a name.
-
-    `baseline` and `memvir_baseline` differ in their schedules alone. The result is the one from
-    which the configuration differs in fewer settings.
-
-    Args:
-        config: the configuration of a run.
-        config_file: the globals of its data set's config file.
-    """
-    used = {"ps": config.proxy_synthesis.ratio, "memvir": config.memvir.num_steps}
-    regularisers = [name for name, amount in used.items() if amount]
-    loss = config.loss.name
-    if regularisers:
-        return "_".join(regularisers), loss
-    schedules = ("baseline", "memvir_baseline")  # Of equals, min returns the first.
-    return min(schedules, key=lambda method: len(_changes(config, config_file, method, loss))), loss
-
-
-def _changes(
-    config: ConfigDict, config_file: Mapping[str, Any], method: str, loss: str
-) -> dict[str, Any]:
-    """Returns the settings in which a configuration differs from a variant of its config file."""
-    start = _flat(config_file["get_config"](f"{method}_{loss}"))
-    return {path: value for path, value in _flat(config).items() if start.get(path) != value}
-
-
-def scores(groups: Sequence[Group], config_file: Mapping[str, Any]) -> list[dict[str, Any]]:
+def scores(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Returns the table of scores in percent, one row per group.
 
     Args:
         groups: groups of runs.
-        config_file: the globals of their data set's config file, which may define `PUBLISHED`.
 
     Returns:
         For each row: `name`, `seeds`, `baseline` (the name of the group it is compared with, or "")
@@ -56,9 +29,6 @@ def scores(groups: Sequence[Group], config_file: Mapping[str, Any]) -> list[dict
     """
     rows = []
     for group in groups:
-        references = config_file.get("PUBLISHED", {}).get(
-            variant(group.first.config, config_file), ()
-        )
         baseline = _baseline(group, groups)
         cells = []
         for metric in retrieval.SCORES.values():
@@ -68,7 +38,7 @@ def scores(groups: Sequence[Group], config_file: Mapping[str, Any]) -> list[dict
                 "value": comparison.mean_and_std(ours),
                 "best": len(groups) > 1 and statistics.mean(ours) == best,
                 "spread": ", ".join(f"{x:.2f}" for x in ours) if len(ours) > 1 else "",
-                "published": published.describe(references, metric),
+                "published": published.describe(group.first.published, metric),
                 "against": "",
             }
             if baseline is not None:
@@ -179,40 +149,33 @@ def _text(value: Any) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def commands(groups: Sequence[Group], config_file: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Returns the `name` and the training `command` of each run.
-
-    Args:
-        groups: groups of runs.
-        config_file: the globals of their data set's config file.
-    """
+def commands(groups: Sequence[Group]) -> list[dict[str, str]]:
+    """Returns the `name` and the training `command` of each run that has an origin."""
     return [
-        {"name": f"{group.name}, seed {run.config.seed}", "command": _command(run, config_file)}
+        {"name": f"{group.name}, seed {run.config.seed}", "command": _command(run, run.origin)}
         for group in groups
         for run in group.runs
+        if run.origin is not None
     ]
 
 
-def _command(run: Run, config_file: Mapping[str, Any]) -> str:
-    method, loss = variant(run.config, config_file)
-    name = method if loss == "norm_softmax" else f"{method}_{loss}"
-    file = run.config.data.name
-    changed = [
-        f"--config.{path}={shlex.quote(_flag(value))}"
-        for path, value in _changes(run.config, config_file, method, loss).items()
-    ]
-    origin = fork.forked_from(run.folder, None)
+def _command(run: Run, origin: Origin) -> str:
+    config = f"{origin.config_file}:{origin.variant}" if origin.variant else origin.config_file
+    forked = fork.forked_from(run.folder, None)
     words = [
-        "python scripts/train.py",
-        f"--config=configs/{file}.py:{name}",
+        "dml-jax train",
+        f"--config={shlex.quote(config)}",
         f"--workdir={shlex.quote(str(run.folder))}",
-        *([f"--fork_from={shlex.quote(str(origin))}"] if origin else []),
-        *changed,
+        *([f"--fork_from={shlex.quote(str(forked))}"] if forked else []),
+        *(
+            f"--config.{path}={shlex.quote(_flag(value))}"
+            for path, value in origin.overrides.items()
+        ),
     ]
     return " \\\n    ".join(words)
 
 
 def _flag(value: Any) -> str:
-    if isinstance(value, tuple):
+    if isinstance(value, list | tuple):
         return "(" + ",".join(map(str, value)) + ("," if len(value) == 1 else "") + ")"
     return str(value)

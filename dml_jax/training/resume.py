@@ -12,18 +12,20 @@ from dml_jax._utils.errors import UserError
 from dml_jax._utils.files import PART_SUFFIX, read_json, write_json
 from dml_jax.settings import describe
 from dml_jax.training.config import Config, to_dict
+from dml_jax.training.origin import Origin
 from dml_jax.training.run_directory import (
     CONFIG,
     FINDINGS,
     FORK,
     IMAGES,
     LOCK,
+    ORIGIN,
     RESULT,
     read_config,
     read_result,
 )
 
-_FIRST = {CONFIG, IMAGES, FINDINGS, FORK, LOCK}
+_FIRST = {CONFIG, IMAGES, FINDINGS, FORK, ORIGIN, LOCK}
 
 
 def check(workdir: Path, config: Config) -> list[str]:
@@ -119,6 +121,7 @@ def claim(
     images: Mapping[str, Any] | None = None,
     findings: data.InspectionReport | None = None,
     fork_from: Path | None = None,
+    origin: Origin | None = None,
 ) -> None:
     """Writes into a folder what run it holds, or with which settings it goes on.
 
@@ -128,6 +131,7 @@ def claim(
         images: of the run; see `fingerprints`.
         findings: what was found in them.
         fork_from: the run that a new one gets its weights from.
+        origin: of the configuration, for the report.
 
     Raises:
         ValueError: see `check` and `check_images`; another process may just have begun a run.
@@ -147,8 +151,11 @@ def claim(
         (workdir / FORK).unlink(missing_ok=True)
         if fork_from is not None:
             write_json(workdir / FORK, {"from": str(fork_from)})
+        (workdir / ORIGIN).unlink(missing_ok=True)
     # A run that goes on has no result yet.
     (workdir / RESULT).unlink(missing_ok=True)
+    if origin is not None and (is_new or changed):
+        write_json(workdir / ORIGIN, origin.to_json())
     if is_new or changed:
         write_json(workdir / CONFIG, to_dict(config))
 

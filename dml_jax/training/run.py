@@ -22,10 +22,16 @@ from dml_jax.training import (
 )
 from dml_jax.training.config import Config, parse
 from dml_jax.training.fork import forked_from, read_fork
+from dml_jax.training.origin import Origin
 
 
 def train(
-    config: ConfigDict, folder: Path, *, overview: bool = False, fork_from: Path | None = None
+    config: ConfigDict,
+    folder: Path,
+    *,
+    overview: bool = False,
+    fork_from: Path | None = None,
+    origin: Origin | None = None,
 ) -> dict[str, Any]:
     """Trains what a configuration says, goes on with it, or finds that it is done.
 
@@ -35,6 +41,7 @@ def train(
         overview: whether to print the network's parameters first.
         fork_from: another run's folder: a new run starts with its network, from its last
             checkpoint, and with nothing else of it.
+        origin: config file and variant of the configuration, recorded for the report.
 
     Returns:
         The contents of `result.json`.
@@ -77,7 +84,7 @@ def train(
 
         def claim() -> None:
             held.enter_context(run_directory.locked(folder))
-            resume.claim(folder, settings, images, built.findings, fork)
+            resume.claim(folder, settings, images, built.findings, fork, origin)
 
         processes.in_first_process(claim)
         return loop.train(built, folder, asked)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from dml_jax import data
 from dml_jax._utils.errors import UserError
 from dml_jax._utils.files import errors_with_path, read_json, read_json_lines
+from dml_jax.training.origin import Origin
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -29,6 +30,7 @@ NOT_FINITE = "not_finite.json"
 IMAGES = "images.json"
 FINDINGS = "findings.json"
 FORK = "fork.json"
+ORIGIN = "origin.json"
 WANDB = "wandb.json"
 MLFLOW = "mlflow.json"
 PROJECTOR = "projector"
@@ -119,3 +121,16 @@ def read_config(workdir: Path) -> ConfigDict:
     if read is None:
         raise FileNotFoundError(f"{workdir} holds no run: there is no {path}")
     return ConfigDict(read).lock()
+
+
+def read_origin(workdir: Path) -> Origin | None:
+    """Returns where the configuration of a run came from, or None if it was not recorded.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    origin = read_json(workdir / ORIGIN)
+    try:
+        return None if origin is None else Origin.from_json(origin)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{workdir / ORIGIN} is damaged: {error!r}") from None

@@ -7,7 +7,9 @@ from ml_collections import ConfigDict
 
 from dml_jax import losses
 from dml_jax._utils.errors import UserError
+from dml_jax.published import Reference
 from dml_jax.training.config import loss_to_dict
+from dml_jax.training.origin import Origin
 
 METHODS = ("baseline", "ps", "memvir", "ps_memvir", "memvir_baseline")
 """What a variant may add to a loss; see `with_variant`."""
@@ -61,6 +63,23 @@ def parse_variant(variant: str) -> tuple[str, str]:
     if variant not in names:
         raise UserError(f"unknown variant {variant!r}; choose one of {', '.join(sorted(names))}")
     return names[variant]
+
+
+def origin_of(
+    config_file: str, variant: str, globals: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> Origin:
+    """Returns the origin of a variant of a config file.
+
+    Args:
+        config_file: as it was given.
+        variant: of it; empty for the default.
+        globals: what the config file defines, perhaps `PUBLISHED`: scores by method and loss.
+        overrides: settings that were given besides, by path.
+    """
+    published: tuple[Reference, ...] = ()
+    if "PUBLISHED" in globals:
+        published = tuple(globals["PUBLISHED"].get(parse_variant(variant or "baseline"), ()))
+    return Origin(config_file, variant, overrides, published)
 
 
 def set_proxy_anchor_recipe(

@@ -13,11 +13,11 @@ from PIL import Image
 
 from dml_jax import data
 from dml_jax._utils import files
-from dml_jax.configs import folder
 from dml_jax.evaluation import embedding_files
 from dml_jax.report import ranking, render, runs, tables, thumbnails
 from dml_jax.training import run_directory
 from dml_jax.training.run import train
+from dml_jax.training.variants import origin_of
 from tests.helpers import chromium, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,8 @@ def root(tmp_path_factory):
     (images / "test" / "class1").rename(images / "test" / HOSTILE)
     plain = {"model__backbone": "conv4", "model__stem": None}
     settings = plain | {"epochs": 2, "data__unreadable": "skip"}
-    train(tiny.config(images, **settings), root / "plain" / "seed0")
+    origin = origin_of("configs/folder.py", "baseline", {}, {"epochs": 2})
+    train(tiny.config(images, **settings), root / "plain" / "seed0", origin=origin)
     shutil.copytree(root / "plain" / "seed0", root / "plain" / "seed1")
     config = run_directory.read_config(root / "plain" / "seed1")
     config.seed = 1
@@ -51,7 +52,7 @@ def groups(root):
 def written(root, groups):
     path = root / "report.html"
     with run_directory.locked(root / "both"):  # Readers need no lock.
-        render.write(groups, vars(folder), path, log=lambda _: None)
+        render.write(groups, path, log=lambda _: None)
     return path
 
 
@@ -133,10 +134,10 @@ def test_refuses_images_that_differ_from_those_of_the_run(root, groups):
         path, first.queries.embeddings, first.queries.labels, renamed, first.queries.class_names
     )
     with pytest.raises(ValueError, match="the test images in .* differ from those"):
-        render.write(runs.group([runs.read(path.parent)]), vars(folder), root / "no.html")
+        render.write(runs.group([runs.read(path.parent)]), root / "no.html")
     assert not (root / "no.html").exists()
     with pytest.raises(FileNotFoundError, match="its folder does not exist"):
-        render.write(groups, vars(folder), root / "no" / "page.html")
+        render.write(groups, root / "no" / "page.html")
 
 
 def test_the_program_writes_the_page(root, tmp_path):

@@ -1,3 +1,4 @@
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,10 @@ from dml_jax.configs import cars196, folder
 from dml_jax.evaluation.embedding_files import Embeddings
 from dml_jax.report import comparison, runs, tables
 from dml_jax.training import run_directory
+from dml_jax.training.variants import origin_of
 
 
-def make(path, config, score=0.5, names=("a", "b")):
+def make(path, config, score=0.5, names=("a", "b"), origin=None):
     embedded = Embeddings(np.eye(2, dtype=np.float32), np.arange(2), tuple(names), ("x", "y"))
     return runs.Run(
         folder=Path(path),
@@ -20,6 +22,7 @@ def make(path, config, score=0.5, names=("a", "b")):
         scores={"recall@1": score, "r_precision": score / 2, "map@r": score / 4},
         queries=embedded,
         gallery=None,
+        origin=origin,
     )
 
 
@@ -29,18 +32,22 @@ def seeded(module, variant, seed, **settings):
     return config
 
 
+def of_cars(variant, **overrides):
+    return origin_of("configs/cars196.py", variant, vars(cars196), overrides)
+
+
 def test_runs_that_differ_in_the_seed_alone_are_one_group():
     found = [
-        make("/r/ps/seed1", seeded(cars196, "ps", 1), 0.6),
+        make("/r/ps/seed1", seeded(cars196, "ps", 1), 0.6, origin=of_cars("ps")),
         make("/r/base/seed0", seeded(cars196, "baseline", 0), 0.5),
-        make("/r/ps/seed0", seeded(cars196, "ps", 0), 0.7),
+        make("/r/ps/seed0", seeded(cars196, "ps", 0), 0.7, origin=of_cars("ps")),
         make("/r/ps_slow", seeded(cars196, "ps", 0, **{"optimizer.learning_rate": 1e-5})),
     ]
     groups = runs.group(found)
     assert [group.name for group in groups] == ["ps", "base/seed0", "ps_slow"]
     assert [run.config.seed for run in groups[0].runs] == [0, 1]
 
-    rows = tables.scores(groups, vars(cars196))
+    rows = tables.scores(groups)
     assert rows[0]["cells"][0] == {
         "value": "65.00 ± 7.07",
         "best": True,
@@ -50,7 +57,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group():
     }
     assert rows[1]["cells"][0]["against"] == "" and not rows[1]["cells"][0]["best"]
     assert rows[2]["baseline"] == ""  # No other run has this learning rate.
-    assert tables.scores(groups, vars(folder))[0]["cells"][0]["published"] == ""
+    assert rows[1]["cells"][0]["published"] == ""  # Not started from a config file.
 
     first, *rest = tables.settings(groups)
     assert first["differ"] and not rest[-1]["differ"]
@@ -61,8 +68,8 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group():
 
 def test_each_row_is_compared_with_the_baseline_on_its_schedule():
     names = ("baseline", "ps", "memvir_baseline", "memvir", "ps_memvir")
-    found = [make(f"/r/{name}", seeded(cars196, name, 0)) for name in names]
-    rows = {row["name"]: row for row in tables.scores(runs.group(found), vars(cars196))}
+    found = [make(f"/r/{name}", seeded(cars196, name, 0), origin=of_cars(name)) for name in names]
+    rows = {row["name"]: row for row in tables.scores(runs.group(found))}
     assert {name: row["baseline"] for name, row in rows.items()} == {
         "baseline": "",
         "ps": "baseline",
@@ -78,7 +85,7 @@ def test_each_row_is_compared_with_the_baseline_on_its_schedule():
     # There are no published scores of the baseline on MemVir's schedule.
     assert {cell["published"] for cell in rows["memvir_baseline"]["cells"]} == {""}
     assert rows["baseline"]["cells"][0]["published"].startswith("83.08 ± 0.21 (PS README")
-    for row in tables.commands(runs.group(found), vars(cars196)):
+    for row in tables.commands(runs.group(found)):
         name = row["name"].removesuffix(", seed 0")
         assert f"--config=configs/cars196.py:{name} " in row["command"]
         assert "--config." not in row["command"]
@@ -113,27 +120,37 @@ def test_the_table_has_a_column_of_published_scores_if_there_are_any():
     assert [row.split(" | ")[-1] for row in rows] == [" |", "61 (me) |"]
 
 
-@pytest.mark.parametrize("variant", ["baseline", "ps_memvir", "memvir_proxy_nca", "cosface"])
-def test_the_command_reproduces_the_configuration(variant):
-    settings = {"optimizer.decay_epochs": (3,), "data.root": "my images", "loss.scale": 7.0}
-    config = seeded(folder, variant, 3, **settings)
-    (row,) = tables.commands(runs.group([make("/r/a b", config)]), vars(folder))
-    words = row["command"].replace("\\\n", "").split()
-    assert words[:2] == ["python", "scripts/train.py"]
-    assert "--workdir='/r/a b'" in row["command"]
-    name = words[2].removeprefix("--config=configs/folder.py:")
-    assert folder.get_config(name).loss.name == config.loss.name
-    assert set(words[3:]) >= {"--config.seed=3", "--config.loss.scale=7.0"}
-    assert "--config.optimizer.decay_epochs='(3,)'" in words
-    assert "--config.data.root='my images'" in row["command"]
-    assert len([word for word in words if word.startswith("--config.")]) == 4
+def test_the_command_reproduces_the_configuration():
+    given = {"seed": 3, "optimizer.decay_epochs": (3,), "data.root": "my images"}
+    origin = origin_of("folder", "ps_memvir", {}, given)
+    config = seeded(folder, "ps_memvir", 3, **given)
+    (row,) = tables.commands(runs.group([make("/r/a b", config, origin=origin)]))
+    assert shlex.split(row["command"].replace("\\\n", "")) == [
+        "dml-jax",
+        "train",
+        "--config=folder:ps_memvir",
+        "--workdir=/r/a b",
+        "--config.seed=3",
+        "--config.optimizer.decay_epochs=(3,)",
+        "--config.data.root=my images",
+    ]
 
 
 def test_the_command_of_a_fork_names_its_origin(tmp_path):
     files.write_text(tmp_path / run_directory.CONFIG, "{}")
     files.write_json(tmp_path / run_directory.FORK, {"from": "/runs/a b"})
-    (row,) = tables.commands(runs.group([make(tmp_path, folder.get_config())]), vars(folder))
+    run = make(tmp_path, folder.get_config(), origin=origin_of("folder", "", {}, {}))
+    (row,) = tables.commands(runs.group([run]))
+    assert "--config=folder \\\n" in row["command"]
     assert "--fork_from='/runs/a b'" in row["command"]
+
+
+def test_an_origin_is_read_as_it_was_written(tmp_path):
+    origin = of_cars("memvir", seed=1, epochs=3)
+    assert len(origin.published) == 2
+    files.write_json(tmp_path / run_directory.ORIGIN, origin.to_json())
+    assert run_directory.read_origin(tmp_path) == origin
+    assert run_directory.read_origin(tmp_path / "elsewhere") is None
 
 
 def test_refuses_a_configuration_with_a_path_as_data_set_name(tmp_path):

@@ -1,0 +1,29 @@
+"""The flag `--config`: the file and variant that it names, and the settings given besides."""
+
+import runpy
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from dml_jax.cli import packaged_configs
+from dml_jax.training import variants
+from dml_jax.training.origin import Origin
+
+
+def file_and_variant() -> tuple[str, str]:
+    """Returns the config file that was given, and its variant, which may be empty."""
+    file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    return file, variant
+
+
+def overrides() -> dict[str, Any]:
+    """Returns the settings that were given as `--config.PATH=VALUE`, by path."""
+    return dict(config_flags.get_override_values(flags.FLAGS["config"]))
+
+
+def origin() -> Origin:
+    """Returns the origin of the configuration that the flags make."""
+    file, variant = file_and_variant()
+    shown = packaged_configs.shortened(file)
+    return variants.origin_of(shown, variant, runpy.run_path(file), overrides())

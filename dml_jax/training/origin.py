@@ -1,0 +1,33 @@
+"""Where the configuration of a run came from: config file, variant, changes, published scores."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from dml_jax.published import Reference, Score
+
+
+class Origin(NamedTuple):
+    """The origin of a configuration, recorded in the folder of a run for the report."""
+
+    config_file: str
+    """As it was given: a path, or the name of a packaged config."""
+    variant: str
+    """Of the config file; empty for its default."""
+    overrides: Mapping[str, Any]
+    """Settings that were given besides, by path."""
+    published: tuple[Reference, ...]
+    """Published scores of the variant, from the config file."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the origin as plain values."""
+        published = [{"source": x.source, "scores": x.scores} for x in self.published]
+        return {**self._asdict(), "overrides": dict(self.overrides), "published": published}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Origin":
+        """Returns the origin of the values that `to_json` returned."""
+        published = tuple(
+            Reference(x["source"], {name: Score(*score) for name, score in x["scores"].items()})
+            for x in values["published"]
+        )
+        return cls(values["config_file"], values["variant"], values["overrides"], published)
