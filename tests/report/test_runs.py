@@ -123,7 +123,7 @@ def test_the_table_has_a_column_of_published_scores_if_there_are_any():
 def test_the_command_reproduces_the_configuration():
     given = {"seed": 3, "optimizer.decay_epochs": (3,), "data.root": "my images"}
     origin = origin_of("folder", "ps_memvir", {}, given)
-    config = seeded(folder, "ps_memvir", 3, **given)
+    config = seeded(folder, "ps_memvir", **given)
     (row,) = tables.commands(runs.group([make("/r/a b", config, origin=origin)]))
     assert shlex.split(row["command"].replace("\\\n", "")) == [
         "dml-jax",
