@@ -76,7 +76,7 @@ def _write_run(path: Path, images: Path, seed: int) -> None:
     timings = {"images_per_second": 1.0, "train_seconds": 1.0, "evaluation_seconds": 1.0}
     timings["peak_memory_gb"] = 1.0
     files.write_json(path / run_directory.CONFIG, json.loads(config.to_json()))
-    files.write_json(path / run_directory.FINDINGS, data.InspectionReport({}, {})._asdict())
+    files.write_json(path / run_directory.INSPECTION, data.InspectionReport({}, {})._asdict())
     files.write_json(path / run_directory.RESULT, {"last": line | scores})
     files.write_text(path / run_directory.METRICS, json.dumps(line | {"loss": 1.0} | scores) + "\n")
     files.write_text(path / run_directory.TIMINGS, json.dumps(line | timings) + "\n")

@@ -180,7 +180,7 @@ class _Step:
     ) -> None:
         self._batches, self._state = batches, built.init()
         self._step = step.compile_step(
-            built.recipe, built.state_sharding, sharding.batch_sharding(built.mesh)
+            built.step_config, built.state_sharding, sharding.batch_sharding(built.mesh)
         )
 
     def take(self) -> None:
@@ -204,7 +204,7 @@ def _rates(turns: Mapping[str, Callable[[], None]]) -> dict[str, list[float]]:
 
 def _flops(built: builder.Experiment) -> float:
     batch = jax.eval_shape(lambda: next(_noise(built)))
-    traced = jax.jit(lambda state, batch: step.train_step(built.recipe, state, batch))
+    traced = jax.jit(lambda state, batch: step.train_step(built.step_config, state, batch))
     cost = traced.lower(built.state_shape, batch).cost_analysis()
     return cost["flops"] if cost else np.nan
 
@@ -226,7 +226,7 @@ def _print_profile(built: builder.Experiment) -> None:
     """Prints the operations of a step that take longest, with their names in the program."""
     batch, state = next(_noise(built)), built.init()
     function = jax.jit(
-        lambda state, batch: step.train_step(built.recipe, state, batch), donate_argnums=0
+        lambda state, batch: step.train_step(built.step_config, state, batch), donate_argnums=0
     )
     with jax.set_mesh(built.mesh):
         compiled = function.lower(state, batch).compile()

@@ -19,7 +19,7 @@ def run(folder, *arguments):
     return done.stdout
 
 
-def test_parts_of_a_users_own_train_resume_and_are_evaluated(tmp_path):
+def test_custom_parts_train_resume_and_are_evaluated(tmp_path):
     for name in ("my_parts.py", "my_config.py"):
         shutil.copy(EXAMPLES / name, tmp_path)
     images = tiny.write_images(tmp_path / "images")

@@ -109,7 +109,7 @@ def final_state(folder):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_a_run_that_is_killed_at_twenty_moments_ends_bit_for_bit_like_one_that_was_not(tmp_path):
+def test_a_run_killed_twenty_times_ends_bit_for_bit_like_an_uninterrupted_run(tmp_path):
     images = tiny.write_images(tmp_path / "images")
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
     quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL}

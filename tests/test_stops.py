@@ -45,7 +45,7 @@ def worker_of(process):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_a_signal_to_the_whole_group_stops_a_run_and_only_one_process_trains(tmp_path):
+def test_a_signal_to_the_process_group_stops_a_run_and_only_one_process_trains(tmp_path):
     images = tiny.write_images(tmp_path / "images")
     folder = tmp_path / "run"
     settings = {"epochs": 1000, "evaluation__every_epochs": 500, "data__num_workers": 1}
@@ -79,7 +79,7 @@ def test_a_signal_to_the_whole_group_stops_a_run_and_only_one_process_trains(tmp
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for signals in /proc")
-def test_a_signal_before_anything_is_trained_ends_a_run_at_once(tmp_path):
+def test_a_signal_before_the_first_step_ends_a_run_at_once(tmp_path):
     images = tiny.write_images(tmp_path / "images")
     folder = tmp_path / "run"
     for begun in (handles_signals, lambda process: (folder / run_directory.CONFIG).exists()):

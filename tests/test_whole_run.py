@@ -66,7 +66,7 @@ def build(images, weights, monkeypatch):
         pytest.param("e", id="proxy_nca-half_ps-frozen-gap+gmp", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_is_the_official_run(build, case):
+def test_a_run_equals_the_official_run(build, case):
     run = whole_run.train(case, *build(case), whole_run.initial(case))
     errors = whole_run.errors(case, run)
     print(*(f"{kind}: {x:.1e}" for kind, x in errors.items()), sep="\n")
@@ -75,7 +75,7 @@ def test_a_run_is_the_official_run(build, case):
 
 
 @pytest.mark.slow
-def test_one_bit_moves_a_run_about_as_far_as_it_is_from_the_official_run(build):
+def test_the_distance_to_the_official_run_is_that_of_a_one_bit_change(build):
     case, start = "c", whole_run.initial("c")
     built, compiled = build(case)
     next_numbers = {name: np.nextafter(x, np.float32(np.inf)) for name, x in start.items()}

@@ -48,22 +48,22 @@ def main() -> None:
     """Runs the program."""
     with command_line.user_errors():
         file, variant = config_flag.file_and_variant()
-        recipe, overrides = runpy.run_path(file), config_flag.overrides()
+        config_file, overrides = runpy.run_path(file), config_flag.overrides()
         wanted = _VARIANTS.value or ([variant] if variant else ["ps", "memvir", "ps_memvir"])
-        baselines = {name: comparison.baseline(name, recipe["get_config"]) for name in wanted}
+        baselines = {name: comparison.baseline(name, config_file["get_config"]) for name in wanted}
         trained = list(dict.fromkeys(name for x in wanted for name in (baselines[x], x)))
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in trained}
         # Seeds are the outer loop, so that an interrupted comparison covers all variants.
         for seed in range(_SEEDS.value):
             for name in trained:
-                config = recipe["get_config"](name)
+                config = config_file["get_config"](name)
                 given = overrides | {"seed": seed}
                 config.update_from_flattened_dict(given)
-                origin = variants.origin_of(packaged_configs.shortened(file), name, recipe, given)
+                origin = variants.origin_of(packaged_configs.shortened(file), name, config_file, given)
                 folder = Path(_ROOT.value) / name / f"seed{seed}"
                 print(f"\n{name}, seed {seed}: {folder}")
                 results[name].append(run.train(config, folder, origin=origin))
-    references = recipe.get("PUBLISHED", {})
+    references = config_file.get("PUBLISHED", {})
     for title, metric in retrieval.SCORES.items():
         epoch, scores = comparison.scores(results, metric, best=_EPOCH.value == "best")
         table = comparison.table(

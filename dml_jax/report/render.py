@@ -116,7 +116,7 @@ def _sources(run: Run) -> dict[str, data.Source]:
     """Returns the images that a run was tested on, after checking that they are the same."""
     config = run.config
     sources, _ = splits.load_splits(
-        parse(config).data, config.evaluation.recall_at, run_directory.read_findings(run.folder)
+        parse(config).data, config.evaluation.recall_at, run_directory.read_inspection(run.folder)
     )
     for split, embedded in (("test", run.queries), ("gallery", run.gallery)):
         if embedded is not None and sources[split].names != embedded.names:

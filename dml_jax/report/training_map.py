@@ -85,7 +85,7 @@ def compute(run: Run) -> TrainingMap | None:
     if not (config.proxy_synthesis.ratio or config.memvir.num_steps):
         return None
     device = sharding.make_mesh(jax.local_devices()[:1])
-    built = builder.build(parse(config), device, run_directory.read_findings(run.folder))
+    built = builder.build(parse(config), device, run_directory.read_inspection(run.folder))
     state = _restore(built, run.folder)
     if state is None:
         return None
@@ -96,12 +96,12 @@ def compute(run: Run) -> TrainingMap | None:
     images = np.concatenate([np.flatnonzero(train.labels == c)[:_IMAGES] for c in chosen])
     source = _subset(train, images)
     embeddings = jnp.asarray(embed_images(built.network, variables, source))
-    per_class = built.recipe.loss.proxies_per_class
+    per_class = built.step_config.loss.proxies_per_class
     own = jnp.asarray(proxies.reshape(len(train.class_names), -1)[chosen])
     own = own.reshape(len(chosen) * per_class, -1)
     labels = np.searchsorted(chosen, source.labels)
     points = _current(built, embeddings, own, labels)
-    if built.recipe.mixing_ratio:
+    if built.step_config.mixing_ratio:
         points += _synthetic(built, embeddings, own, labels)
     if remembered is not None:
         points += _remembered(remembered, chosen, per_class)
@@ -188,8 +188,8 @@ def _current(
     proxies: Float[Array, "p d2"],
     labels: Int64[np.ndarray, " n"],
 ) -> list[_Points]:
-    rows, columns = built.recipe.loss.prepare(embeddings, proxies)
-    per_class = built.recipe.loss.proxies_per_class
+    rows, columns = built.step_config.loss.prepare(embeddings, proxies)
+    per_class = built.step_config.loss.proxies_per_class
     classes = np.arange(len(columns)) // per_class
     return [_points("image", rows, labels), _points("proxy", columns, classes)]
 
@@ -205,15 +205,15 @@ def _synthetic(
     One step mixes all pairs with the same weight. To show several weights, the points are taken
     from several steps.
     """
-    recipe, batch = built.recipe, len(labels)
-    per_class = recipe.loss.proxies_per_class
+    step_config, batch = built.step_config, len(labels)
+    per_class = step_config.loss.proxies_per_class
     points = []
     for part in range(_STEPS):
         lam, partner = proxy_synthesis.draw(
             jax.random.key(part),
             jnp.asarray(labels),
-            alpha=recipe.mixing_alpha,
-            ratio=recipe.mixing_ratio,
+            alpha=step_config.mixing_alpha,
+            ratio=step_config.mixing_ratio,
         )
         problem = proxy_synthesis.synthesize(
             embeddings,
@@ -221,8 +221,8 @@ def _synthetic(
             jnp.asarray(labels),
             lam=lam,
             partner=partner,
-            ratio=recipe.mixing_ratio,
-            loss=recipe.loss,
+            ratio=step_config.mixing_ratio,
+            loss=step_config.loss,
         )
         kept = np.flatnonzero(problem.row_mask[batch:])
         kept = kept[kept % _STEPS == part]

@@ -29,15 +29,15 @@ class Experiment(NamedTuple):
 
     config: Config
     sources: Mapping[str, data.Source]
-    findings: data.InspectionReport
+    inspection: data.InspectionReport
     """What was found in the images before some were left out."""
     selection_split: str
     """The split that epochs are scored on in training, and that the best one is chosen by."""
     mesh: jax.sharding.Mesh
     steps_per_epoch: int
-    recipe: step.StepConfig
+    step_config: step.StepConfig
     take_step: step.Step
-    """The recipe's step, sharded as the state and a batch are."""
+    """The step_config's step, sharded as the state and a batch are."""
     learning_rate: Callable[[int], tuple[float, float]]
     """Of the embedder and of the proxies, at a step."""
     init: Callable[[], state.TrainState]
@@ -54,14 +54,14 @@ class Experiment(NamedTuple):
 
 
 def build(
-    config: Config, mesh: jax.sharding.Mesh, findings: data.InspectionReport | None = None
+    config: Config, mesh: jax.sharding.Mesh, inspection: data.InspectionReport | None = None
 ) -> Experiment:
     """Makes everything that a configuration names, and refuses what cannot work.
 
     Args:
         config: a whole config.
         mesh: the devices to run on.
-        findings: what the run found in its images when it began; by default they are looked at
+        inspection: what the run found in its images when it began; by default they are looked at
             now, every one of them.
 
     Returns:
@@ -78,7 +78,7 @@ def build(
             f"config.batch_size is {config.batch_size}, which the {mesh.size} devices cannot share "
             f"evenly{in_parts}; choose a multiple of {parts * mesh.size}"
         )
-    sources, findings = load_splits(config.data, config.evaluation.recall_at, findings)
+    sources, inspection = load_splits(config.data, config.evaluation.recall_at, inspection)
     train = sources["train"]
     steps_per_epoch = data.steps_per_epoch(
         train.labels, batch_size=config.batch_size, n_instance=config.data.n_instance
@@ -92,7 +92,7 @@ def build(
     )
     loss = config.loss
     num_classes = len(train.class_names)
-    recipe = step.StepConfig(
+    step_config = step.StepConfig(
         embedder=network.embedder,
         loss=loss,
         optimizer=transformation,
@@ -133,12 +133,12 @@ def build(
     return Experiment(
         config=config,
         sources=sources,
-        findings=findings,
+        inspection=inspection,
         selection_split="validation" if "validation" in sources else "test",
         mesh=mesh,
         steps_per_epoch=steps_per_epoch,
-        recipe=recipe,
-        take_step=step.compile_step(recipe, state_sharding, sharding.batch_sharding(mesh)),
+        step_config=step_config,
+        take_step=step.compile_step(step_config, state_sharding, sharding.batch_sharding(mesh)),
         learning_rate=learning_rate,
         init=lambda: init(load_pretrained(config.model)),
         state_shape=state_shape,

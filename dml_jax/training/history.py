@@ -37,11 +37,11 @@ class History:
         return 0 < self._patience <= waited
 
 
-def read(folder: Path, step: int, *, steps_per_epoch: int, epochs: int, patience: int) -> History:
+def read(workdir: Path, step: int, *, steps_per_epoch: int, epochs: int, patience: int) -> History:
     """Reads the history of a run up to a checkpoint.
 
     Args:
-        folder: the run's.
+        workdir: the run's.
         step: the checkpoint's.
         steps_per_epoch: of the run.
         epochs: that the config asks for.
@@ -50,13 +50,13 @@ def read(folder: Path, step: int, *, steps_per_epoch: int, epochs: int, patience
     Raises:
         ValueError: lines of metrics are lost, or the run has done more epochs than asked for.
     """
-    evaluated = [x for x in _lines(folder, step, steps_per_epoch) if "map@r" in x]
+    evaluated = [x for x in _lines(workdir, step, steps_per_epoch) if "map@r" in x]
     _check_length(epochs, step / steps_per_epoch, evaluated)
     return History(evaluated, patience)
 
 
-def _lines(folder: Path, step: int, steps_per_epoch: int) -> list[dict[str, Any]]:
-    file = folder / run_directory.METRICS
+def _lines(workdir: Path, step: int, steps_per_epoch: int) -> list[dict[str, Any]]:
+    file = workdir / run_directory.METRICS
     # Another process may have appended lines since the checkpoint.
     lines = [line for line in read_json_lines(file) if line["step"] <= step]
     there, done = [line["epoch"] for line in lines], list(range(1, step // steps_per_epoch + 1))
@@ -68,7 +68,7 @@ def _lines(folder: Path, step: int, steps_per_epoch: int) -> list[dict[str, Any]
     raise UserError(
         f"{file} {what}, but the run's checkpoint is of step {step}, in which epochs 1 to "
         f"{len(done)} are done. Put the file back as it was; or delete the checkpoints of steps "
-        f"above {sound * steps_per_epoch} in {folder / run_directory.CHECKPOINTS}, and what came "
+        f"above {sound * steps_per_epoch} in {workdir / run_directory.CHECKPOINTS}, and what came "
         "after is trained again"
     )
 

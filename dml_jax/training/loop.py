@@ -18,13 +18,13 @@ _STEPS_IN_FLIGHT = 4
 
 
 def train(
-    experiment: Experiment, folder: Path, stop: preemption.StopRequest | None = None
+    experiment: Experiment, workdir: Path, stop: preemption.StopRequest | None = None
 ) -> dict[str, Any]:
-    """Trains to the end, from the beginning or from the latest checkpoint in the folder.
+    """Trains to the end, from the beginning or from the latest checkpoint in the workdir.
 
     Args:
         experiment: what to train.
-        folder: the run's, claimed for this experiment.
+        workdir: the run's, claimed for this experiment.
         stop: set when this process is asked to stop; see `preemption.listening`.
 
     Returns:
@@ -39,19 +39,19 @@ def train(
     """
     stop = preemption.StopRequest() if stop is None else stop
     config, steps_per_epoch = experiment.config, experiment.steps_per_epoch
-    with checkpoint.Checkpoints(folder, keep_last=config.checkpoint.keep_last) as checkpoints:
-        state, start = _start(experiment, folder, checkpoints)
+    with checkpoint.Checkpoints(workdir, keep_last=config.checkpoint.keep_last) as checkpoints:
+        state, start = _start(experiment, workdir, checkpoints)
         done = history.read(
-            folder,
+            workdir,
             start,
             steps_per_epoch=steps_per_epoch,
             epochs=config.epochs,
             patience=config.evaluation.patience,
         )
-        with trackers.create(folder, config, steps_per_epoch, start) as writer:
+        with trackers.create(workdir, config, steps_per_epoch, start) as writer:
             epochs = _Epochs(experiment, done, writer, checkpoints, start)
             watch = nonfinite.Watch(
-                experiment, folder, writer, checkpoints, _steps_late(experiment)
+                experiment, workdir, writer, checkpoints, _steps_late(experiment)
             )
             agreement = processes.Agreement(experiment.mesh, _STEPS_IN_FLIGHT)
             end = start if done.out_of_patience else config.epochs * steps_per_epoch
@@ -79,7 +79,7 @@ def train(
     embeddings = epochs.embeddings
     if embeddings is None or experiment.selection_split != "test":
         embeddings = experiment.evaluator.embed(network_variables(state), "test")
-    return result.write(experiment, folder, done.evaluated, embeddings)
+    return result.write(experiment, workdir, done.evaluated, embeddings)
 
 
 def _steps_late(experiment: Experiment) -> int:
@@ -92,14 +92,14 @@ def _steps_late(experiment: Experiment) -> int:
 
 
 def _start(
-    experiment: Experiment, folder: Path, checkpoints: checkpoint.Checkpoints
+    experiment: Experiment, workdir: Path, checkpoints: checkpoint.Checkpoints
 ) -> tuple[TrainState, int]:
     """Returns the state to train from, and how many steps are done in it."""
     latest = checkpoints.latest
     if latest is not None:
         return checkpoints.restore(latest, abstract_state(experiment)), latest
     state = experiment.init()
-    fork = forked_from(folder, None)
+    fork = forked_from(workdir, None)
     if fork is not None:
         forked = read_fork(experiment.network, fork)
         state = state._replace(

@@ -61,12 +61,12 @@ class Room(NamedTuple):
     """What sets this bound, in words."""
 
 
-def check(built: Experiment, folder: Path) -> None:
+def check(built: Experiment, workdir: Path) -> None:
     """Makes sure that a run fits into memory; compiles its step, which is not compiled again.
 
     Args:
         built: the run.
-        folder: the run's: one that goes on may change some settings only.
+        workdir: the run's: one that goes on may change some settings only.
 
     Raises:
         ValueError: it does not fit; names the settings with which it would.
@@ -86,7 +86,7 @@ def check(built: Experiment, folder: Path) -> None:
         f"{_gb(max(smallest, 0.0))} can be had for it: {where}"
     )
     logging.warning("%s; compiling other settings to find some that fit", problem)
-    fitting = _fitting(built, folder, needed, smallest)
+    fitting = _fitting(built, workdir, needed, smallest)
     if fitting:
         advice = "Any one of these lines would fit:\n" + "\n".join(fitting)
     else:
@@ -171,12 +171,12 @@ def _on_device(x: jax.ShapeDtypeStruct) -> int:
     return math.prod(shape) * x.dtype.itemsize
 
 
-def _fitting(built: Experiment, folder: Path, needed: Need, room: int | float) -> list[str]:
+def _fitting(built: Experiment, workdir: Path, needed: Need, room: int | float) -> list[str]:
     """The settings, of at most five that are compiled, with which a run fits."""
     alone = list(_candidates(built, needed, room))
-    fitting = [settings for settings in alone if _fits(built, folder, settings, room)]
+    fitting = [settings for settings in alone if _fits(built, workdir, settings, room)]
     together = {name: value for settings in alone for name, value in settings.items()}
-    if not fitting and len(alone) > 1 and _fits(built, folder, together, room):
+    if not fitting and len(alone) > 1 and _fits(built, workdir, together, room):
         fitting = [together]
     return [
         "  " + " ".join(f"--config.{name}={value}" for name, value in settings.items())
@@ -208,15 +208,15 @@ def _candidates(built: Experiment, needed: Need, room: int | float) -> Iterator[
         yield {"data.image_size": size, "data.resize": resize}
 
 
-def _fits(built: Experiment, folder: Path, settings: Mapping[str, Any], room: int | float) -> bool:
+def _fits(built: Experiment, workdir: Path, settings: Mapping[str, Any], room: int | float) -> bool:
     """Whether a run with some other settings is allowed, and needs no more than the room."""
     changed = to_config_dict(built.config)
     changed.update_from_flattened_dict(settings)
     try:
         config = parse(changed)
-        resume.check(folder, config)
-        other = builder.build(config, built.mesh, built.findings)
-    except ValueError:  # The run in the folder, or the backbone, does not allow it.
+        resume.check(workdir, config)
+        other = builder.build(config, built.mesh, built.inspection)
+    except ValueError:  # The run in the workdir, or the backbone, does not allow it.
         return False
     return -processes.minimum(-need(other._replace(cache=built.cache)).total) <= room
 

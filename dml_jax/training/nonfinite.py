@@ -74,7 +74,7 @@ class Watch:
     def __init__(
         self,
         experiment: Experiment,
-        folder: Path,
+        workdir: Path,
         writer: Tracker,
         checkpoints: Checkpoints,
         steps_late: int,
@@ -83,12 +83,12 @@ class Watch:
 
         Args:
             experiment: the run's.
-            folder: the run's.
+            workdir: the run's.
             writer: is told of each step that was taken.
             checkpoints: the run's, named in the error.
             steps_late: how many later steps are put before a step is looked at.
         """
-        self._experiment, self._folder = experiment, folder
+        self._experiment, self._folder = experiment, workdir
         self._writer, self._checkpoints = writer, checkpoints
         self._steps_late = steps_late
         self._waiting: collections.deque[tuple[int, StepMetrics]] = collections.deque()

@@ -16,7 +16,7 @@ from dml_jax.training.trackers import projector
 
 def write(
     experiment: Experiment,
-    folder: Path,
+    workdir: Path,
     evaluated: Sequence[Mapping[str, Any]],
     embeddings: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def write(
 
     Args:
         experiment: the run's.
-        folder: the run's.
+        workdir: the run's.
         evaluated: metrics of the epochs that were evaluated.
         embeddings: of the test images after the last epoch; see `Evaluator.embed`.
     """
@@ -35,7 +35,7 @@ def write(
     }
     if experiment.selection_split != "test":
         last = _place(last) | experiment.evaluator.score(embeddings)
-        best = _best_on_test(experiment, folder, evaluated)
+        best = _best_on_test(experiment, workdir, evaluated)
     result = {
         "last": last,
         "best": best["map@r"],
@@ -44,43 +44,43 @@ def write(
         "skipped_steps": evaluated[-1]["skipped_steps"],
         "images": {split: len(source) for split, source in experiment.sources.items()},
         "classes": {split: len(source.class_names) for split, source in experiment.sources.items()},
-        **experiment.findings.counts(),
+        **experiment.inspection.counts(),
     }
     if processes.is_first_process():
-        _export(experiment, folder, embeddings)
-        write_json(folder / run_directory.RESULT, result)
+        _export(experiment, workdir, embeddings)
+        write_json(workdir / run_directory.RESULT, result)
     processes.wait_for_all("result written")
     return result
 
 
 def _best_on_test(
-    experiment: Experiment, folder: Path, evaluated: Sequence[Mapping[str, Any]]
+    experiment: Experiment, workdir: Path, evaluated: Sequence[Mapping[str, Any]]
 ) -> dict[str, Mapping[str, Any]]:
     """Returns the test scores of the best checkpoints, which other classes have chosen."""
     best: dict[str, Mapping[str, Any]] = {}
-    with checkpoint.Checkpoints(folder) as saved:
+    with checkpoint.Checkpoints(workdir) as saved:
         # Where the best one was damaged, the best of the others.
         steps = {name: saved.find(name) for name in checkpoint.BEST}
     for name, metric in checkpoint.BEST.items():
         (line,) = (line for line in evaluated if line["step"] == steps[name])
-        _, variables = checkpoint.read_network(experiment.network, folder, name)
+        _, variables = checkpoint.read_network(experiment.network, workdir, name)
         evaluator = experiment.evaluator
         best[metric] = _place(line) | evaluator.score(evaluator.embed(variables, "test"))
     return best
 
 
-def _export(experiment: Experiment, folder: Path, embeddings: Mapping[str, np.ndarray]) -> None:
+def _export(experiment: Experiment, workdir: Path, embeddings: Mapping[str, np.ndarray]) -> None:
     for split, file in (("test", run_directory.EMBEDDINGS), ("gallery", run_directory.GALLERY)):
         if split in embeddings:
             source = experiment.sources[split]
             embedding_files.save_embeddings(
-                folder / file,
+                workdir / file,
                 embeddings[split],
                 source.labels,
                 source.names,
                 source.class_names,
             )
-    projector.write(folder, experiment.sources["test"], embeddings["test"])
+    projector.write(workdir, experiment.sources["test"], embeddings["test"])
 
 
 def _place(line: Mapping[str, Any]) -> dict[str, Any]:

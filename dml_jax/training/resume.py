@@ -15,7 +15,7 @@ from dml_jax.training.config import Config, to_dict
 from dml_jax.training.origin import Origin
 from dml_jax.training.run_directory import (
     CONFIG,
-    FINDINGS,
+    INSPECTION,
     FORK,
     IMAGES,
     LOCK,
@@ -25,7 +25,7 @@ from dml_jax.training.run_directory import (
     read_result,
 )
 
-_FIRST = {CONFIG, IMAGES, FINDINGS, FORK, ORIGIN, LOCK}
+_FIRST = {CONFIG, IMAGES, INSPECTION, FORK, ORIGIN, LOCK}
 
 
 def check(workdir: Path, config: Config) -> list[str]:
@@ -119,7 +119,7 @@ def claim(
     workdir: Path,
     config: Config,
     images: Mapping[str, Any] | None = None,
-    findings: data.InspectionReport | None = None,
+    inspection: data.InspectionReport | None = None,
     fork_from: Path | None = None,
     origin: Origin | None = None,
 ) -> None:
@@ -129,7 +129,7 @@ def claim(
         workdir: the run's, locked; it is made if there is none.
         config: the run's.
         images: of the run; see `fingerprints`.
-        findings: what was found in them.
+        inspection: what was found in them.
         fork_from: the run that a new one gets its weights from.
         origin: of the configuration, for the report.
 
@@ -143,8 +143,8 @@ def claim(
     if images is not None:
         check_images(workdir, images)
         write_json(workdir / IMAGES, images)
-    if findings is not None:
-        write_json(workdir / FINDINGS, findings._asdict())
+    if inspection is not None:
+        write_json(workdir / INSPECTION, inspection._asdict())
     is_new = not (workdir / CONFIG).exists()
     if is_new:
         # One that was killed when it began may have left another.

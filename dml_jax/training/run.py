@@ -27,7 +27,7 @@ from dml_jax.training.origin import Origin
 
 def train(
     config: ConfigDict,
-    folder: Path,
+    workdir: Path,
     *,
     overview: bool = False,
     fork_from: Path | None = None,
@@ -37,9 +37,9 @@ def train(
 
     Args:
         config: a whole config.
-        folder: the run's, new or with an earlier part of this run in it.
+        workdir: the run's, new or with an earlier part of this run in it.
         overview: whether to print the network's parameters first.
-        fork_from: another run's folder: a new run starts with its network, from its last
+        fork_from: another run's workdir: a new run starts with its network, from its last
             checkpoint, and with nothing else of it.
         origin: config file and variant of the configuration, recorded for the report.
 
@@ -49,14 +49,14 @@ def train(
     Raises:
         Stopped: the process was asked to; started again, the run goes on.
         ValueError: a setting or an image is wrong, or a step does not fit into memory, or the
-            folder holds another run, or another process trains in it.
+            workdir holds another run, or another process trains in it.
         FileNotFoundError: images or weights are not where the config says.
         ModuleNotFoundError: the config names a tracker that is not installed.
         FloatingPointError: the loss is no longer finite.
     """
-    fork = forked_from(folder, fork_from)
+    fork = forked_from(workdir, fork_from)
     settings = _resolved(parse(config), forked=fork is not None)
-    result = resume.finished(folder, settings)
+    result = resume.finished(workdir, settings)
     if result is not None:
         return result
     trackers.check(settings)
@@ -67,27 +67,27 @@ def train(
             os.environ["XLA_FLAGS"] = f"{given} {wanted}"
     with preemption.listening() as asked, contextlib.ExitStack() as held:
         asked.unsaved = jax.process_count() > 1  # The others would wait for one that ended alone.
-        findings = run_directory.read_findings(folder)
-        built = builder.build(settings, sharding.make_mesh(), findings)
+        inspection = run_directory.read_inspection(workdir)
+        built = builder.build(settings, sharding.make_mesh(), inspection)
         if overview and processes.is_first_process():
             print(builder.parameter_overview(built))
         images = run_directory.fingerprints(built.sources)
-        resume.check_images(folder, images)
-        if not (folder / run_directory.CONFIG).exists():
+        resume.check_images(workdir, images)
+        if not (workdir / run_directory.CONFIG).exists():
             # So that bad ones are told before anything is written.
             builder.load_pretrained(settings.model)
             if fork is not None:
                 read_fork(built.network, fork)
-        memory_check.check(built, folder)
+        memory_check.check(built, workdir)
 
         processes.wait_for_all("checked")
 
         def claim() -> None:
-            held.enter_context(run_directory.locked(folder))
-            resume.claim(folder, settings, images, built.findings, fork, origin)
+            held.enter_context(run_directory.locked(workdir))
+            resume.claim(workdir, settings, images, built.inspection, fork, origin)
 
         processes.in_first_process(claim)
-        return loop.train(built, folder, asked)
+        return loop.train(built, workdir, asked)
 
 
 def _resolved(config: Config, *, forked: bool) -> Config:

@@ -28,7 +28,7 @@ GALLERY = "gallery.npz"
 RESULT = "result.json"
 NOT_FINITE = "not_finite.json"
 IMAGES = "images.json"
-FINDINGS = "findings.json"
+INSPECTION = "findings.json"
 FORK = "fork.json"
 ORIGIN = "origin.json"
 WANDB = "wandb.json"
@@ -43,9 +43,9 @@ def read_result(workdir: Path) -> dict[str, Any] | None:
     return read_json(workdir / RESULT)
 
 
-def read_findings(workdir: Path) -> data.InspectionReport | None:
+def read_inspection(workdir: Path) -> data.InspectionReport | None:
     """What the run found in its images before it began; None if it has not begun."""
-    found = read_json(workdir / FINDINGS) if (workdir / CONFIG).exists() else None
+    found = read_json(workdir / INSPECTION) if (workdir / CONFIG).exists() else None
     return None if found is None else data.InspectionReport.from_json(found)
 
 

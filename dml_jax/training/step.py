@@ -45,7 +45,7 @@ class StepConfig(NamedTuple):
 
 
 def embed(
-    recipe: StepConfig, params: PyTree, batch_stats: PyTree, images: Num[Array, "batch h w 3"]
+    config: StepConfig, params: PyTree, batch_stats: PyTree, images: Num[Array, "batch h w 3"]
 ) -> tuple[Float[Array, "batch dim"], PyTree]:
     """Embeds a batch as training does, with the memory that activations of one part need.
 
@@ -53,7 +53,7 @@ def embed(
     the part's own statistics, and moves the running ones at each part.
 
     Args:
-        recipe: how, and in how many parts.
+        config: how, and in how many parts.
         params: the embedder's.
         batch_stats: before the batch.
         images: split by row, of which every part takes as many from every device.
@@ -63,7 +63,7 @@ def embed(
     """
 
     def embed_part(params: PyTree, batch_stats: PyTree, images: Array) -> tuple[Array, PyTree]:
-        embeddings, updates = recipe.embedder.apply(
+        embeddings, updates = config.embedder.apply(
             {"params": params, "batch_stats": batch_stats},
             images,
             train=True,
@@ -71,7 +71,7 @@ def embed(
         )
         return embeddings, updates.get("batch_stats", {})
 
-    count = recipe.micro_batches
+    count = config.micro_batches
     if count == 1:
         return embed_part(params, batch_stats, images)
     # A part is every count-th row: the same rows on any number of devices, and none has to move.
@@ -87,7 +87,7 @@ def embed(
 
 
 def objective(
-    recipe: StepConfig,
+    config: StepConfig,
     params: PyTree,
     state: TrainState,
     batch: Mapping[str, Array],
@@ -96,7 +96,7 @@ def objective(
     """The loss of a batch, with everything that regularises it.
 
     Args:
-        recipe: what to do.
+        config: what to do.
         params: the embedder's and the proxies, to differentiate by.
         state: for batch statistics, memory and step.
         batch: `image` `[batch, height, width, 3]` and `label` `[batch]`.
@@ -105,20 +105,20 @@ def objective(
     Returns:
         The loss, and behind it the new batch statistics and the new memory.
     """
-    embeddings, batch_stats = embed(recipe, params["embedder"], state.batch_stats, batch["image"])
+    embeddings, batch_stats = embed(config, params["embedder"], state.batch_stats, batch["image"])
     problem = {"embeddings": embeddings, "proxies": params["proxies"], "labels": batch["label"]}
-    if recipe.mixing_ratio:
+    if config.mixing_ratio:
         lam, partner = proxy_synthesis.draw(
-            key, batch["label"], alpha=recipe.mixing_alpha, ratio=recipe.mixing_ratio
+            key, batch["label"], alpha=config.mixing_alpha, ratio=config.mixing_ratio
         )
         problem = proxy_synthesis.synthesize(
-            **problem, lam=lam, partner=partner, ratio=recipe.mixing_ratio, loss=recipe.loss
+            **problem, lam=lam, partner=partner, ratio=config.mixing_ratio, loss=config.loss
         )._asdict()
     if state.memory is None:
-        return recipe.loss(**problem), (batch_stats, None)
-    loss, memory = memvir.loss_and_update(recipe.loss, state.memory, **problem)
+        return config.loss(**problem), (batch_stats, None)
+    loss, memory = memvir.loss_and_update(config.loss, state.memory, **problem)
     # What the warm-up remembers is forgotten at once: an empty memory changes no loss.
-    warm = state.step >= recipe.memory_warmup_steps
+    warm = state.step >= config.memory_warmup_steps
     memory = memory._replace(steps=jnp.where(warm, memory.steps, 0))
     return loss, (batch_stats, memory)
 
@@ -137,7 +137,7 @@ class StepMetrics(NamedTuple):
 
 
 def train_step(
-    recipe: StepConfig, state: TrainState, batch: Mapping[str, Array]
+    config: StepConfig, state: TrainState, batch: Mapping[str, Array]
 ) -> tuple[TrainState, StepMetrics]:
     """Takes one step, or skips it if it would bring in a number that is not finite.
 
@@ -145,24 +145,24 @@ def train_step(
     else.
 
     Args:
-        recipe: what to do.
+        config: what to do.
         state: before the step.
-        batch: `label` `[batch]`, and whatever the recipe makes images of.
+        batch: `label` `[batch]`, and whatever the config makes images of.
 
     Returns:
         The state after the step, and what is to be seen of it.
     """
     # A key that depends on the step alone makes a resumed run the same run.
-    key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-    images = recipe.images(batch, jax.random.fold_in(key, _VIEWS))
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    images = config.images(batch, jax.random.fold_in(key, _VIEWS))
     batch = {"image": images, "label": batch["label"]}
     (loss, (batch_stats, memory)), gradients = jax.value_and_grad(
-        lambda params: objective(recipe, params, state, batch, key), has_aux=True
+        lambda params: objective(config, params, state, batch, key), has_aux=True
     )(state.params)
-    if recipe.frozen_steps:
-        frozen = state.step < recipe.frozen_steps
+    if config.frozen_steps:
+        frozen = state.step < config.frozen_steps
         batch_stats = _where(frozen, state.batch_stats, batch_stats)
-    updates, opt_state = recipe.optimizer.update(
+    updates, opt_state = config.optimizer.update(
         gradients, state.opt_state, state.params, step=state.step
     )
     params = optax.apply_updates(state.params, updates)
@@ -176,7 +176,7 @@ def train_step(
         total=state.skipped.total + ~taken,
         in_a_row=jnp.where(taken, 0, state.skipped.in_a_row + 1),
     )
-    epoch_starts = state.step % recipe.steps_per_epoch == 0
+    epoch_starts = state.step % config.steps_per_epoch == 0
     so_far = _where(epoch_starts, EpochMetrics.empty(), state.metrics)
     now = EpochMetrics.single_from_model_output(loss=loss, gradient_norm=gradient_norm)
     new_state = TrainState(
@@ -207,7 +207,7 @@ def _where(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
 
 
 class Step:
-    """A recipe's `train_step`, compiled once: for its memory, or when it is first taken.
+    """A config's `train_step`, compiled once: for its memory, or when it is first taken.
 
     The state that is given to it is used up.
     """
@@ -235,17 +235,17 @@ class Step:
             return self._compiled.lower(state, batch).compile()
 
 
-def compile_step(recipe: StepConfig, state_sharding: Any, batch_sharding: Any) -> Step:
-    """`train_step` of a recipe, to be compiled.
+def compile_step(config: StepConfig, state_sharding: Any, batch_sharding: Any) -> Step:
+    """`train_step` of a config, to be compiled.
 
     Args:
-        recipe: what to do.
+        config: what to do.
         state_sharding: where the state lives, before and after.
         batch_sharding: how a batch is split.
     """
 
     def step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, StepMetrics]:
-        return train_step(recipe, state, batch)
+        return train_step(config, state, batch)
 
     compiled = jax.jit(
         step,

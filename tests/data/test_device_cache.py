@@ -158,7 +158,7 @@ def test_batches_do_not_depend_on_the_number_of_devices(images):
     batches = {}
     for devices in (1, 2, 4, 8):
         built = builder.build(parse(config), mesh_of(devices))
-        views = jax.jit(built.recipe.images)
+        views = jax.jit(built.step_config.images)
         for done, batch in device_batches(built, 0, 2):
             batches[devices, done] = np.asarray(views(batch, jax.random.key(done)))
             assert batch["cache"].sharding.is_equivalent_to(sharding.batch_sharding(built.mesh), 4)

@@ -52,7 +52,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_any_damaged_file_is_found_and_the_newest_sound_checkpoint_taken(
+def test_any_damaged_file_is_detected_and_the_newest_intact_checkpoint_is_used(
     saved, tmp_path, damage, caplog
 ):
     names = [
@@ -83,7 +83,7 @@ def test_any_damaged_file_is_found_and_the_newest_sound_checkpoint_taken(
 
 
 @pytest.mark.parametrize("when", ["before it is checked", "when it is sound"])
-def test_a_reader_looks_again_when_the_run_deletes_what_it_was_about_to_read(
+def test_a_reader_retries_when_the_run_deletes_the_checkpoint(
     saved, tmp_path, monkeypatch, when
 ):
     folder, check = tmp_path / "run", integrity.damage
@@ -109,7 +109,7 @@ def test_a_reader_looks_again_when_the_run_deletes_what_it_was_about_to_read(
     assert checkpoint.read(folder, "last", LIKE)[0] == 2
 
 
-def test_no_sound_checkpoint_makes_room_for_a_damaged_one(saved, tmp_path):
+def test_no_intact_checkpoint_is_deleted_in_favour_of_a_damaged_one(saved, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
     flip(next((folder / run_directory.CHECKPOINTS / "3").glob("state/d/*")))
@@ -119,7 +119,7 @@ def test_no_sound_checkpoint_makes_room_for_a_damaged_one(saved, tmp_path):
     assert steps(folder) == [2, 4]
 
 
-def test_where_no_checkpoint_is_sound_nothing_is_changed(saved, tmp_path):
+def test_nothing_is_changed_if_no_checkpoint_is_intact(saved, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
     for step in (2, 3):
@@ -129,7 +129,7 @@ def test_where_no_checkpoint_is_sound_nothing_is_changed(saved, tmp_path):
     assert steps(folder) == [2, 3]
 
 
-def test_a_full_disk_ends_a_save_and_keeps_what_was_saved(saved, tmp_path, caplog):
+def test_a_full_disk_fails_the_save_and_keeps_earlier_checkpoints(saved, tmp_path, caplog):
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
     large = {"x": jax.numpy.asarray(np.random.default_rng(1).normal(size=(400, 500)), "float32")}
@@ -147,7 +147,7 @@ def test_a_full_disk_ends_a_save_and_keeps_what_was_saved(saved, tmp_path, caplo
     assert not caplog.text  # It is told once, by the error.
 
 
-def test_a_save_leaves_no_thread(tmp_path):
+def test_saves_leave_no_threads(tmp_path):
     with checkpoint.Checkpoints(tmp_path, keep_last=1) as checkpoints:
         for step in range(1, 11):
             checkpoints.save(step, STATE, SCORES)
@@ -156,7 +156,7 @@ def test_a_save_leaves_no_thread(tmp_path):
     assert len(loops) <= 2
 
 
-def test_a_folder_that_must_not_be_written_is_told(saved):
+def test_a_checkpoint_directory_without_write_permission_is_reported(saved):
     # Root may write everywhere, so it becomes somebody else for a moment, who may not look into
     # pytest's folders.
     user = os.geteuid()

@@ -178,7 +178,7 @@ def test_every_variant_has_a_network_for_its_images(file, roots):
 
 @pytest.mark.parametrize("loss", losses.names())
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_what_memvir_is_compared_with_differs_in_nothing_but_the_memory(file, loss):
+def test_the_baseline_of_memvir_differs_only_in_the_memory(file, loss):
     bare, remembers, both = (
         load(file).get_config(f"{method}_{loss}").to_dict()
         for method in ("memvir_baseline", "memvir", "ps_memvir")
@@ -300,7 +300,7 @@ OFFICIAL_CHANGES = {
 
 
 @pytest.mark.parametrize("variant", OFFICIAL_CHANGES)
-def test_cars196_is_set_as_its_authors_set_it(variant):
+def test_cars196_has_the_official_settings(variant):
     made = dict(config.leaves(load(ROOT / "configs" / "cars196.py").get_config(variant)))
     assert made.keys() >= OURS
     official = {path: value for path, value in made.items() if path not in OURS}
@@ -308,7 +308,7 @@ def test_cars196_is_set_as_its_authors_set_it(variant):
 
 
 @pytest.mark.parametrize("name", ["cars196", "cub200"])
-def test_2000_epochs_are_saved_as_often_as_they_are_scored(name):
+def test_long_schedules_save_as_often_as_they_evaluate(name):
     made = load(ROOT / "configs" / f"{name}.py").get_config("memvir")
     assert (made.epochs, made.checkpoint.every_epochs, made.evaluation.every_epochs) == (
         2000,
@@ -345,7 +345,7 @@ PROXY_ANCHOR_FLAGS = {
 
 
 @pytest.mark.parametrize("name", PROXY_ANCHOR_FLAGS)
-def test_proxy_anchor_is_set_as_its_authors_set_it(name):
+def test_proxy_anchor_has_the_settings_of_its_authors(name):
     rate, freeze, every, factor = PROXY_ANCHOR_FLAGS[name]
     get_config = load(ROOT / "configs" / f"{name}.py").get_config
     made = dict(config.leaves(get_config("proxy_anchor")))
@@ -371,7 +371,7 @@ def documented_commands(page):
             yield shlex.split(block.replace("\\\n", " "))[1:]
 
 
-def test_the_pull_requests_proxy_anchor_has_the_recipe_of_the_other_losses():
+def test_proxy_anchor_of_the_pull_request_has_the_settings_of_the_other_losses():
     (command,) = documented_commands(ROOT / "docs" / "official.md")
     _, named, workdir_flag, *overrides = command
     assert (named, workdir_flag) == ("--config=configs/cars196.py:proxy_anchor", "--workdir=DIR")
@@ -400,7 +400,7 @@ def test_soft_triple_has_the_regulariser_of_its_authors(name):
 
 
 @pytest.mark.parametrize(("name", "classes"), [("sop", 11318), ("inshop", 3997)])
-def test_the_memory_is_as_large_as_the_config_says(name, classes):
+def test_the_memory_has_the_documented_size(name, classes):
     module, told = load(ROOT / "configs" / f"{name}.py"), {}
     for loss in ("norm_softmax", "soft_triple"):
         made = module.get_config(f"memvir_{loss}")
@@ -414,7 +414,7 @@ def test_the_memory_is_as_large_as_the_config_says(name, classes):
     assert f"takes {told['soft_triple']} GB" in words
 
 
-def test_an_unknown_variant_is_refused_with_the_known_ones():
+def test_an_unknown_variant_is_refused_with_a_list_of_the_known_ones():
     with pytest.raises(ValueError, match="unknown variant 'memvir_ps'.*ps_memvir_proxy_nca"):
         glyphs.get_config("memvir_ps")
 
@@ -453,7 +453,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("path", BAD)
-def test_a_bad_value_is_refused_by_its_path(path):
+def test_an_invalid_value_is_refused_with_its_path(path):
     value, message = BAD[path]
     made = glyphs.get_config("memvir")
     made.data.n_instance = 2
@@ -462,7 +462,7 @@ def test_a_bad_value_is_refused_by_its_path(path):
         config.parse(made)
 
 
-def test_images_on_the_device_are_no_smaller_than_tests_need_them():
+def test_the_device_cache_holds_images_of_at_least_the_evaluated_size():
     made = glyphs.get_config()
     made.data.cache_size = 31
     config.parse(made)
@@ -471,7 +471,7 @@ def test_images_on_the_device_are_no_smaller_than_tests_need_them():
         config.parse(made)
 
 
-def test_activations_that_cannot_be_computed_again_are_refused():
+def test_rematerialisation_is_refused_for_backbones_without_blocks():
     made = glyphs.get_config()
     made.model.update(backbone="resnet18", remat=True)
     config.parse(made)
@@ -480,7 +480,7 @@ def test_activations_that_cannot_be_computed_again_are_refused():
         config.parse(made)
 
 
-def test_rates_decay_at_epochs_or_after_every_so_many():
+def test_decay_epochs_and_decay_every_are_exclusive():
     made = load(ROOT / "configs" / "cars196.py").get_config()
     made.optimizer.decay_every = 10
     with pytest.raises(ValueError, match=r"decay_every is 10 and .*decay_epochs \(50,\); set"):
@@ -489,7 +489,7 @@ def test_rates_decay_at_epochs_or_after_every_so_many():
     config.parse(made)
 
 
-def test_everything_that_is_wrong_is_told_at_once(tmp_path):
+def test_all_errors_are_reported_at_once(tmp_path):
     made = glyphs.get_config("memvir")
     made.update_from_flattened_dict({path: value for path, (value, _) in BAD.items()})
     with pytest.raises(ValueError) as error:
@@ -562,7 +562,7 @@ def banded_config(**hyperparameters):
     return made
 
 
-def test_a_loss_of_a_users_own_has_its_fields_as_settings_whatever_their_type(tmp_path):
+def test_the_fields_of_a_custom_loss_are_settings_of_any_type(tmp_path):
     expected = Banded(scale=23.0, shape="disc", bands=(0.25, 2.0), shift=-1, hard=True)
     made = banded_config(**dataclasses.asdict(expected))
     assert made.loss.name.endswith(":Banded")
@@ -575,7 +575,7 @@ def test_a_loss_of_a_users_own_has_its_fields_as_settings_whatever_their_type(tm
 @pytest.mark.parametrize(
     ("field", "bad"), [("shape", 1), ("bands", ("a",)), ("bands", 0.5), ("shift", 0.5), ("hard", 1)]
 )
-def test_a_loss_of_a_users_own_is_checked_by_the_types_of_its_fields(field, bad):
+def test_a_custom_loss_is_checked_by_the_types_of_its_fields(field, bad):
     made = banded_config().to_dict()
     made["loss"][field] = bad
     with pytest.raises(ValueError, match=rf"config\.loss\.{field} is .*; it must be "):
@@ -589,7 +589,7 @@ class Windowed(losses.NormSoftmax):
     window: float | None = None
 
 
-def test_a_field_whose_default_implies_no_check_says_what_to_do():
+def test_a_field_whose_default_implies_no_check_is_reported():
     with pytest.raises(TypeError, match="window is None by default, .* dml_jax.settings.setting"):
         made = glyphs.get_config().to_dict()
         made["loss"] = {"name": f"{__name__}:Windowed", "scale": 23.0, "window": None}
@@ -597,14 +597,14 @@ def test_a_field_whose_default_implies_no_check_says_what_to_do():
 
 
 @pytest.mark.parametrize("name", ["triplet", "no_such_file:Loss", "math:nothing", "math:pi"])
-def test_a_loss_that_is_not_there_is_refused(name):
+def test_an_unknown_loss_is_refused(name):
     made = glyphs.get_config()
     made.loss.name = name
     with pytest.raises(ValueError, match=f"config.loss.name is '{name}'; choose one of softmax"):
         config.parse(made)
 
 
-def test_settings_too_many_or_too_few_are_named():
+def test_unknown_and_missing_settings_are_reported():
     made = glyphs.get_config("cosface")
     with made.unlocked():
         made.momentum = 0.9
@@ -640,7 +640,7 @@ def test_images_that_a_backbone_cannot_halve_are_refused(backbone, size):
 
 
 @pytest.mark.parametrize("root", ["", "photos"])
-def test_images_have_a_root_if_they_do_not_come_along(root):
+def test_a_data_set_without_included_images_needs_a_root(root):
     made = load(ROOT / "configs" / "folder.py").get_config()
     made.data.root = root
     if root:
@@ -650,7 +650,7 @@ def test_images_have_a_root_if_they_do_not_come_along(root):
             config.parse(made)
 
 
-def test_pretrained_weights_fit_the_pretrained_width_and_stem_alone():
+def test_pretrained_weights_require_the_pretrained_width_and_stem():
     made = glyphs.get_config()
     made.model.update(
         backbone="resnet18", width=16, stem="small", pretrained="hf:timm/resnet18.tv_in1k"

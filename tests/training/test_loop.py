@@ -29,7 +29,7 @@ def start(config, folder):
 
 
 @pytest.mark.parametrize("settings", [{}, {"micro_batches": 2, "model__remat": True}])
-def test_a_run_leaves_everything_that_a_user_looks_for(settings, images, tmp_path, monkeypatch):
+def test_a_run_writes_all_its_files(settings, images, tmp_path, monkeypatch):
     chex.clear_trace_counter()
     monkeypatch.setattr(step, "train_step", chex.assert_max_traces(n=1)(step.train_step))
     folder = tmp_path / "run"
@@ -86,7 +86,7 @@ def poison(monkeypatch):
     return poison_steps
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+def test_a_nonfinite_loss_stops_the_run_and_keeps_the_last_checkpoint(
     images, tmp_path, poison
 ):
     folder = tmp_path / "run"
@@ -114,7 +114,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert 0 < told["norms"]["proxies"]["parameter"] < 100
 
 
-def test_a_full_disk_does_not_hide_that_a_loss_is_not_finite(images, tmp_path, poison, monkeypatch):
+def test_a_nonfinite_loss_is_reported_on_a_full_disk(images, tmp_path, poison, monkeypatch):
     def full(path, value):
         raise OSError(28, "No space left on device", str(path))
 
@@ -125,7 +125,7 @@ def test_a_full_disk_does_not_hide_that_a_loss_is_not_finite(images, tmp_path, p
         loop.train(built, tmp_path / "run")
 
 
-def test_steps_that_are_not_finite_are_skipped_and_counted_however_a_run_is_interrupted(
+def test_nonfinite_steps_are_skipped_and_counted_across_interruptions(
     images, tmp_path, poison
 ):
     config = tiny.config(images, skip_nonfinite=2)
@@ -160,7 +160,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_however_a_run_is_inte
     assert json.loads((given_up / run_directory.NOT_FINITE).read_text())["in_a_row"] == 3
 
 
-def test_validation_classes_choose_the_epoch_and_test_classes_only_score_it(images, tmp_path):
+def test_validation_classes_select_the_epoch_and_test_classes_score_it(images, tmp_path):
     folder = tmp_path / "run"
     config = tiny.config(images, data__validation_classes=0.34, batch_size=4)
     built = start(config, folder)
@@ -179,7 +179,7 @@ def test_validation_classes_choose_the_epoch_and_test_classes_only_score_it(imag
     assert exported.names[0] == "test/class0/0.png"
 
 
-def test_patience_ends_a_run_and_a_restart_does_not_go_on(images, tmp_path):
+def test_early_stopping_ends_a_run_and_a_restart_does_not_train(images, tmp_path):
     folder = tmp_path / "run"
     # Nothing is learned at this rate, so that no score becomes better.
     frozen = {"optimizer__learning_rate": 1e-30, "model__freeze_bn": True}
@@ -190,7 +190,7 @@ def test_patience_ends_a_run_and_a_restart_does_not_go_on(images, tmp_path):
     assert loop.train(start(config, folder), folder) == result
 
 
-def test_queries_are_looked_for_in_the_gallery(tmp_path):
+def test_queries_are_searched_in_the_gallery(tmp_path):
     made = public_data.inshop(tmp_path / "source")
     published = dataclasses.replace(DATA_SETS["inshop"], counts=public_data.INSHOP_COUNTS)
     prepare("inshop", source=made, out=tmp_path / "inshop", published=published)
@@ -230,7 +230,7 @@ def test_the_latest_and_the_best_checkpoints_are_kept(tmp_path):
         assert checkpoints.find("best_map") == 2
 
 
-def test_a_missing_checkpoint_is_named(tmp_path):
+def test_a_missing_checkpoint_is_reported(tmp_path):
     with (
         checkpoint.Checkpoints(tmp_path) as checkpoints,
         pytest.raises(FileNotFoundError, match="no best_map checkpoint"),

@@ -62,7 +62,7 @@ def test_a_run_compiles_and_traces_its_step_once(images, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_a_step_is_given_the_state_with_its_ring_and_a_batch(images, devices):
+def test_the_fixed_memory_of_a_step_is_its_state_and_batch(images, devices):
     settings = {"memvir__num_steps": 4, "memvir__step_gap": 3, "model__dim": 64}
     built = built_on(devices, images, "memvir", **settings)
     state = built.init()
@@ -75,14 +75,14 @@ def test_a_step_is_given_the_state_with_its_ring_and_a_batch(images, devices):
     assert needed.temporary > 8 / devices * 16 * 16 * 3 * 4  # Images as numbers.
 
 
-def test_a_batch_of_images_on_the_device_is_known(images):
+def test_the_abstract_batch_matches_a_batch_of_cached_images(images):
     built = built_on(2, images, data__cache="device")
     _, batch = next(iter(device_batches(built, 0, 1)))
     chex.assert_trees_all_equal_shapes_and_dtypes(builder.abstract_batch(built), batch)
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_cpu_devices_share_what_the_program_leaves_of_the_host(images, host, devices):
+def test_cpu_devices_share_the_free_memory_of_the_host(images, host, devices):
     host(8 * GB)
     built = built_on(devices, images, data__num_workers=2)
     state = sum(x.nbytes for x in jax.tree.leaves(built.init()))
@@ -93,7 +93,7 @@ def test_cpu_devices_share_what_the_program_leaves_of_the_host(images, host, dev
     assert memory_check.free_room(built).size < 0
 
 
-def test_an_accelerator_has_memory_of_its_own(images, host, monkeypatch):
+def test_an_accelerator_has_its_own_memory(images, host, monkeypatch):
     class Accelerator:
         id, platform = 3, "gpu"
 
@@ -108,7 +108,7 @@ def test_an_accelerator_has_memory_of_its_own(images, host, monkeypatch):
     assert memory_check.free_room(built).size == 0
 
 
-def test_what_does_not_fit_is_refused_with_settings_that_fit(images, host, tmp_path, one_device):
+def test_a_run_that_does_not_fit_is_refused_with_settings_that_fit(images, host, tmp_path, one_device):
     place = tmp_path / "run"
     size = {"batch_size": 32, "data__image_size": 64, "data__resize": 80}
     config = tiny.config(images, **size, epochs=1, memvir__warmup_epochs=0)
@@ -147,7 +147,7 @@ def changed(config, line):
     return other
 
 
-def test_a_ring_that_is_too_large_fits_in_half_precision(images, host, one_device):
+def test_half_precision_is_proposed_if_the_memory_of_memvir_is_too_large(images, host, one_device):
     ring = {"memvir__num_steps": 30, "memvir__step_gap": 9, "model__dim": 512}
     built = built_on(1, images, "memvir", epochs=9, **ring)
     host(0)
@@ -159,7 +159,7 @@ def test_a_ring_that_is_too_large_fits_in_half_precision(images, host, one_devic
         memory_check.check(built, Path("nowhere"))
 
 
-def test_a_run_that_goes_on_is_told_of_what_it_may_change(images, host, tmp_path, one_device):
+def test_a_resumed_run_is_offered_only_settings_that_may_change(images, host, tmp_path, one_device):
     place = tmp_path / "run"
     size = {"batch_size": 32, "data__image_size": 64, "data__resize": 80}
     run.train(tiny.config(images, epochs=1, **size), place)
@@ -174,7 +174,7 @@ def test_a_run_that_goes_on_is_told_of_what_it_may_change(images, host, tmp_path
     assert run_directory.read_result(place)["last"]["epoch"] == 1
 
 
-def test_the_settings_for_any_folder_need_less_than_6_gb(host, tmp_path):
+def test_the_defaults_of_the_folder_config_fit_into_6_gb(host, tmp_path):
     for number in range(64):
         path = tmp_path / "images" / "train" / f"class{number % 8}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +217,7 @@ def limited(images, place, *settings):
     )
 
 
-def test_a_process_that_may_use_only_so_much_memory_follows_the_advice(images, tmp_path):
+def test_a_process_with_a_memory_limit_trains_with_the_proposed_settings(images, tmp_path):
     place = tmp_path / "run"
     refused = limited(images, place)
     assert refused.returncode == 2, refused.stderr

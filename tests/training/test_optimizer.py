@@ -59,7 +59,7 @@ def golden_settings(golden):
 
 
 @pytest.mark.parametrize("name", optimizer.NAMES)
-def test_every_step_is_torchs(golden, name):
+def test_every_step_equals_that_of_torch(golden, name):
     transformation, _ = create(name=name, **golden_settings(golden))
 
     def loss(params):
@@ -84,7 +84,7 @@ def test_every_step_is_torchs(golden, name):
             assert error < 1e-5, f"{group} after step {i}"
 
 
-def test_learning_rates_are_the_official_ones(golden):
+def test_learning_rates_equal_the_official_ones(golden):
     _, learning_rate = create(name="adam", **golden_settings(golden))
     rates = [learning_rate(step) for step in range(int(golden["steps"]))]
     np.testing.assert_allclose(rates, golden["learning_rates"], rtol=1e-12)
@@ -98,7 +98,7 @@ def test_learning_rates_are_the_official_ones(golden):
         ((), [1, 1, 1, 1, 1, 1]),
     ],
 )
-def test_rates_decay_at_the_epochs_told(epochs, expected):
+def test_rates_decay_at_the_given_epochs(epochs, expected):
     settings = {**SETTINGS, "decay_epochs": epochs}
     transformation, learning_rate = create(**settings)
     assert [learning_rate(step)[1] for step in range(6)] == expected
@@ -117,7 +117,7 @@ def test_rates_decay_at_the_epochs_told(epochs, expected):
         np.testing.assert_allclose(updates["embedder"][0], -0.1 * rate * direction, rtol=1e-5)
 
 
-def test_rates_decay_after_every_so_many_epochs_as_torchs_step_schedule_does():
+def test_periodic_decay_equals_the_step_schedule_of_torch():
     every = {**SETTINGS, "decay_epochs": (), "decay_every": 3}
     told = {**SETTINGS, "decay_epochs": (4, 7, 10, 13)}
     transformation, learning_rate = create(**every)
@@ -147,7 +147,7 @@ NETWORK = {
 
 @pytest.mark.parametrize("frozen_epochs", [0, 2])
 @pytest.mark.parametrize("name", optimizer.NAMES)
-def test_scale_and_bias_of_batch_norms_stay_and_all_else_moves(name, frozen_epochs):
+def test_only_frozen_scales_and_biases_of_batch_norms_do_not_change(name, frozen_epochs):
     settings = {**SETTINGS, "name": name, "weight_decay": 0.1, "frozen_epochs": frozen_epochs}
     plain, _ = create(**settings)
     frozen, _ = create(**settings, freeze_bn_affine=True)
@@ -171,7 +171,7 @@ def test_scale_and_bias_of_batch_norms_stay_and_all_else_moves(name, frozen_epoc
     assert kept and not any("bn1" in jax.tree_util.keystr(path) for path, _ in kept)
 
 
-def test_gradients_are_clipped_before_the_decay_joins_them():
+def test_gradients_are_clipped_before_weight_decay_is_added():
     settings = {**SETTINGS, "clip_value": 1.0, "weight_decay": 0.5}
     transformation, _ = create(**settings)
     params = {"embedder": jnp.array([4.0, 4.0]), "proxies": jnp.array([4.0])}
@@ -216,6 +216,6 @@ def test_a_schedule_of_optax_multiplies_both_rates_on_host_and_device():
         (SCHEDULE, {"warmup_epochs": 1, "decay_epochs": 2, "power": 3}, "argument 'power'"),
     ],
 )
-def test_wrong_schedules_are_refused(name, arguments, message):
+def test_invalid_schedules_are_refused(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         schedules.create(name, arguments, 10)

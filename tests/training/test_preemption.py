@@ -44,7 +44,7 @@ def undisturbed(config, tmp_path_factory):
 
 
 @pytest.mark.parametrize("step", [6, 8])  # In the middle of an epoch, and at its end.
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_with_the_same_bytes(
+def test_a_preempted_run_saves_and_resumes_to_identical_files(
     config, undisturbed, tmp_path, monkeypatch, step
 ):
     put_batch, sent = sharding.put_batch, []
@@ -70,7 +70,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_with_the_same_bytes(
         assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
-def test_a_run_that_is_asked_during_its_last_evaluation_stops_before_the_result(
+def test_a_run_preempted_in_its_last_evaluation_stops_before_the_result(
     config, undisturbed, tmp_path, monkeypatch
 ):
     embed = scoring.Evaluator.embed
@@ -116,7 +116,7 @@ def listener(what):
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-def test_a_first_signal_ends_a_process_that_has_nothing_to_lose(first):
+def test_a_first_signal_ends_a_process_with_nothing_unsaved(first):
     process = listener("nothing")
     process.send_signal(first)
     assert process.wait(timeout=60) == preemption.EXIT_CODE
@@ -127,7 +127,7 @@ def test_a_first_signal_ends_a_process_that_has_nothing_to_lose(first):
     ("what", "second"),
     [("unsaved", signal.SIGTERM), ("unsaved", signal.SIGINT), ("notebook", signal.SIGINT)],
 )
-def test_a_second_signal_stops_at_once(what, second):
+def test_a_second_signal_ends_the_process_at_once(what, second):
     process = listener(what)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)  # As some schedulers do: one request.
@@ -139,14 +139,14 @@ def test_a_second_signal_stops_at_once(what, second):
     process.stdout.close()
 
 
-def test_signals_mean_afterwards_what_they_meant_before():
+def test_signal_handlers_are_restored():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with preemption.listening() as asked:
         assert not asked.is_set()
     assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
-def test_several_processes_learn_late_what_one_wants(monkeypatch):
+def test_all_processes_stop_some_steps_after_one_of_them_asks_to(monkeypatch):
     mesh = sharding.make_mesh(jax.devices()[:2])
     agreement = processes.Agreement(mesh, steps_late=3)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -168,7 +168,7 @@ def test_several_processes_learn_late_what_one_wants(monkeypatch):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_notice_of_preemption_from_jax_stops(monkeypatch, count):
+def test_a_preemption_notice_from_jax_stops_the_run(monkeypatch, count):
     mesh = sharding.make_mesh(jax.devices()[:2])
     agreement = processes.Agreement(mesh, steps_late=0)
     monkeypatch.setattr(jax, "process_count", lambda: count)

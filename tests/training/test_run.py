@@ -28,7 +28,7 @@ def images(tmp_path_factory):
     return tiny.write_images(tmp_path_factory.mktemp("images"))
 
 
-def test_a_finished_run_that_gets_more_epochs_is_the_longer_run(images, tmp_path):
+def test_a_finished_run_with_more_epochs_equals_the_longer_run(images, tmp_path):
     short, long = (tiny.config(images, epochs=epochs, **NETWORK) for epochs in (1, 3))
     folder, expected = tmp_path / "grown", tmp_path / "long"
     run.train(short, folder)
@@ -61,7 +61,7 @@ def test_a_finished_run_that_gets_more_epochs_is_the_longer_run(images, tmp_path
     assert (folder / run_directory.RESULT).read_bytes() == result
 
 
-def test_a_last_epoch_without_an_evaluation_is_told(images, tmp_path):
+def test_a_last_epoch_without_an_evaluation_is_refused(images, tmp_path):
     config = tiny.config(images, epochs=2, evaluation__every_epochs=2, **NETWORK)
     run.train(config, tmp_path)
     (tmp_path / run_directory.RESULT).unlink()
@@ -71,7 +71,7 @@ def test_a_last_epoch_without_an_evaluation_is_told(images, tmp_path):
         run.train(config, tmp_path)
 
 
-def test_a_fork_starts_with_the_network_of_another_run_and_needs_it_no_more(images, tmp_path):
+def test_a_fork_starts_from_a_copy_of_the_network_of_another_run(images, tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     run.train(tiny.config(images, "ps_memvir", epochs=2, **NETWORK), old)
     # Another loss, without MemVir, with another seed: of the old run it takes the network alone.
@@ -90,7 +90,7 @@ def test_a_fork_starts_with_the_network_of_another_run_and_needs_it_no_more(imag
     assert run_directory.read_config(new).model.pretrained == "none"
 
 
-def test_a_fork_of_another_network_is_refused_before_anything_is_written(images, tmp_path):
+def test_a_fork_from_a_different_network_is_refused_before_anything_is_written(images, tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     resume.claim(old, parse(tiny.config(images, **NETWORK)))
     with pytest.raises(ValueError, match="config.model.dim is 8, but .* has 16"):
@@ -102,7 +102,7 @@ def test_a_fork_of_another_network_is_refused_before_anything_is_written(images,
     assert not new.exists()
 
 
-def test_a_damaged_checkpoint_costs_an_epoch_and_changes_nothing(images, tmp_path, caplog):
+def test_a_run_resumed_after_a_damaged_checkpoint_has_the_same_result(images, tmp_path, caplog):
     config = tiny.config(images, "ps_memvir", epochs=3, **NETWORK)
     expected = run.train(config, tmp_path)
     metrics = (tmp_path / run_directory.METRICS).read_bytes()
@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_costs_an_epoch_and_changes_nothing(images, tmp_pat
     )
 
 
-def test_a_run_has_a_loss_in_every_epoch_and_steps_of_32_bits(tmp_path):
+def test_too_many_skipped_steps_or_epochs_are_refused(tmp_path):
     mesh = sharding.make_mesh()
     made = tiny.config(tiny.write_images(tmp_path), skip_nonfinite=4)
     with pytest.raises(ValueError, match="skip_nonfinite is 4, but an epoch has only 4 steps"):
@@ -141,7 +141,7 @@ class Reached(Exception):
         ("--xla_gpu_deterministic_ops=true", "--xla_gpu_deterministic_ops=true"),
     ],
 )
-def test_deterministic_asks_xla_before_it_looks_for_devices(
+def test_deterministic_sets_the_xla_flag_before_devices_are_initialised(
     given, expected, images, tmp_path, monkeypatch
 ):
     def make_mesh():
@@ -155,7 +155,7 @@ def test_deterministic_asks_xla_before_it_looks_for_devices(
             run.train(config, tmp_path / "run")
 
 
-def test_nothing_has_looked_for_devices_when_a_run_begins():
+def test_imports_do_not_initialise_devices():
     """In a process of its own: here, all others have."""
     program = (
         "import jax\n"

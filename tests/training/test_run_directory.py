@@ -12,7 +12,7 @@ from dml_jax.training.trackers.jsonl import JsonlTracker
 from tests.helpers import tiny
 
 
-def test_a_run_of_another_configuration_is_refused_with_every_difference(tmp_path):
+def test_a_different_configuration_is_refused_with_every_difference(tmp_path):
     resume.claim(tmp_path, parse(glyphs.get_config("ps")))
     other = glyphs.get_config("baseline")
     other.seed = 3
@@ -27,18 +27,18 @@ def test_the_same_configuration_is_accepted_again(tmp_path):
     resume.check(tmp_path, parse(glyphs.get_config("ps_memvir")))
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
+def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="holds files but no config.json"):
         resume.check(tmp_path, parse(glyphs.get_config()))
 
 
-def test_a_folder_without_a_run_is_named(tmp_path):
+def test_a_folder_without_a_run_is_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         run_directory.read_config(tmp_path)
 
 
-def test_lines_behind_the_step_of_a_resumed_run_are_dropped(tmp_path):
+def test_lines_after_the_resumed_step_are_dropped(tmp_path):
     path = tmp_path / run_directory.METRICS
     lines = [{"step": step, "epoch": step, "loss": 1.5} for step in (1, 2, 3)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "ep')
@@ -80,7 +80,7 @@ FREE = {
 
 
 @pytest.mark.parametrize("name", FREE)
-def test_what_changes_no_step_may_change_and_is_written_down(tmp_path, name, caplog):
+def test_settings_that_do_not_affect_steps_may_change_and_are_recorded(tmp_path, name, caplog):
     resume.claim(tmp_path, parse(changed()))
     (tmp_path / run_directory.RESULT).write_text("{}")
     config = changed(**{name: FREE[name]})
@@ -112,26 +112,26 @@ FIXED = {
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_what_a_step_depends_on_may_not_change(tmp_path, name):
+def test_settings_that_affect_steps_may_not_change(tmp_path, name):
     resume.claim(tmp_path, parse(changed()))
     with pytest.raises(ValueError, match=rf"another configuration.*\n  config\.{name}: "):
         resume.check(tmp_path, parse(changed(**{name: FIXED[name]})))
 
 
-def test_the_size_of_the_devices_images_may_not_change(tmp_path):
+def test_the_size_of_images_cached_on_the_device_may_not_change(tmp_path):
     resume.claim(tmp_path, parse(changed(**{"data.cache": "device"})))
     with pytest.raises(ValueError, match=r"config\.data\.cache_size: 320 there, 64 now"):
         resume.check(tmp_path, parse(changed(**{"data.cache": "device", "data.cache_size": 64})))
 
 
-def test_parts_of_a_batch_may_change_where_they_have_no_statistics(tmp_path):
+def test_micro_batches_may_change_if_batch_norm_is_frozen(tmp_path):
     frozen = {"model.freeze_bn": True, "micro_batches": 2}
     resume.claim(tmp_path, parse(changed(**frozen)))
     (difference,) = resume.check(tmp_path, parse(changed(**frozen | {"micro_batches": 1})))
     assert difference == "config.micro_batches: 2 there, 1 now"
 
 
-def test_a_finished_run_goes_on_only_when_it_may_train_longer(tmp_path):
+def test_a_finished_run_is_resumed_only_if_it_may_train_longer(tmp_path):
     resume.claim(tmp_path, parse(changed(epochs=5)))
     result = {"last": {"epoch": 5}}
     files.write_json(tmp_path / run_directory.RESULT, result)
@@ -145,7 +145,7 @@ def test_a_finished_run_goes_on_only_when_it_may_train_longer(tmp_path):
     assert resume.finished(tmp_path, parse(longer)) is None
 
 
-def test_a_finished_run_says_which_settings_come_too_late(tmp_path, caplog):
+def test_a_finished_run_reports_settings_without_effect(tmp_path, caplog):
     resume.claim(tmp_path, parse(changed(epochs=5)))
     result = {"last": {"epoch": 5}}
     files.write_json(tmp_path / run_directory.RESULT, result)
@@ -158,7 +158,7 @@ def test_a_finished_run_says_which_settings_come_too_late(tmp_path, caplog):
     assert run_directory.read_config(tmp_path).epochs == 5
 
 
-def test_a_file_for_which_there_is_no_room_is_named(tmp_path):
+def test_a_write_error_has_the_path(tmp_path):
     path = tmp_path / "result.json"
     path.write_text("{}")
     with (
@@ -172,7 +172,7 @@ def test_a_file_for_which_there_is_no_room_is_named(tmp_path):
         raise ValueError("mine")
 
 
-def test_other_images_are_refused(tmp_path):
+def test_different_images_are_refused(tmp_path):
     images = tiny.write_images(tmp_path / "images")
     folder = tmp_path / "run"
     folder.mkdir()
@@ -196,7 +196,7 @@ def test_other_images_are_refused(tmp_path):
         resume.check_images(folder, run_directory.fingerprints(data.create("folder", root=moved)))
 
 
-def test_one_process_at_a_time(tmp_path):
+def test_a_run_directory_is_locked_by_one_process(tmp_path):
     with (
         run_directory.locked(tmp_path / "run"),
         pytest.raises(ValueError, match=rf"another process is training.*process {os.getpid()}"),
@@ -207,7 +207,7 @@ def test_one_process_at_a_time(tmp_path):
         resume.check(tmp_path / "run", parse(glyphs.get_config()))
 
 
-def test_how_a_run_began_is_written_down(tmp_path):
+def test_the_origin_of_a_fork_is_recorded(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     assert fork.forked_from(new, old) == old
     resume.claim(new, parse(glyphs.get_config()), fork_from=old)

@@ -25,7 +25,7 @@ DISTRIBUTIONS = {
 
 
 @pytest.mark.parametrize("init", state.PROXY_INITS)
-def test_a_run_draws_its_proxies_as_the_config_says(init, tmp_path):
+def test_initial_proxies_have_the_configured_distribution(init, tmp_path):
     network = {"model__backbone": "colours", "model__width": None, "model__stem": None}
     config = tiny.config(tiny.write_images(tmp_path), proxy_init=init, model__dim=DIM, **network)
     built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))

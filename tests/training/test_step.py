@@ -24,7 +24,7 @@ def losses_of_run(config, devices, steps):
     built = builder.build(
         parse(config), mesh, data.InspectionReport({}, {})
     )  # Looking at them takes a while.
-    compiled = step.compile_step(built.recipe, built.state_sharding, sharding.batch_sharding(mesh))
+    compiled = step.compile_step(built.step_config, built.state_sharding, sharding.batch_sharding(mesh))
     state, losses = built.init(), []
     for _, batch in device_batches(built, 0, steps):
         state, observed = compiled(state, batch)
@@ -49,7 +49,7 @@ def test_losses_are_the_same_on_any_number_of_devices(images, variant):
                 assert {shard.data.size for shard in x.addressable_shards} == {x.size // devices}
 
 
-def test_a_deep_network_starts_the_same_on_any_number_of_devices():
+def test_first_losses_of_a_deep_network_are_the_same_on_any_number_of_devices():
     # Later, see above: a narrow ResNet-18 was found 6e-5 apart after 20 steps.
     config = glyphs.get_config("ps_memvir")
     config.update_from_flattened_dict(
@@ -61,7 +61,7 @@ def test_a_deep_network_starts_the_same_on_any_number_of_devices():
     np.testing.assert_allclose(together, alone, rtol=1e-5)
 
 
-def test_regularisers_change_the_loss_when_their_time_comes(images):
+def test_regularisers_change_the_loss_from_their_first_step_on(images):
     losses = {
         variant: losses_of_run(tiny.config(images, variant), devices=1, steps=8)[0]
         for variant in ("baseline", "ps", "memvir")
@@ -72,7 +72,7 @@ def test_regularisers_change_the_loss_when_their_time_comes(images):
     assert losses["memvir"][6] != losses["baseline"][6]
 
 
-def test_seed_decides_everything(images):
+def test_the_seed_determines_the_run(images):
     first, first_state = losses_of_run(tiny.config(images, "ps", seed=1), devices=1, steps=3)
     same, same_state = losses_of_run(tiny.config(images, "ps", seed=1), devices=1, steps=3)
     other, _ = losses_of_run(tiny.config(images, "ps", seed=2), devices=1, steps=3)
@@ -81,11 +81,11 @@ def test_seed_decides_everything(images):
     assert (first != other).all()
 
 
-def test_a_step_that_is_not_finite_leaves_everything_as_it_was(images):
+def test_a_nonfinite_step_changes_nothing(images):
     mesh = sharding.make_mesh(jax.devices()[:2])
     config = tiny.config(images, "ps_memvir_proxy_anchor", optimizer__name="rmsprop")
     built = builder.build(parse(config), mesh)
-    compiled = step.compile_step(built.recipe, built.state_sharding, sharding.batch_sharding(mesh))
+    compiled = step.compile_step(built.step_config, built.state_sharding, sharding.batch_sharding(mesh))
 
     def as_float(batch):
         return batch | {"image": batch["image"].astype(np.float32)}
@@ -115,7 +115,7 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(images):
     chex.assert_trees_all_equal(again, taken)
 
 
-def test_skipped_steps_count_for_rates_and_thaw_but_not_for_adam(images):
+def test_skipped_steps_count_for_schedules_but_not_for_adam(images):
     """Epoch 2, from step 4 on, thaws the backbone and all but stops the proxies."""
     config = tiny.config(
         images,
@@ -132,7 +132,7 @@ def test_skipped_steps_count_for_rates_and_thaw_but_not_for_adam(images):
     )
     mesh = sharding.make_mesh(jax.devices()[:1])
     built = builder.build(parse(config), mesh)
-    compiled = step.compile_step(built.recipe, built.state_sharding, sharding.batch_sharding(mesh))
+    compiled = step.compile_step(built.step_config, built.state_sharding, sharding.batch_sharding(mesh))
     states = [built.init()]
     for done, batch in device_batches(built, 0, 5):
         bad = np.nan if done in (1, 3) else 1.0
@@ -156,7 +156,7 @@ def test_skipped_steps_count_for_rates_and_thaw_but_not_for_adam(images):
     assert sorted(int(count) for _, count in counts) == [1, 3]
 
 
-def test_frozen_statistics_stay_and_scales_train(images):
+def test_frozen_batch_norm_keeps_its_statistics_and_trains_its_scales(images):
     config = tiny.config(images, model__freeze_bn=True)
     before = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1])).init()
     _, after = losses_of_run(config, devices=1, steps=2)
@@ -166,7 +166,7 @@ def test_frozen_statistics_stay_and_scales_train(images):
 
 
 @pytest.mark.parametrize("epochs", [0, 1])
-def test_frozen_scales_stay_and_all_else_trains(images, epochs):
+def test_only_frozen_scales_and_biases_do_not_train(images, epochs):
     settings = {"model__freeze_bn": True, "model__freeze_bn_affine": True, **CONV4}
     config = tiny.config(images, optimizer__frozen_epochs=epochs, **settings)
     before = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1])).init()
@@ -206,7 +206,7 @@ def masked_state(state):
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "rmsprop", "sgd"])
-def test_a_frozen_backbone_and_its_optimizer_state_stay_until_they_thaw(images, name):
+def test_a_frozen_backbone_and_its_optimizer_state_do_not_change(images, name):
     settings = {"optimizer__frozen_epochs": 1, "optimizer__name": name}
     config = tiny.config(images, **settings, evaluation__every_epochs=1)
     built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
@@ -247,14 +247,14 @@ def compiled_on(config, devices, rows):
         "label": jax.ShapeDtypeStruct((rows,), np.int32),
     }
     function = jax.jit(
-        lambda state, batch: step.train_step(built.recipe, state, batch),
+        lambda state, batch: step.train_step(built.step_config, state, batch),
         in_shardings=(built.state_sharding, sharding.batch_sharding(mesh)),
     )
     with jax.set_mesh(mesh):
         return function.lower(built.state_shape, batch).compile()
 
 
-def test_whether_a_step_is_finite_is_computed_once(images):
+def test_the_finite_check_of_a_step_is_computed_once(images):
     config = tiny.config(images)
     built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
     arrays = len(jax.tree.leaves(built.state_shape.params))
@@ -263,17 +263,17 @@ def test_whether_a_step_is_finite_is_computed_once(images):
     assert conjunctions < arrays**2 or jax.__version_info__ < (0, 12)
 
 
-def test_parts_have_the_gradients_of_the_whole_batch(images):
+def test_micro_batches_have_the_gradients_of_the_whole_batch(images):
     # Synthetic and virtual classes mix what different parts have embedded.
     config = tiny.config(images, "ps_memvir", batch_size=16, model__freeze_bn=True, **CONV4)
     built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
     state = built.init()
 
     def gradients(parts):
-        recipe = built.recipe._replace(micro_batches=parts, memory_warmup_steps=0)
+        step_config = built.step_config._replace(micro_batches=parts, memory_warmup_steps=0)
 
         def of_loss(params, state, batch):
-            return step.objective(recipe, params, state, batch, jax.random.key(0))
+            return step.objective(step_config, params, state, batch, jax.random.key(0))
 
         return jax.jit(jax.value_and_grad(of_loss, has_aux=True))
 
@@ -288,17 +288,17 @@ def test_parts_have_the_gradients_of_the_whole_batch(images):
         assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y)
 
 
-def test_statistics_go_from_part_to_part(images):
+def test_batch_statistics_are_updated_by_each_micro_batch(images):
     built = builder.build(
         parse(tiny.config(images, **COLOURS)), sharding.make_mesh(jax.devices()[:1])
     )
     state = built.init()
     batch_stats, params = state.batch_stats, state.params["embedder"]
     pixels = jax.random.randint(jax.random.key(0), (8, 4, 4, 3), 0, 256)
-    recipe = built.recipe._replace(micro_batches=2)
-    embeddings, updated = step.embed(recipe, params, batch_stats, pixels)
+    step_config = built.step_config._replace(micro_batches=2)
+    embeddings, updated = step.embed(step_config, params, batch_stats, pixels)
     for part in (0, 1):
-        expected, updates = recipe.embedder.apply(
+        expected, updates = step_config.embedder.apply(
             {"params": params, "batch_stats": batch_stats},
             pixels[part::2],
             train=True,
@@ -309,14 +309,14 @@ def test_statistics_go_from_part_to_part(images):
     chex.assert_trees_all_close(updated, batch_stats, rtol=1e-6)
 
 
-def test_parts_are_the_same_on_any_number_of_devices(images):
+def test_micro_batches_are_the_same_on_any_number_of_devices(images):
     config = tiny.config(images, batch_size=16, micro_batches=2, **COLOURS)
     alone, _ = losses_of_run(config, devices=1, steps=3)
     together, _ = losses_of_run(config, devices=4, steps=3)
     np.testing.assert_allclose(together, alone, rtol=1e-5)
 
 
-def test_parts_need_less_memory_and_no_image_leaves_its_device(images):
+def test_micro_batches_need_less_memory_and_move_no_images(images):
     whole, parts = (
         compiled_on(tiny.config(images, batch_size=16, micro_batches=count, **CONV4), 4, rows=256)
         for count in (1, 4)
@@ -329,7 +329,7 @@ def test_parts_need_less_memory_and_no_image_leaves_its_device(images):
     assert not [line for line in lines if f"{tiny.SIZE},{tiny.SIZE},3]" in line]
 
 
-def test_devices_that_cannot_share_a_part_are_refused(images):
+def test_a_micro_batch_that_devices_cannot_share_is_refused(images):
     config = tiny.config(images, batch_size=8, micro_batches=4)
     with pytest.raises(ValueError, match=r"in 4 parts \(config.micro_batches\); .* multiple of 16"):
         builder.build(parse(config), sharding.make_mesh(jax.devices()[:4]))
