@@ -17,7 +17,7 @@ else:
     _FUNCTIONS = {"load": "dml_jax.inference.retriever", "train": "dml_jax.training.run"}
 
     def __getattr__(name: str) -> Any:
-        """Imports a part when it is first asked for: JAX alone takes seconds."""
+        """Imports a part on first access, since importing JAX takes seconds."""
         if name in _FUNCTIONS:
             return getattr(importlib.import_module(_FUNCTIONS[name]), name)
         if name in __all__:

@@ -26,17 +26,17 @@ class Check(NamedTuple):
     """The values that a setting may have."""
 
     allowed: Callable[[], str]
-    """Says which values are allowed; an error message puts it behind the value that is not."""
+    """Returns the allowed values in words, for the error message after the invalid value."""
     holds: Callable[[Any], bool]
-    """Whether a value is allowed; takes any object."""
+    """Returns whether a value is allowed; accepts any object."""
 
 
 class Setting(NamedTuple):
-    """The metadata of a field."""
+    """The metadata of a setting."""
 
     help: str
     check: Check | None
-    """None for a check by the type of the default."""
+    """None for a check by the type of the default value."""
     resumable: Resumable
 
 
@@ -46,11 +46,11 @@ def setting(
     """Returns a dataclass field that is a setting.
 
     Args:
-        default: its default value.
-        check: the values that are allowed; by default those of the type of `default`.
-        help: what it sets, for the reference of all settings; with units.
-        resumable: whether it may change when a run is resumed, as a function of the old and the
-            new settings of its group if it depends on others.
+        default: default value.
+        check: the allowed values; by default all values of the type of `default`.
+        help: description for the reference of all settings, with units.
+        resumable: whether the setting may change when a run is resumed; a function of the old and
+            new settings of its group if this depends on them.
     """
     about = Setting(help, check, resumable)
     return dataclasses.field(default=default, metadata={"setting": about})  # type: ignore[return-value]
@@ -60,9 +60,9 @@ def group(settings: type[_T], *, help: str, resumable: bool = False) -> _T:
     """Returns a dataclass field that is a group of settings.
 
     Args:
-        settings: the dataclass of the group, whose defaults are the field's.
-        help: what the group sets.
-        resumable: whether all of it may change when a run is resumed.
+        settings: dataclass of the group; its defaults are those of the field.
+        help: description of the group.
+        resumable: whether all its settings may change when a run is resumed.
     """
     about = {"group": Setting(help, None, resumable)}
     return dataclasses.field(default_factory=settings, metadata=about)  # type: ignore[return-value]
@@ -71,10 +71,11 @@ def group(settings: type[_T], *, help: str, resumable: bool = False) -> _T:
 def together(*paths: str) -> Callable[[_T], _T]:
     """Returns a decorator of a method that checks several settings against each other.
 
-    The method returns a message, or None if they fit. It is called if each setting is valid alone.
+    The method returns an error message, or None if the settings are consistent. It is called only
+    if each of the settings is valid by itself.
 
     Args:
-        paths: of the settings that it reads, relative to its group.
+        paths: paths of the settings that the method reads, relative to its group.
     """
 
     def decorate(method: _T) -> _T:
@@ -85,7 +86,7 @@ def together(*paths: str) -> Callable[[_T], _T]:
 
 
 def integer(least: int, most: int = _INT32) -> Check:
-    """Allows integers from `least` to `most`."""
+    """Returns a check that allows integers from `least` to `most`."""
 
     def holds(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
@@ -100,9 +101,11 @@ def number(
     below: float = math.inf,
     most: float = math.inf,
 ) -> Check:
-    """Allows numbers within bounds, finite also when they are rounded to float32."""
+    """Returns a check that allows numbers within bounds that are finite in float32."""
     bounds = {"at least": least, "above": above, "below": below, "at most": most}
-    said = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if abs(bound) < 1e38)
+    limits = " and ".join(
+        f"{word} {bound:g}" for word, bound in bounds.items() if abs(bound) < 1e38
+    )
 
     def holds(value: Any) -> bool:
         if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > 1e38:
@@ -110,16 +113,16 @@ def number(
         rounded = float(np.float32(value))
         return least <= rounded <= most and above < rounded < below
 
-    return Check(lambda: f"it must be a finite number {said}".strip(), holds)
+    return Check(lambda: f"it must be a finite number {limits}".strip(), holds)
 
 
 def flag() -> Check:
-    """Allows True and False."""
+    """Returns a check that allows True and False."""
     return Check(lambda: "it must be True or False", lambda value: isinstance(value, bool))
 
 
 def choice(names: Collection[str]) -> Check:
-    """Allows some names."""
+    """Returns a check that allows some names."""
     return Check(
         lambda: f"choose one of {', '.join(names)}",
         lambda value: isinstance(value, str) and value in names,
@@ -127,7 +130,7 @@ def choice(names: Collection[str]) -> Check:
 
 
 def registered(registry: Registry) -> Check:
-    """Allows the names of a registry, and import paths that can be imported."""
+    """Returns a check that allows the names of a registry and valid import paths."""
 
     def holds(value: Any) -> bool:
         if not isinstance(value, str):
@@ -142,21 +145,27 @@ def registered(registry: Registry) -> Check:
 
 
 def text(allowed: str, holds: Callable[[str], bool] = lambda _: True) -> Check:
-    """Allows strings that fulfil a condition, without the character that ends C strings."""
+    """Returns a check that allows strings without NUL characters that fulfil a condition."""
     return Check(
         lambda: allowed, lambda value: isinstance(value, str) and "\0" not in value and holds(value)
     )
 
 
 def optional(check: Check) -> Check:
-    """Allows None, and what a check allows."""
+    """Returns a check that allows None and the values of another check."""
     return Check(
         lambda: f"{check.allowed()}, or None", lambda value: value is None or check.holds(value)
     )
 
 
 def several(each: Check, allowed: str, holds: Callable[[Collection[Any]], bool]) -> Check:
-    """Allows tuples and lists of values that a check allows and that fulfil a condition."""
+    """Returns a check that allows tuples and lists.
+
+    Args:
+        each: check of each element.
+        allowed: the allowed values in words.
+        holds: condition on the elements together.
+    """
 
     def all_hold(values: Any) -> bool:
         return isinstance(values, tuple | list) and all(map(each.holds, values)) and holds(values)
@@ -173,10 +182,10 @@ _BY_TYPE = {
 
 
 def check_of(field: dataclasses.Field) -> Check:
-    """Returns the check of a field, by default that of the type of its default.
+    """Returns the check of a field, by default that of the type of its default value.
 
     Raises:
-        TypeError: the field has no check, and its default has no type that implies one.
+        TypeError: the field has no check, and the type of its default value implies none.
     """
     about = field.metadata.get("setting")
     return about.check if about and about.check else _check_by_type(field.default, field.name)
@@ -185,11 +194,11 @@ def check_of(field: dataclasses.Field) -> Check:
 def _check_by_type(default: Any, name: str) -> Check:
     if isinstance(default, tuple) and default:
         each = _check_by_type(default[0], name)
-        allowed = f"it must be several; of each, {each.allowed()}"
+        allowed = f"it must be a sequence; of each element, {each.allowed()}"
         return several(each, allowed, lambda _: True)
     if type(default) not in _BY_TYPE:
         raise TypeError(
-            f"the setting {name} is {default!r} by default, which implies no check: define it with "
+            f"the setting {name} is {default!r} by default, which implies no check; define it with "
             "dml_jax.settings.setting and a check"
         )
     return _BY_TYPE[type(default)]
@@ -198,17 +207,17 @@ def _check_by_type(default: Any, name: str) -> Check:
 def parse(
     settings: type[_T], values: Any, path: str, problems: dict[str, str], *, of: str = ""
 ) -> _T:
-    """Makes a group of settings from plain values.
+    """Returns a group of settings, parsed from plain values.
 
     Args:
-        settings: the dataclass of the group.
-        values: a mapping of values by name, nested as the groups are.
-        path: of the group, such as "config.data".
-        problems: gets a message for everything that is wrong, by path.
-        of: what the group belongs to, for messages about unknown settings, such as " of cosface".
+        settings: dataclass of the group.
+        values: mapping of values by name, nested as the groups are.
+        path: path of the group, such as "config.data".
+        problems: receives an error message for each invalid setting, by path.
+        of: suffix of messages about unknown settings, such as " of cosface".
 
     Returns:
-        The group; of no use if there are problems.
+        The group; not valid if there are problems.
     """
     if not isinstance(values, Mapping | ConfigDict):
         problems[path] = f"{path} is {values!r}; it must be a group of settings"
@@ -229,15 +238,15 @@ def parse(
         problems[f"{path}.{name}"] = f"{path}.{name} is no setting{of}"
     instance = settings(**made)
     for method, paths in _checks_together(settings):
-        concerned = {f"{path}.{name}" for name in paths}
-        if not any(_concerns(problem, concerned) for problem in problems):
+        read = {f"{path}.{name}" for name in paths}
+        if not any(_is_below(problem, read) for problem in problems):
             message = method(instance)
             if message is not None:
                 problems[f"{path}.{method.__name__}"] = message
     return instance
 
 
-def _concerns(problem: str, paths: set[str]) -> bool:
+def _is_below(problem: str, paths: set[str]) -> bool:
     return any(problem == path or problem.startswith(f"{path}.") for path in paths)
 
 
@@ -269,7 +278,7 @@ def to_dict(settings: Any) -> dict[str, Any]:
 
 
 class Described(NamedTuple):
-    """A setting, for the reference of all settings and for the resume policy."""
+    """A setting with its path, for the reference of all settings and the resume policy."""
 
     path: str
     default: Any
@@ -279,12 +288,12 @@ class Described(NamedTuple):
 
 
 def describe(settings: type, path: str = "config", resumable: bool = False) -> Iterator[Described]:
-    """Yields every setting and group of settings below a group, by path.
+    """Yields every setting and group of settings below a group.
 
     Args:
-        settings: the dataclass of the group.
-        path: of the group.
-        resumable: whether all of the group may change when a run is resumed.
+        settings: dataclass of the group.
+        path: path of the group.
+        resumable: whether all settings of the group may change when a run is resumed.
     """
     for field in dataclasses.fields(settings):
         where = f"{path}.{field.name}"
@@ -303,7 +312,7 @@ def describe(settings: type, path: str = "config", resumable: bool = False) -> I
 def groups(settings: type) -> Iterator[tuple[str, type | None, Setting]]:
     """Yields the groups of settings directly below a group: name, dataclass and metadata.
 
-    The dataclass is None where it depends on the values, as that of the loss does.
+    The dataclass is None if it depends on the values, as that of the loss does.
     """
     for field in dataclasses.fields(settings):
         if "group" in field.metadata:

@@ -1,4 +1,4 @@
-"""Registries: parts of the program by name, extensible from a user's own files."""
+"""Registries of losses, backbones, data sources and schedules, extensible from user files."""
 
 import importlib
 import inspect
@@ -15,7 +15,7 @@ T = TypeVar("T", bound=Callable)
 class Registry(Generic[T]):
     """Classes or functions of one kind by name.
 
-    A part is registered under a name, or named by its import path `MODULE:NAME`, such as
+    A part is found by its registered name or by its import path `MODULE:NAME`, such as
     `my_losses:Banded` for a class in `my_losses.py` in the current folder.
     """
 
@@ -23,7 +23,7 @@ class Registry(Generic[T]):
         """Creates an empty registry.
 
         Args:
-            kind: what its parts are, for error messages, such as "loss".
+            kind: kind of its parts, for error messages, such as "loss".
         """
         self.kind = kind
         self._parts: dict[str, T] = {}
@@ -32,12 +32,14 @@ class Registry(Generic[T]):
         """Returns a decorator that registers a class or function under a name.
 
         Raises:
-            ValueError: the name is taken by another one, or contains a colon.
+            ValueError: the name is taken by another part, or contains a colon.
         """
 
         def decorate(part: T) -> T:
             if ":" in name or self._parts.get(name, part) is not part:
-                raise UserError(f"the {self.kind} name {name!r} is taken or not allowed")
+                raise UserError(
+                    f"the {self.kind} name {name!r} is taken or contains a colon; choose another"
+                )
             self._parts[name] = part
             return part
 
@@ -48,10 +50,10 @@ class Registry(Generic[T]):
         return tuple(self._parts)
 
     def get(self, name: str) -> T:
-        """Returns the part of a name.
+        """Returns the part with a name.
 
         Args:
-            name: a registered name, or an import path `MODULE:NAME`.
+            name: registered name, or import path `MODULE:NAME`.
 
         Raises:
             ValueError: there is no such part.
@@ -64,7 +66,7 @@ class Registry(Generic[T]):
 
     @property
     def choices(self) -> str:
-        """The names to choose from, for messages."""
+        """The allowed names in words, for error messages."""
         return f"choose one of {', '.join(self._parts)}, or MODULE:NAME of your own"
 
     def name_of(self, part: T) -> str:
@@ -81,11 +83,11 @@ class Registry(Generic[T]):
 
     def _imported(self, path: str) -> T:
         module, _, name = path.partition(":")
-        # Other modules are not imported: the path may come from the run of a stranger.
+        # Other modules are not imported: the path may come from an untrusted run.
         if module not in sys.modules and not _in_current_folder(module):
             raise UserError(
-                f"the {self.kind} {path!r} is not there: {module} is neither imported nor in the "
-                "current folder"
+                f"the {self.kind} {path!r} is not available: the module {module} is neither "
+                "imported nor in the current folder"
             )
         try:
             part = getattr(importlib.import_module(module), name)
@@ -97,7 +99,7 @@ class Registry(Generic[T]):
 
 
 def _in_current_folder(module: str) -> bool:
-    """Returns whether a module is a file or package of the current folder, made importable."""
+    """Returns whether a module is in the current folder; if so, makes it importable."""
     place = Path.cwd().joinpath(*module.split("."))
     if not (place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()):
         return False

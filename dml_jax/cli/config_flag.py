@@ -1,4 +1,4 @@
-"""The flag `--config`: the file and variant that it names, and the settings given besides."""
+"""The flag `--config`: config file, variant and overrides."""
 
 import runpy
 from typing import Any
@@ -12,18 +12,18 @@ from dml_jax.training.origin import Origin
 
 
 def file_and_variant() -> tuple[str, str]:
-    """Returns the config file that was given, and its variant, which may be empty."""
+    """Returns the config file and its variant, which may be empty."""
     file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     return file, variant
 
 
 def overrides() -> dict[str, Any]:
-    """Returns the settings that were given as `--config.PATH=VALUE`, by path."""
+    """Returns the settings given as `--config.PATH=VALUE`, by path."""
     return dict(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
 def origin() -> Origin:
-    """Returns the origin of the configuration that the flags make."""
+    """Returns the origin of the configuration that the flags define."""
     file, variant = file_and_variant()
-    shown = packaged_configs.shortened(file)
-    return variants.origin_of(shown, variant, runpy.run_path(file), overrides())
+    shortened = packaged_configs.shortened(file)
+    return variants.origin_of(shortened, variant, runpy.run_path(file), overrides())

@@ -81,7 +81,9 @@ def _score_run(folder: Path, recall_at: list[int] | None) -> dict[str, float]:
     config = run_directory.read_config(folder)
     config.evaluation.recall_at = tuple(recall_at or config.evaluation.recall_at)
     config.evaluation.nmi = config.evaluation.nmi if _NMI.value is None else _NMI.value
-    built = builder.build(parse(config), sharding.make_mesh(), run_directory.read_inspection(folder))
+    built = builder.build(
+        parse(config), sharding.make_mesh(), run_directory.read_inspection(folder)
+    )
     _, variables = checkpoint.read_network(built.network, folder, _CHECKPOINT.value or "last")
     return built.evaluator.score(built.evaluator.embed(variables, "test"))
 

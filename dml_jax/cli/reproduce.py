@@ -4,7 +4,7 @@ dml-jax reproduce --config=glyphs --variants=baseline,ps,memvir --seeds=3 --root
 dml-jax reproduce --config=cars196:ps_proxy_nca --seeds=8 --root=runs/cars196 \
     --config.data.root=data/cars196
 
-Started again, it resumes; finished runs are not repeated. Each variant is compared with the bare
+The same command resumes it; finished runs are not repeated. Each variant is compared with the bare
 loss on the same schedule, which is trained too. That is `memvir_baseline` for a variant with MemVir
 if the config file gives MemVir another schedule or proxy initialiser, and `baseline` otherwise. The
 column "against" names it.
@@ -48,22 +48,25 @@ def main() -> None:
     """Runs the program."""
     with command_line.user_errors():
         file, variant = config_flag.file_and_variant()
-        config_file, overrides = runpy.run_path(file), config_flag.overrides()
-        wanted = _VARIANTS.value or ([variant] if variant else ["ps", "memvir", "ps_memvir"])
-        baselines = {name: comparison.baseline(name, config_file["get_config"]) for name in wanted}
-        trained = list(dict.fromkeys(name for x in wanted for name in (baselines[x], x)))
+        config_globals, overrides = runpy.run_path(file), config_flag.overrides()
+        requested = _VARIANTS.value or ([variant] if variant else ["ps", "memvir", "ps_memvir"])
+        get_config = config_globals["get_config"]
+        baselines = {name: comparison.baseline(name, get_config) for name in requested}
+        trained = list(dict.fromkeys(name for x in requested for name in (baselines[x], x)))
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in trained}
         # Seeds are the outer loop, so that an interrupted comparison covers all variants.
         for seed in range(_SEEDS.value):
             for name in trained:
-                config = config_file["get_config"](name)
-                given = overrides | {"seed": seed}
-                config.update_from_flattened_dict(given)
-                origin = variants.origin_of(packaged_configs.shortened(file), name, config_file, given)
-                folder = Path(_ROOT.value) / name / f"seed{seed}"
-                print(f"\n{name}, seed {seed}: {folder}")
-                results[name].append(run.train(config, folder, origin=origin))
-    references = config_file.get("PUBLISHED", {})
+                config = get_config(name)
+                settings = overrides | {"seed": seed}
+                config.update_from_flattened_dict(settings)
+                origin = variants.origin_of(
+                    packaged_configs.shortened(file), name, config_file, given
+                )
+                workdir = Path(_ROOT.value) / name / f"seed{seed}"
+                print(f"\n{name}, seed {seed}: {workdir}")
+                results[name].append(run.train(config, workdir, origin=origin))
+    references = config_globals.get("PUBLISHED", {})
     for title, metric in retrieval.SCORES.items():
         epoch, scores = comparison.scores(results, metric, best=_EPOCH.value == "best")
         table = comparison.table(

@@ -1,4 +1,4 @@
-"""The network of a run, compiled for embedding, without its variables."""
+"""The network of a run, jitted for embedding, without its variables."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ from dml_jax.models.config import ModelConfig
 
 
 class Network(NamedTuple):
-    """An embedder with its settings and those of its images."""
+    """An embedder with the settings of the network and of its images."""
 
     model: ModelConfig
     data: DataConfig
     mesh: jax.sharding.Mesh
     rows: int
-    """Number of images embedded at a time, over all devices."""
+    """Number of images in an embedding batch, over all devices."""
     embedder: Embedder
     variables_shape: dict[str, PyTree]
     """Shape, dtype and sharding of every variable."""
@@ -70,7 +70,7 @@ def make(
 
 
 def _backbone_options(model: ModelConfig) -> dict[str, Any]:
-    """Returns the settings that are options of the backbone; not every backbone has all."""
+    """Returns the settings that the backbone has as options; not every backbone has all."""
     known = BACKBONES.options(model.backbone)
     names = ("width", "stem", "freeze_bn", "dtype", "remat")
     return {name: getattr(model, name) for name in names if name in known}

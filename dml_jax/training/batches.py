@@ -1,4 +1,4 @@
-"""The input of training: batches on their devices, one transfer ahead of the step."""
+"""The input of training: batches on the devices, transferred one step ahead."""
 
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -14,25 +14,25 @@ from dml_jax.training.builder import Experiment
 def device_batches(
     experiment: Experiment, start: int, total_steps: int
 ) -> Iterator[tuple[int, dict[str, Array]]]:
-    """Yields batches on their devices, each with the number of steps done after it.
+    """Yields the number of steps done after each batch, and the batch on the devices.
 
-    A batch holds labels, and either images or what the step crops images from.
+    A batch holds labels, and either images or the device cache with indices into it.
 
     Args:
-        experiment: whose images.
-        start: steps that are done.
-        total_steps: steps of the whole run.
+        experiment: the experiment that provides images and settings.
+        start: number of steps already done.
+        total_steps: number of steps of the whole run.
     """
-    reader, on_devices = _reader(experiment, start, total_steps)
+    reader, shared = _reader(experiment, start, total_steps)
     try:
-        sent = None
+        current = None
         for step, batch in enumerate(reader, start):
-            ahead = sharding.put_batch(experiment.mesh, batch | on_devices)
-            if sent is not None:
-                yield step, sent
-            sent = ahead
-        if sent is not None:
-            yield total_steps, sent
+            following = sharding.put_batch(experiment.mesh, batch | shared)
+            if current is not None:
+                yield step, current
+            current = following
+        if current is not None:
+            yield total_steps, current
     finally:
         reader.close()
 
@@ -40,7 +40,7 @@ def device_batches(
 def _reader(
     experiment: Experiment, start: int, total_steps: int
 ) -> tuple[data.Batches | Generator[dict[str, Any]], dict[str, Array]]:
-    """Returns this process's rows of each batch, and the arrays on the devices that all share."""
+    """Returns this process's rows of each batch, and arrays on the devices common to all."""
     config, source = experiment.config, experiment.sources["train"]
     cache = experiment.cache("train")
     order = {

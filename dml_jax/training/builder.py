@@ -1,4 +1,4 @@
-"""From a configuration to what it names: images, network, loss, optimizer, and what they give."""
+"""The builder: from a configuration to data sources, network, loss, optimizer and step."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -25,57 +25,53 @@ from dml_jax.training.config import Config
 
 
 class Experiment(NamedTuple):
-    """All that a run is made of, besides its state."""
+    """The parts of a run, except its state."""
 
     config: Config
     sources: Mapping[str, data.Source]
     inspection: data.InspectionReport
-    """What was found in the images before some were left out."""
+    """The inspection report of all images, including those that were left out."""
     selection_split: str
-    """The split that epochs are scored on in training, and that the best one is chosen by."""
+    """The split that is evaluated in training and selects the best epoch."""
     mesh: jax.sharding.Mesh
     steps_per_epoch: int
     step_config: step.StepConfig
     take_step: step.Step
-    """The step_config's step, sharded as the state and a batch are."""
+    """The compiled training step."""
     learning_rate: Callable[[int], tuple[float, float]]
-    """Of the embedder and of the proxies, at a step."""
+    """Returns the learning rates of embedder and proxies at a step."""
     init: Callable[[], state.TrainState]
-    """Makes the state before the first step, sharded; reads pretrained weights where there are."""
+    """Returns the sharded state before the first step; reads pretrained weights, if any."""
     state_shape: state.TrainState
-    """The shape and type of every array of the state."""
+    """Shape and dtype of every array of the state."""
     state_sharding: PyTree
-    """The sharding of every array of the state."""
+    """Sharding of every array of the state."""
     network: Network
     evaluator: Evaluator
     cache: Callable[[str], device_cache.Cache | None]
-    """The images of a split on the devices, put there when first asked for; None if the config
-    wants none there."""
+    """Returns the images of a split on the devices, loaded by the first call; None if the config
+    does not cache images there."""
 
 
 def build(
     config: Config, mesh: jax.sharding.Mesh, inspection: data.InspectionReport | None = None
 ) -> Experiment:
-    """Makes everything that a configuration names, and refuses what cannot work.
+    """Builds the experiment of a configuration, without computing or writing anything.
 
     Args:
-        config: a whole config.
+        config: the configuration.
         mesh: the devices to run on.
-        inspection: what the run found in its images when it began; by default they are looked at
-            now, every one of them.
-
-    Returns:
-        The experiment; nothing is computed yet, and nothing written.
+        inspection: inspection report of the images; by default every image is inspected.
 
     Raises:
-        ValueError: a setting, or an image, is wrong.
-        FileNotFoundError: the images are not where the config says.
+        ValueError: a setting or an image is invalid.
+        FileNotFoundError: the images are not at the configured path.
     """
     parts = config.micro_batches
     if config.batch_size // parts % mesh.size:
-        in_parts = f" in {parts} parts (config.micro_batches)" if parts > 1 else ""
+        in_parts = f" in {parts} micro-batches (config.micro_batches)" if parts > 1 else ""
         raise UserError(
-            f"config.batch_size is {config.batch_size}, which the {mesh.size} devices cannot share "
+            f"config.batch_size is {config.batch_size}, which {mesh.size} devices cannot share "
             f"evenly{in_parts}; choose a multiple of {parts * mesh.size}"
         )
     sources, inspection = load_splits(config.data, config.evaluation.recall_at, inspection)
@@ -124,9 +120,9 @@ def build(
             backbone=backbone,
         )
 
-    everywhere = sharding.replicated_sharding(mesh)
+    replicated = sharding.replicated_sharding(mesh)
     state_shape = jax.eval_shape(initial_state)
-    state_sharding = jax.tree.map(lambda _: everywhere, state_shape)
+    state_sharding = jax.tree.map(lambda _: replicated, state_shape)
     if state_shape.memory is not None:
         state_sharding = state_sharding._replace(memory=memvir.shardings(state_shape.memory, mesh))
     init = jax.jit(initial_state, out_shardings=state_sharding)
@@ -156,7 +152,7 @@ def build(
 
 
 def make_network(config: Config, mesh: jax.sharding.Mesh) -> Network:
-    """Returns the network of a configuration, which embeds a part of a batch at once."""
+    """Returns the network of a configuration, which embeds one micro-batch at a time."""
     parts = config.micro_batches
     return networks.make(config.model, config.data, mesh, batch_size=-(-config.batch_size // parts))
 
@@ -165,8 +161,8 @@ def load_pretrained(model: ModelConfig) -> dict[str, PyTree] | None:
     """Returns the pretrained variables of the backbone; None if the settings name none.
 
     Raises:
-        ValueError: they are not the backbone's.
-        FileNotFoundError: they are not where the settings say.
+        ValueError: the weights do not fit the backbone.
+        FileNotFoundError: the weights are not at the configured path.
     """
     if model.pretrained == pretrained.NONE:
         return None
@@ -176,7 +172,7 @@ def load_pretrained(model: ModelConfig) -> dict[str, PyTree] | None:
 def _images(
     config: Config, mesh: jax.sharding.Mesh
 ) -> Callable[[Mapping[str, Array], PRNGKeyArray], Array]:
-    """How a step comes by its images."""
+    """Returns the function that makes the images of a step from its batch."""
     if config.data.cache != "device":
         return step.images_of_batch
     return partial(
@@ -191,7 +187,7 @@ def _check_lengths(config: Config, steps_per_epoch: int) -> None:
     if config.skip_nonfinite >= steps_per_epoch:
         raise UserError(
             f"config.skip_nonfinite is {config.skip_nonfinite}, but an epoch has only "
-            f"{steps_per_epoch} steps; it must be fewer, so that each epoch has a loss"
+            f"{steps_per_epoch} steps; choose fewer, so that each epoch has a loss"
         )
     of_optimizer = config.optimizer
     longest = max(
@@ -202,9 +198,8 @@ def _check_lengths(config: Config, steps_per_epoch: int) -> None:
     )
     if longest * steps_per_epoch >= 2**31:
         raise UserError(
-            f"{longest} epochs of {steps_per_epoch} steps are too many: steps are counted in 32 "
-            "bits; see config.epochs and config.optimizer.frozen_epochs, .decay_epochs and "
-            ".decay_every"
+            f"{longest} epochs of {steps_per_epoch} steps exceed the 32-bit step counter; reduce "
+            "config.epochs or config.optimizer.frozen_epochs, .decay_epochs or .decay_every"
         )
 
 
@@ -226,16 +221,16 @@ def _memory(
 
 
 def abstract_state(experiment: Experiment) -> state.TrainState:
-    """The shapes, types and places of the state, for `Checkpoints.restore`."""
+    """Returns shapes, dtypes and shardings of the state, for `Checkpoints.restore`."""
     return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         experiment.state_shape,
         experiment.state_sharding,
     )
 
 
 def abstract_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes, types and places of what a step is given; loads the devices' cache of images."""
+    """Returns shapes, dtypes and shardings of a batch; loads the device cache, if there is one."""
     rows, size = experiment.config.batch_size, experiment.config.data.image_size
     cache = experiment.cache("train")
     if cache is None:
@@ -247,15 +242,15 @@ def abstract_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
             "label": ((rows,), jnp.int32),
             "sides": ((rows, 2), jnp.int32),
         }
-    place = sharding.batch_sharding(experiment.mesh)
+    row_sharding = sharding.batch_sharding(experiment.mesh)
     return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=row_sharding)
         for name, (shape, dtype) in shapes.items()
     }
 
 
 def parameter_overview(experiment: Experiment) -> str:
-    """A table of all parameters with their shapes and sizes."""
+    """Returns a table of all parameters with their shapes and sizes."""
     return clu.parameter_overview.get_parameter_overview(
         experiment.state_shape.params, include_stats=False
     )

@@ -1,7 +1,7 @@
-"""Checkpoints: the whole train state, written behind the training's back, each whole or not at all.
+"""Checkpoints of the train state, written asynchronously and atomically.
 
-The input has no state of its own: batch t is a function of the seed and of t, so the step in the
-state is the input's position too.
+The input has no state of its own: batch t is a function of the seed and t, so the step in the train
+state is the position of the input too.
 """
 
 import contextlib
@@ -27,58 +27,58 @@ from dml_jax.training import integrity, run_directory
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """How often a run is saved, and how many checkpoints are kept."""
+    """The interval between checkpoints and the number that are kept."""
 
-    every_epochs: int = setting(1, integer(1), help="Epochs from one checkpoint to the next.")
+    every_epochs: int = setting(1, integer(1), help="Epochs between checkpoints.")
     keep_last: int = setting(
-        2, integer(1), help="How many of the latest are kept, besides the best of each metric."
+        2, integer(1), help="Number of latest checkpoints kept, besides the best of each metric."
     )
 
 
 BEST = {"best_map": "map@r", "best_r1": "recall@1", "best_rp": "r_precision"}
-"""Names of the best checkpoints, and the metric by which each is the best."""
+"""Names of the best checkpoints, and the metric that selects each."""
 
 _DAMAGED = (
-    "{} is damaged: {}. A run that goes on sets such checkpoints aside by itself; from a finished "
-    "one, move it elsewhere, and the next best is taken"
+    "{} is damaged: {}. A resumed run moves damaged checkpoints aside by itself; in a finished "
+    "run, move it elsewhere, and the next best is used"
 )
-_LOOKS, _PAUSE = 10, 0.2  # How often a reader looks, and the seconds between two looks.
+_ATTEMPTS, _PAUSE = 10, 0.2  # Attempts to read a checkpoint, and seconds between them.
 
-# Orbax and its asyncio tasks log a failure several times over, with tracebacks. It is told once, by
-# what is raised here; --verbosity=1 shows all.
-_KNOWN = ("orbax", "asyncio")
+# Orbax and its asyncio tasks log a failure several times, with tracebacks. The errors raised here
+# report it once; --verbosity=1 shows all.
+_DUPLICATES = ("orbax", "asyncio")
 
 
-def _untold(record: LogRecord) -> bool:
-    return logging.level_debug() or not any(name in record.pathname for name in _KNOWN)
+def _is_new(record: LogRecord) -> bool:
+    return logging.level_debug() or not any(name in record.pathname for name in _DUPLICATES)
 
 
 for _logger in (logging.get_absl_logger(), getLogger("asyncio")):
-    _logger.addFilter(_untold)
+    _logger.addFilter(_is_new)
 
 
 class Checkpoints:
     """The checkpoints of a run: the latest few, and the best of each metric."""
 
     def __init__(self, workdir: Path, *, keep_last: int | None = None) -> None:
-        """Opens the checkpoints of a folder.
+        """Opens the checkpoints of a run.
 
-        Whoever opens them for writing sets those aside that are damaged, so that none of the others
-        is deleted to make room for them.
+        Opening them for writing moves damaged ones aside, so that no intact checkpoint is deleted
+        in favour of a damaged one.
 
         Args:
-            workdir: the run's.
-            keep_last: how many of the latest to keep; the best ones are kept besides. None opens
-                them for reading only.
+            workdir: directory of the run.
+            keep_last: number of latest checkpoints to keep, besides the best ones. None opens them
+                for reading only.
 
         Raises:
-            ValueError: there are some, but none that is sound; they are left as they are.
+            ValueError: there are checkpoints, but none is intact; they are not changed.
         """
         self._directory = (workdir / run_directory.CHECKPOINTS).absolute()
         self._writes, self._saving = keep_last is not None, 0
         self._save: ocp.AsyncResponse[bool] | None = None
         if self._writes:
-            processes.in_first_process(lambda: _set_damaged_aside(workdir, self._directory))
+            processes.in_first_process(lambda: _move_damaged_aside(workdir, self._directory))
         policies = ocp.training.preservation_policies
         best = [
             policies.BestN(
@@ -89,9 +89,9 @@ class Checkpoints:
             for name in BEST.values()
         ]
         context = ocp.Context()
-        # A function: orbax copies its options deeply, and would copy a method's object with it.
+        # A function, since orbax deep-copies its options, and a bound method's object with them.
         context.asynchronous.post_finalization_callback = lambda: self._seal()
-        # MemVir pads its classes to a multiple of the devices, which may be others than they were.
+        # MemVir pads its classes to a multiple of the devices, whose number may have changed.
         context.array.loading.enable_padding_and_truncation = True
         context.pytree.loading.partial_load = not self._writes
         try:
@@ -101,10 +101,10 @@ class Checkpoints:
                 preservation_policy=policies.AnyPreservationPolicy(
                     [policies.LatestN(keep_last), *best]
                 ),
-                # Whoever only reads must not clean up behind the run that is writing.
+                # A reader must not delete the temporary directories of the run that is writing.
                 cleanup_tmp_directories=self._writes,
             )
-        except (ValueError, OSError) as error:  # It reads all scores.
+        except (ValueError, OSError) as error:  # Orbax reads the scores of all checkpoints.
             if self._writes and isinstance(error, OSError):
                 raise
             for step, damage in _damaged(self._directory).items():
@@ -114,11 +114,11 @@ class Checkpoints:
             ) from error
 
     def __enter__(self) -> "Checkpoints":
-        """Opens nothing more."""
+        """Returns the checkpoints."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Waits until what was saved is on disk.
+        """Waits until the last save is on disk.
 
         Raises:
             OSError: it could not be written.
@@ -129,65 +129,65 @@ class Checkpoints:
             self._checkpointer.close()
 
     def save(self, step: int, state: Any, metrics: dict[str, float] | None) -> None:
-        """Saves a state; returns once it is copied from the devices, to be written meanwhile.
+        """Saves a state asynchronously; returns once it is copied from the devices.
 
         Args:
-            step: the state's.
-            state: what to save.
-            metrics: of the evaluation at this step; None if there was none.
+            step: step of the state.
+            state: the state to save.
+            metrics: scores of the evaluation at this step; None if there was none.
 
         Raises:
-            OSError: this state, or the one before, could not be written; earlier ones are kept.
+            OSError: this or the previous state could not be written; earlier ones are kept.
         """
         self._finish()
         self._saving = step
-        # The copy to the host counts as an implicit one.
-        with self._telling(), jax.transfer_guard("allow"):
+        # The copy to the host counts as an implicit transfer.
+        with self._describing_errors(), jax.transfer_guard("allow"):
             self._save = self._checkpointer.save_async(step, state, force=True, metrics=metrics)
 
     def _finish(self) -> None:
-        """Waits for the save that is under way."""
+        """Waits for the save in progress."""
         save, self._save = self._save, None
         if save is not None:
-            with self._telling():
+            with self._describing_errors():
                 try:
-                    # A failure is told once to each thread that waits, so here and not on closing.
+                    # Orbax raises a failure once per waiting thread: here, not in `close`.
                     self._checkpointer.wait()
                 finally:
-                    # Not asked for its result, a save would leave a thread and three open files.
+                    # Without this call a save leaves a thread and three open files.
                     save.result()
 
     @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
-        """Tells what orbax could not do; it passes on whatever its storage raises."""
+    def _describing_errors(self) -> Iterator[None]:
+        """Raises any error of orbax, which may be of any type, as an OSError with the step."""
         try:
             yield
         except Exception as error:
             raise OSError(
-                f"the checkpoint of step {self._saving} could not be written; those of before are "
-                f"kept. Mend this and start again: {str(error).splitlines()[0]:.300}"
+                f"the checkpoint of step {self._saving} could not be written; earlier ones are "
+                f"kept. Fix the cause and start again: {str(error).splitlines()[0]:.300}"
             ) from error
 
     def _seal(self) -> None:
-        """Completes the checkpoint that orbax has written, before it gets its name."""
+        """Adds the digests to the checkpoint that orbax has written, before it is renamed."""
         if processes.is_first_process():
             (written,) = self._directory.glob(f"{self._saving}.*")
             integrity.seal(written)
 
     @property
     def latest(self) -> int | None:
-        """The step of the latest checkpoint; None if there is none."""
+        """Step of the latest checkpoint; None if there is none."""
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
     def find(self, name: str) -> int:
-        """The step of a checkpoint by name.
+        """Returns the step of a checkpoint by name.
 
         Args:
-            name: `last`, or a key of `BEST`. Of equally good ones, the best is the latest.
+            name: `last`, or a key of `BEST`. Of equally good checkpoints, the latest is the best.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is no such checkpoint.
         """
         candidates = [
             (checkpoint.metrics[BEST[name]] if name in BEST else 0.0, checkpoint.step)
@@ -202,12 +202,12 @@ class Checkpoints:
         """Restores a state.
 
         Args:
-            step: of the checkpoint.
-            like: a state of the same structure, of `jax.ShapeDtypeStruct`s with shardings. Where
-                checkpoints are open for reading only, it may be a dictionary of some of its fields.
+            step: step of the checkpoint.
+            like: a state of the same structure, of `jax.ShapeDtypeStruct`s with shardings. For
+                checkpoints opened for reading only, it may be a dictionary of some of its fields.
 
         Returns:
-            The state, sharded as `like` is, which may be over other devices than it was saved from.
+            The state, sharded as `like`, also if it was saved from other devices.
 
         Raises:
             ValueError: the checkpoint is damaged.
@@ -219,26 +219,26 @@ class Checkpoints:
 
 
 def read(workdir: Path, name: str, like: dict[str, Any]) -> tuple[int, Any]:
-    """Reads a run's checkpoint, also while the run goes on and deletes what it no longer keeps.
+    """Reads a checkpoint of a run, also while the run is training and deletes old checkpoints.
 
     Args:
-        workdir: the run's.
+        workdir: directory of the run.
         name: `last`, or a key of `BEST`.
         like: see `Checkpoints.restore`.
 
     Returns:
-        Its step, and the state.
+        The step of the checkpoint, and the state.
 
     Raises:
-        FileNotFoundError: there is none of that name.
+        FileNotFoundError: there is no such checkpoint.
         ValueError: it is damaged.
     """
-    for _ in range(_LOOKS):
+    for _ in range(_ATTEMPTS):
         before = _steps(workdir / run_directory.CHECKPOINTS)
         try:
             return _read(workdir, name, like)
         except (ValueError, OSError):
-            # A checkpoint that is being deleted looks damaged.
+            # A partly deleted checkpoint looks damaged.
             time.sleep(_PAUSE)
             if _steps(workdir / run_directory.CHECKPOINTS) == before:
                 raise
@@ -260,12 +260,12 @@ def _damaged(directory: Path) -> dict[int, str]:
     return {step: damage for step, damage in found.items() if damage}
 
 
-def _set_damaged_aside(workdir: Path, directory: Path) -> None:
+def _move_damaged_aside(workdir: Path, directory: Path) -> None:
     damaged = _damaged(directory)
-    sound = [step for step in _steps(directory) if step not in damaged]
-    if damaged and not sound:
+    intact = [step for step in _steps(directory) if step not in damaged]
+    if damaged and not intact:
         raise UserError(
-            f"no checkpoint in {directory} is sound; to train from the beginning, delete it:\n"
+            f"no checkpoint in {directory} is intact; to train from the beginning, delete it:\n"
             + "\n".join(f"  step {step}: {damage}" for step, damage in damaged.items())
         )
     for step, damage in damaged.items():
@@ -275,16 +275,16 @@ def _set_damaged_aside(workdir: Path, directory: Path) -> None:
         (directory / str(step)).rename(aside)
         logging.warning("the checkpoint of step %d is damaged: %s; see %s", step, damage, aside)
     if damaged:
-        logging.warning("the newest sound checkpoint is that of step %d", sound[-1])
+        logging.warning("the newest intact checkpoint is that of step %d", intact[-1])
 
 
-def read_network(network: Network, folder: Path, name: str) -> tuple[int, dict[str, PyTree]]:
-    """Reads the network's variables in a run's checkpoint, without the rest of it.
+def read_network(network: Network, workdir: Path, name: str) -> tuple[int, dict[str, PyTree]]:
+    """Reads only the variables of the network from a checkpoint of a run.
 
     Args:
-        network: the run's.
-        folder: the run's.
-        name: of the checkpoint: `last`, or a key of `BEST`.
+        network: network of the run.
+        workdir: directory of the run.
+        name: name of the checkpoint: `last`, or a key of `BEST`.
 
     Returns:
         The step of the checkpoint, and the variables.
@@ -295,5 +295,5 @@ def read_network(network: Network, folder: Path, name: str) -> tuple[int, dict[s
     """
     shapes = network.variables_shape
     wanted = {"params": {"embedder": shapes["params"]}, "batch_stats": shapes["batch_stats"]}
-    step, found = read(folder, name, wanted)
+    step, found = read(workdir, name, wanted)
     return step, {"params": found["params"]["embedder"], "batch_stats": found["batch_stats"]}

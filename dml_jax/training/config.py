@@ -50,9 +50,10 @@ def _loss_group() -> Any:
     )
 
 
-def _frozen_statistics(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Whether parts of a batch have no statistics of their own."""
-    return here["model"]["freeze_bn"]
+def _frozen_statistics(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Returns whether batch statistics are frozen, so that micro-batches have none of their own."""
+    del old
+    return new["model"]["freeze_bn"]
 
 
 @dataclasses.dataclass(frozen=True)

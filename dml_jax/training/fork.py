@@ -12,40 +12,40 @@ from dml_jax.training.run_directory import CONFIG, FORK
 
 
 def forked_from(workdir: Path, given: Path | None) -> Path | None:
-    """The run that a run has its first weights from; None if it has them from elsewhere.
+    """Returns the run that a run is forked from; None if it is not a fork.
 
     Args:
-        workdir: the run's; it need not exist.
-        given: what the user says, who need not say it again when a run goes on.
+        workdir: directory of the run; it need not exist.
+        given: directory of the other run as given by the user; not needed when resuming.
 
     Raises:
-        ValueError: the run in the folder began in another way.
+        ValueError: the run in the workdir was forked from another run, or from none.
     """
-    recorded = read_json(workdir / FORK)
-    begun = (workdir / CONFIG).exists()
-    there = Path(recorded["from"]) if begun and recorded else None
+    contents = read_json(workdir / FORK)
+    exists = (workdir / CONFIG).exists()
+    recorded = Path(contents["from"]) if exists and contents else None
     given = None if given is None else given.absolute()
-    if begun and given not in (None, there):
-        raise UserError(f"{workdir} holds a run that was forked from {there}, not from {given}")
-    return there if begun else given
+    if exists and given not in (None, recorded):
+        raise UserError(f"{workdir} holds a run that was forked from {recorded}, not from {given}")
+    return recorded if exists else given
 
 
-def read_fork(network: Network, folder: Path) -> dict[str, PyTree]:
-    """Reads the network's variables in the last checkpoint of another run.
+def read_fork(network: Network, workdir: Path) -> dict[str, PyTree]:
+    """Reads the variables of the network from the last checkpoint of another run.
 
     Args:
-        network: that is to start with them.
-        folder: the other run's.
+        network: the network that starts with these variables.
+        workdir: directory of the other run.
 
     Raises:
-        FileNotFoundError: there is no such run, or no checkpoint in it.
-        ValueError: it trains another network.
+        FileNotFoundError: there is no run or no checkpoint in it.
+        ValueError: the other run trains a different network.
     """
-    there, here = run_directory.read_config(folder).model, network.model
+    theirs, ours = run_directory.read_config(workdir).model, network.model
     for name in ("backbone", "width", "stem", "channels", "dim"):
-        if there.get(name) != getattr(here, name):
+        if theirs.get(name) != getattr(ours, name):
             raise UserError(
-                f"config.model.{name} is {getattr(here, name)!r}, but {folder}, from which to "
-                f"fork, has {there.get(name)!r}"
+                f"config.model.{name} is {getattr(ours, name)!r}, but the run to fork from, "
+                f"{workdir}, has {theirs.get(name)!r}"
             )
-    return checkpoint.read_network(network, folder, "last")[1]
+    return checkpoint.read_network(network, workdir, "last")[1]

@@ -1,4 +1,4 @@
-"""The epochs that a run has done: their metrics, read back on resume, and early stopping."""
+"""The evaluation history of a run, which is read back on resume, and early stopping."""
 
 import math
 from pathlib import Path
@@ -10,20 +10,20 @@ from dml_jax.training import checkpoint, run_directory
 
 
 class History:
-    """The metrics of the epochs that ended with an evaluation."""
+    """The metrics of the evaluated epochs of a run."""
 
     def __init__(self, evaluated: list[dict[str, Any]], patience: int) -> None:
         """Starts from the evaluations of a run so far.
 
         Args:
-            evaluated: their lines of metrics, in order.
-            patience: evaluations without a better score that end a run; 0 for no early stopping.
+            evaluated: metrics of the evaluated epochs, in order.
+            patience: evaluations without improvement that end the run; 0 for no early stopping.
         """
         self.evaluated, self._patience = evaluated, patience
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether no score has improved for as many evaluations as the config allows."""
+        """Whether no score has improved for `patience` evaluations."""
         best: dict[str, float] = {}
         waited = 0
         for line in self.evaluated:
@@ -41,14 +41,14 @@ def read(workdir: Path, step: int, *, steps_per_epoch: int, epochs: int, patienc
     """Reads the history of a run up to a checkpoint.
 
     Args:
-        workdir: the run's.
-        step: the checkpoint's.
-        steps_per_epoch: of the run.
-        epochs: that the config asks for.
+        workdir: directory of the run.
+        step: step of the checkpoint.
+        steps_per_epoch: steps in an epoch.
+        epochs: epochs of the config.
         patience: see `History`.
 
     Raises:
-        ValueError: lines of metrics are lost, or the run has done more epochs than asked for.
+        ValueError: lines of metrics are missing, or the run has done more epochs than `epochs`.
     """
     evaluated = [x for x in _lines(workdir, step, steps_per_epoch) if "map@r" in x]
     _check_length(epochs, step / steps_per_epoch, evaluated)
@@ -59,28 +59,27 @@ def _lines(workdir: Path, step: int, steps_per_epoch: int) -> list[dict[str, Any
     file = workdir / run_directory.METRICS
     # Another process may have appended lines since the checkpoint.
     lines = [line for line in read_json_lines(file) if line["step"] <= step]
-    there, done = [line["epoch"] for line in lines], list(range(1, step // steps_per_epoch + 1))
-    if there == done:
+    found, done = [line["epoch"] for line in lines], list(range(1, step // steps_per_epoch + 1))
+    if found == done:
         return lines
-    lost = [epoch for epoch in done if epoch not in there]
-    what = f"lacks the lines of epochs {lost}" if lost else f"has lines of epochs {there}"
-    sound = next((n for n, epoch in enumerate(done) if there[n : n + 1] != [epoch]), len(done))
+    missing = [epoch for epoch in done if epoch not in found]
+    problem = f"lacks the lines of epochs {missing}" if missing else f"has lines of epochs {found}"
+    intact = next((n for n, epoch in enumerate(done) if found[n : n + 1] != [epoch]), len(done))
     raise UserError(
-        f"{file} {what}, but the run's checkpoint is of step {step}, in which epochs 1 to "
-        f"{len(done)} are done. Put the file back as it was; or delete the checkpoints of steps "
-        f"above {sound * steps_per_epoch} in {workdir / run_directory.CHECKPOINTS}, and what came "
-        "after is trained again"
+        f"{file} {problem}, but the checkpoint of the run is of step {step}, after epochs 1 to "
+        f"{len(done)}. Restore the file, or delete the checkpoints of steps above "
+        f"{intact * steps_per_epoch} in {workdir / run_directory.CHECKPOINTS} to repeat the "
+        "training after them"
     )
 
 
 def _check_length(epochs: int, done: float, evaluated: list[dict[str, Any]]) -> None:
     if done > epochs:
         raise UserError(
-            f"config.epochs is {epochs}, but the run has done {done:.4g} and does not go back; "
-            "choose more"
+            f"config.epochs is {epochs}, but the run has already done {done:.4g}; choose more"
         )
     if done == epochs and not (evaluated and evaluated[-1]["epoch"] == epochs):
         raise UserError(
-            f"the run has done all of the {epochs} epochs that config.epochs asks for, but has "
-            "not evaluated the last one, which was not the last when it was trained; choose more"
+            f"the run has already done config.epochs = {epochs} epochs without an evaluation of "
+            "the last one; choose more epochs"
         )

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is as it was written: a digest of each of its files, kept beside them."""
+"""Integrity of checkpoints: SHA-256 digests of their files, stored beside them."""
 
 import hashlib
 import json
@@ -8,28 +8,28 @@ SEAL = "digests.json"
 
 
 def seal(folder: Path) -> None:
-    """Writes down the digests of the files in a folder's subfolders.
+    """Writes the digests of the files in the subfolders of a checkpoint.
 
     Args:
-        folder: a checkpoint's. What lies in it directly is orbax's own account of the time and the
-            success of its writing, which it still changes and no restoring needs.
+        folder: folder of the checkpoint. Files directly in it are orbax's records of the save,
+            which it changes later and does not read when restoring.
     """
     digests = {name: _digest(folder / name) for name in sorted(_names(folder))}
     (folder / SEAL).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a sealed folder, in a few words; None if it is as it was.
+    """Returns a description of the damage to a sealed folder; None if it is intact.
 
     Args:
-        folder: that should have been sealed.
+        folder: folder of a checkpoint.
     """
     try:
         expected = dict(json.loads((folder / SEAL).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return f"{SEAL} is missing"
     except (ValueError, TypeError):
-        return f"{SEAL} is not as it was written"
+        return f"{SEAL} has changed since it was written"
     except OSError as error:
         return f"{SEAL} cannot be read ({error.strerror})"
     names = _names(folder)
@@ -38,10 +38,10 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         try:
             digest = _digest(folder / name)
-        except OSError as error:  # The disk is going.
+        except OSError as error:  # For example an input/output error of a failing disk.
             return f"{name} cannot be read ({error.strerror})"
         if digest != expected.get(name):
-            return f"{name} is not as it was written"
+            return f"{name} has changed since it was written"
     return None
 
 

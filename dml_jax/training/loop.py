@@ -1,4 +1,4 @@
-"""The training loop: step, log, evaluate, checkpoint."""
+"""The training loop: step, log, evaluate, save."""
 
 import time
 from pathlib import Path
@@ -20,21 +20,21 @@ _STEPS_IN_FLIGHT = 4
 def train(
     experiment: Experiment, workdir: Path, stop: preemption.StopRequest | None = None
 ) -> dict[str, Any]:
-    """Trains to the end, from the beginning or from the latest checkpoint in the workdir.
+    """Trains to the last epoch, from the beginning or from the latest checkpoint in the workdir.
 
     Args:
-        experiment: what to train.
-        workdir: the run's, claimed for this experiment.
+        experiment: the experiment to train.
+        workdir: directory of the run, claimed for this experiment.
         stop: set when this process is asked to stop; see `preemption.listening`.
 
     Returns:
         The contents of `result.json`.
 
     Raises:
-        Stopped: one of the processes was asked to.
-        ValueError: the run has done more epochs than the config asks for, or lines of its metrics
-            are lost.
-        FloatingPointError: more steps in a row than the config allows were not finite; earlier
+        Stopped: one of the processes was asked to stop.
+        ValueError: the run has done more epochs than configured, or lines of its metrics are
+            missing.
+        FloatingPointError: more consecutive steps than the config allows were nonfinite; earlier
             checkpoints are kept.
     """
     stop = preemption.StopRequest() if stop is None else stop
@@ -73,7 +73,7 @@ def train(
                         )
                     if done.out_of_patience:
                         break
-    stop.unsaved = jax.process_count() > 1  # The others would wait for one that ended alone.
+    stop.unsaved = jax.process_count() > 1  # Other processes would wait for one that exits alone.
     if processes.any_process(stop.is_set()):
         raise preemption.Stopped("stopped after training: start again for the result")
     embeddings = epochs.embeddings
@@ -83,10 +83,10 @@ def train(
 
 
 def _steps_late(experiment: Experiment) -> int:
-    """Returns how many steps late a step is looked at, so that accelerators never wait for it.
+    """Returns after how many later steps the metrics of a step are read.
 
-    CPUs do wait. There, each step in flight holds its own temporary memory from the time when it
-    is dispatched, and steps are long beside what the host does between them.
+    The delay keeps accelerators busy. On CPUs there is none: each dispatched step holds its own
+    temporary memory there, and steps take long compared with the work between them.
     """
     return 0 if sharding.on_cpu(experiment.mesh) else _STEPS_IN_FLIGHT
 
@@ -94,7 +94,7 @@ def _steps_late(experiment: Experiment) -> int:
 def _start(
     experiment: Experiment, workdir: Path, checkpoints: checkpoint.Checkpoints
 ) -> tuple[TrainState, int]:
-    """Returns the state to train from, and how many steps are done in it."""
+    """Returns the state to train from, and the number of steps done."""
     latest = checkpoints.latest
     if latest is not None:
         return checkpoints.restore(latest, abstract_state(experiment)), latest
@@ -106,7 +106,7 @@ def _start(
             params={**state.params, "embedder": forked["params"]},
             batch_stats=forked["batch_stats"],
         )
-        checkpoints.save(0, state, None)  # From here on the other run is not needed.
+        checkpoints.save(0, state, None)  # From now on the other run is not needed.
     return state, 0
 
 
@@ -125,15 +125,15 @@ class _Epochs:
         self._writer, self._checkpoints = writer, checkpoints
         self._began, self._first_step = time.perf_counter(), start
         self.embeddings: dict[str, np.ndarray] | None = None
-        """Of the latest evaluation, on the selection split."""
+        """Embeddings of the selection split in the latest evaluation."""
 
     def finish(self, step: int, state: TrainState, stops: bool) -> None:
-        """Logs the epoch that ends with a step; evaluates and saves as often as the config says.
+        """Logs an epoch, and evaluates and saves at the configured intervals.
 
         Args:
-            step: steps done.
-            state: after the step.
-            stops: whether the run stops here, and so has to be saved.
+            step: number of steps done.
+            state: state after the step.
+            stops: whether the run stops after this epoch and must be saved.
         """
         config, trained = self._experiment.config, time.perf_counter()
         metrics = _epoch_metrics(self._experiment, state, step)

@@ -1,9 +1,9 @@
-"""Whether a run's steps fit into the memory that is free, and which settings would make them fit.
+"""The memory check: whether a run fits into free memory, and which settings would make it fit.
 
-A compiled program says how much memory it needs. That is compared with what is free before the
-first step, because what does not fit ends otherwise with a process that the kernel kills.
+A compiled program states how much memory it needs. This is compared with the free memory before the
+first step, because the kernel would kill a process that needs more.
 
-Not counted, because it is not known before: images that `config.data.cache=host` keeps.
+Images kept by `config.data.cache=host` are not included, since their size is not known in advance.
 """
 
 import math
@@ -23,7 +23,7 @@ from dml_jax.training.builder import Experiment
 from dml_jax.training.config import parse, to_config_dict
 
 _PROGRAM = 500_000_000
-"""Bytes for what a run allocates on the host besides its steps and a copy of the state.
+"""Bytes that a run allocates on the host besides its steps and a copy of the state.
 
 Measured with a ResNet-18 (512 dimensions, batches of 64 images of 128 pixels): 0.1 GB resident, and
 0.6 GB of address space with a copy of the state of 0.14 GB.
@@ -31,45 +31,45 @@ Measured with a ResNet-18 (512 dimensions, batches of 64 images of 128 pixels): 
 _WORKER = 250_000_000
 """Bytes of a process that decodes images; 275 MB were resident, some of them shared."""
 _KEPT = 4
-"""How many times a program may keep the memory of a step; see `runtime.prepare`. 3 were seen."""
-_SLACK = 1.25  # By how much a guess of what a program would need may be too low.
-_PARTS = 8
-"""Parts beyond these are not proposed: the time to compile grows with them."""
-_SIZES = 32  # Image sizes that are proposed are multiples of it.
+"""How many times a program may hold the memory of a step; see `runtime.prepare`. 3 were seen."""
+_SLACK = 1.25  # Factor by which an estimate of the memory of a program may be too low.
+_MAX_SPLIT = 8
+"""Largest factor of the number of micro-batches that is proposed: compile time grows with it."""
+_SIZE_STEP = 32  # Proposed image sizes are multiples of this.
 
 
 class Need(NamedTuple):
     """Bytes that a run needs on each device."""
 
     fixed: int
-    """What a step is given: the state and a batch."""
+    """Arguments of a step: the state and a batch."""
     temporary: int
-    """What a step needs besides, or an evaluation if that is more."""
+    """Temporary memory and new outputs of a step, or of an evaluation if that needs more."""
 
     @property
     def total(self) -> int:
-        """What is needed while a step is taken."""
+        """Memory needed during a step."""
         return self.fixed + self.temporary
 
 
 class Room(NamedTuple):
-    """Memory that a device's share of the run may take."""
+    """Free memory for a device's share of the run."""
 
     size: int | float
     """Bytes."""
     where: str
-    """What sets this bound, in words."""
+    """Description of the memory that sets this bound."""
 
 
 def check(built: Experiment, workdir: Path) -> None:
-    """Makes sure that a run fits into memory; compiles its step, which is not compiled again.
+    """Checks that a run fits into memory; compiles its step, which training reuses.
 
     Args:
-        built: the run.
-        workdir: the run's: one that goes on may change some settings only.
+        built: the experiment of the run.
+        workdir: directory of the run; if it is resumed, only settings that may change are proposed.
 
     Raises:
-        ValueError: it does not fit; names the settings with which it would.
+        ValueError: the run does not fit; the message proposes settings with which it would.
     """
     needed = need(built)
     runtime.trim_memory()
@@ -83,15 +83,15 @@ def check(built: Experiment, workdir: Path) -> None:
     where = room.where if tightest else "another process has less"
     problem = (
         f"a training step needs {_gb(needed.total)} of memory on each device, but only "
-        f"{_gb(max(smallest, 0.0))} can be had for it: {where}"
+        f"{_gb(max(smallest, 0.0))} is available: {where}"
     )
     logging.warning("%s; compiling other settings to find some that fit", problem)
     fitting = _fitting(built, workdir, needed, smallest)
     if fitting:
-        advice = "Any one of these lines would fit:\n" + "\n".join(fitting)
+        advice = "With any one of these lines it fits:\n" + "\n".join(fitting)
     else:
         advice = (
-            "No other image size, number of parts or way to store activations was found to fit: "
+            "No image size, number of micro-batches or rematerialisation was found to fit: "
             "choose a smaller config.model.backbone, config.batch_size or config.memvir.num_steps, "
             "fewer config.data.num_workers, or a machine with more memory"
         )
@@ -99,10 +99,10 @@ def check(built: Experiment, workdir: Path) -> None:
 
 
 def need(built: Experiment) -> Need:
-    """What a run needs on each device, as its compiled programs tell.
+    """Returns the memory that a run needs on each device, according to its compiled programs.
 
     Args:
-        built: the run.
+        built: the experiment of the run.
     """
     state, batch = builder.abstract_state(built), builder.abstract_batch(built)
     step = built.take_step.compile(state, batch).memory_analysis()
@@ -112,11 +112,11 @@ def need(built: Experiment) -> Need:
     )
     embed = built.network.embed.lower(built.network.variables_shape, images).compile()
     evaluation = embed.memory_analysis()
-    if step is None or evaluation is None:  # Some backends do not tell.
+    if step is None or evaluation is None:  # Some backends do not report it.
         return Need(0, 0)
     new = step.output_size_in_bytes - step.alias_size_in_bytes
-    given = rows * size * size * 3 // built.mesh.size
-    embedding = given + evaluation.temp_size_in_bytes + evaluation.output_size_in_bytes
+    pixels = rows * size * size * 3 // built.mesh.size
+    embedding = pixels + evaluation.temp_size_in_bytes + evaluation.output_size_in_bytes
     return Need(
         fixed=step.argument_size_in_bytes,
         temporary=max(step.temp_size_in_bytes + new, in_flight(built.mesh) * embedding),
@@ -124,10 +124,10 @@ def need(built: Experiment) -> Need:
 
 
 def free_room(built: Experiment) -> Room:
-    """The memory that each device's share of a run may take, before the state is made.
+    """Returns the free memory for each device's share of a run, before the state is created.
 
     Args:
-        built: the run, whose images may be on the devices already.
+        built: the experiment of the run, whose images may be on the devices already.
     """
     state = builder.abstract_state(built)
     shares = len(built.mesh.local_devices) if sharding.on_cpu(built.mesh) else 0
@@ -136,27 +136,27 @@ def free_room(built: Experiment) -> Room:
     workers = _WORKER * built.config.data.num_workers * (built.config.data.cache == "none")
     rooms = [
         *(
-            _room(place, free, shares * sharing, (program + workers) * sharing)
-            for place, free in free_memory.of_host().items()
+            _room(where, free, shares * sharing, (program + workers) * sharing)
+            for where, free in free_memory.of_host().items()
         ),
-        *(_room(place, free, shares, program) for place, free in free_memory.of_process().items()),
+        *(_room(where, free, shares, program) for where, free in free_memory.of_process().items()),
         *(
             _room(f"device {device.id}", stats["bytes_limit"] - stats["bytes_in_use"], 1, 0)
             for device in built.mesh.local_devices
             if "bytes_limit" in (stats := device.memory_stats() or {})
         ),
-        Room(math.inf, "nothing is known of memory"),
+        Room(math.inf, "no limit is known"),
     ]
-    # The images are among what a step is given, and take nothing that is still free.
+    # Cached images are arguments of the step, and no longer count as free.
     cache = built.cache("train")
-    there = 0 if cache is None else cache.images.nbytes // built.mesh.size
+    cached = 0 if cache is None else cache.images.nbytes // built.mesh.size
     tightest = min(rooms)
-    return tightest._replace(size=tightest.size + there)
+    return tightest._replace(size=tightest.size + cached)
 
 
-def _room(place: str, free: int, shares: int, rest: int) -> Room:
-    """What each of `shares` devices may take of a place where `rest` is for other things."""
-    where = f"{place} has {_gb(free)} free"
+def _room(where: str, free: int, shares: int, rest: int) -> Room:
+    """Returns what each of `shares` devices may use of free memory after `rest` is reserved."""
+    where = f"{where} has {_gb(free)} free"
     if rest:
         where += f", of which the rest of the program needs {_gb(rest)}"
     if shares > 1:
@@ -172,7 +172,7 @@ def _on_device(x: jax.ShapeDtypeStruct) -> int:
 
 
 def _fitting(built: Experiment, workdir: Path, needed: Need, room: int | float) -> list[str]:
-    """The settings, of at most five that are compiled, with which a run fits."""
+    """Returns settings with which a run fits, of at most five that are compiled."""
     alone = list(_candidates(built, needed, room))
     fitting = [settings for settings in alone if _fits(built, workdir, settings, room)]
     together = {name: value for settings in alone for name, value in settings.items()}
@@ -185,38 +185,38 @@ def _fitting(built: Experiment, workdir: Path, needed: Need, room: int | float) 
 
 
 def _candidates(built: Experiment, needed: Need, room: int | float) -> Iterator[Mapping[str, Any]]:
-    """Changes that could make a run fit, those first that change its results least."""
+    """Yields changes of settings that could make a run fit, ordered by their effect on results."""
     config, memory = built.config, built.state_shape.memory
     if memory is not None and config.memvir.dtype == "float32":
-        places = jax.tree.leaves(builder.abstract_state(built).memory)
-        if needed.total - sum(map(_on_device, places)) / 2 <= room:
+        arrays = jax.tree.leaves(builder.abstract_state(built).memory)
+        if needed.total - sum(map(_on_device, arrays)) / 2 <= room:
             yield {"memvir.dtype": "bfloat16"}
-    may_take = (room - needed.fixed) / _SLACK
-    if may_take <= 0:
+    available = (room - needed.fixed) / _SLACK
+    if available <= 0:
         return
     if not config.model.remat:
         yield {"model.remat": True}
-    times = needed.temporary / may_take
-    for count in range(config.micro_batches + 1, _PARTS * config.micro_batches + 1):
-        shared = config.batch_size % (count * built.mesh.size) == 0
-        if shared and count >= times * config.micro_batches:
+    times = needed.temporary / available
+    for count in range(config.micro_batches + 1, _MAX_SPLIT * config.micro_batches + 1):
+        divisible = config.batch_size % (count * built.mesh.size) == 0
+        if divisible and count >= times * config.micro_batches:
             yield {"micro_batches": count}
             break
-    size = int(config.data.image_size / math.sqrt(times)) // _SIZES * _SIZES
+    size = int(config.data.image_size / math.sqrt(times)) // _SIZE_STEP * _SIZE_STEP
     if 0 < size < config.data.image_size:
         resize = round(config.data.resize * size / config.data.image_size)
         yield {"data.image_size": size, "data.resize": resize}
 
 
 def _fits(built: Experiment, workdir: Path, settings: Mapping[str, Any], room: int | float) -> bool:
-    """Whether a run with some other settings is allowed, and needs no more than the room."""
+    """Returns whether a run with other settings is allowed and fits into the room."""
     changed = to_config_dict(built.config)
     changed.update_from_flattened_dict(settings)
     try:
         config = parse(changed)
         resume.check(workdir, config)
         other = builder.build(config, built.mesh, built.inspection)
-    except ValueError:  # The run in the workdir, or the backbone, does not allow it.
+    except ValueError:  # The resumed run or the backbone does not allow it.
         return False
     return -processes.minimum(-need(other._replace(cache=built.cache)).total) <= room
 

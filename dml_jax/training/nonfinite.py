@@ -1,4 +1,4 @@
-"""Watches the steps for numbers that are not finite, and reports them."""
+"""The nonfinite watch: detects and reports skipped steps."""
 
 import collections
 import math
@@ -18,17 +18,17 @@ from dml_jax.training.step import StepMetrics
 from dml_jax.training.trackers import Tracker
 
 
-def describe(experiment: Experiment, step: int, observed: StepMetrics) -> dict[str, Any]:
-    """What led to a step that could not be taken, to be written as JSON.
+def describe(experiment: Experiment, step: int, metrics: StepMetrics) -> dict[str, Any]:
+    """Returns a description of a nonfinite step, to be written as JSON.
 
     Args:
-        experiment: the run's.
-        step: how many steps were done after it.
-        observed: of that step, on the host.
+        experiment: experiment of the run.
+        step: number of steps done after the nonfinite one.
+        metrics: step metrics of the nonfinite step, on the host.
 
     Returns:
-        Numbers by name, those that are not finite as strings. The arrays of the parameters are
-        ordered by their gradients, the worst first.
+        Values by name, nonfinite numbers as strings. Parameter arrays are ordered by decreasing
+        norm of their gradients.
     """
     config, train = experiment.config, experiment.sources["train"]
     order = data.Order(train.labels, config.batch_size, config.data.n_instance, config.seed)
@@ -40,36 +40,36 @@ def describe(experiment: Experiment, step: int, observed: StepMetrics) -> dict[s
         )
         for (path, _), gradient, parameter in zip(
             jax.tree.leaves_with_path(experiment.state_shape.params),
-            observed.gradient_norms,
-            observed.parameter_norms,
+            metrics.gradient_norms,
+            metrics.parameter_norms,
             strict=True,
         )
     ]
-    arrays.sort(key=lambda one: _badness(one[1]["gradient"]), reverse=True)
+    arrays.sort(key=lambda item: _gradient_order(item[1]["gradient"]), reverse=True)
     return {
         "step": step,
         "epoch": (step - 1) // experiment.steps_per_epoch + 1,
-        "in_a_row": int(observed.skipped.in_a_row),
+        "in_a_row": int(metrics.skipped.in_a_row),
         "learning_rate": rate,
         "proxy_learning_rate": proxy_rate,
-        "loss": _json(float(observed.loss)),
-        "gradient_norm": _json(float(observed.gradient_norm)),
+        "loss": _json(float(metrics.loss)),
+        "gradient_norm": _json(float(metrics.gradient_norm)),
         "images": [train.where(index) for index in order(step - 1).tolist()],
         "norms": {path: {of: _json(norm) for of, norm in norms.items()} for path, norms in arrays},
     }
 
 
-def _badness(norm: float) -> float:
+def _gradient_order(norm: float) -> float:
     return math.inf if math.isnan(norm) else norm
 
 
 def _json(number: float) -> float | str:
-    """JSON knows no number that is not finite."""
+    """Returns a value for JSON, which has no nonfinite numbers."""
     return number if math.isfinite(number) else str(number)
 
 
 class Watch:
-    """Looks at the metrics of each step, some steps late, and reports those that were skipped."""
+    """Reads the metrics of each step with a delay, logs them, and reports nonfinite steps."""
 
     def __init__(
         self,
@@ -79,41 +79,41 @@ class Watch:
         checkpoints: Checkpoints,
         steps_late: int,
     ) -> None:
-        """Starts without any step.
+        """Creates a watch with no pending steps.
 
         Args:
-            experiment: the run's.
-            workdir: the run's.
-            writer: is told of each step that was taken.
-            checkpoints: the run's, named in the error.
-            steps_late: how many later steps are put before a step is looked at.
+            experiment: experiment of the run.
+            workdir: directory of the run.
+            writer: tracker that logs the steps that are not skipped.
+            checkpoints: checkpoints of the run; the error names the latest.
+            steps_late: number of later steps that are put before a step is checked.
         """
-        self._experiment, self._folder = experiment, workdir
+        self._experiment, self._workdir = experiment, workdir
         self._writer, self._checkpoints = writer, checkpoints
         self._steps_late = steps_late
-        self._waiting: collections.deque[tuple[int, StepMetrics]] = collections.deque()
+        self._pending: collections.deque[tuple[int, StepMetrics]] = collections.deque()
 
     def put(self, step: int, metrics: StepMetrics) -> None:
-        """Takes the metrics of a step, and looks at those of an earlier one.
+        """Adds the metrics of a step, and checks those of an earlier one.
 
         Args:
-            step: steps done after it.
-            metrics: on the devices.
+            step: number of steps done after it.
+            metrics: step metrics, on the devices.
 
         Raises:
-            FloatingPointError: more steps in a row than the config allows were not finite.
+            FloatingPointError: more consecutive steps than the config allows were nonfinite.
         """
-        self._waiting.append((step, metrics))
-        if len(self._waiting) > self._steps_late:
-            self._look()
+        self._pending.append((step, metrics))
+        if len(self._pending) > self._steps_late:
+            self._check_next()
 
     def drain(self) -> None:
-        """Looks at all steps that are waiting; raises as `put` does."""
-        while self._waiting:
-            self._look()
+        """Checks all pending steps; raises as `put` does."""
+        while self._pending:
+            self._check_next()
 
-    def _look(self) -> None:
-        step, metrics = self._waiting.popleft()
+    def _check_next(self) -> None:
+        step, metrics = self._pending.popleft()
         metrics = jax.device_get(metrics)
         if metrics.skipped.in_a_row:
             self._skipped(step, metrics)
@@ -122,24 +122,28 @@ class Watch:
             self._writer.step(step, loss=float(metrics.loss), learning_rate=rate)
 
     def _skipped(self, step: int, metrics: StepMetrics) -> None:
-        described = describe(self._experiment, step, metrics)
-        file = self._folder / run_directory.NOT_FINITE
-        more = f"{file} tells more"
+        description = describe(self._experiment, step, metrics)
+        file = self._workdir / run_directory.NOT_FINITE
+        details = f"see {file}"
         if processes.is_first_process():
             try:
-                write_json(file, described)
-            except OSError as error:  # The steps must be reported even if the file cannot be.
-                more = f"{file} could not be written: {error}"
+                write_json(file, description)
+            except OSError as error:  # The step must be reported even if the file is not written.
+                details = f"{file} could not be written: {error}"
         message = (
-            f"step {step} leads to numbers that are not finite: its loss is {described['loss']}, "
-            f"the norm of its gradient {described['gradient_norm']} (learning rate "
-            f"{described['learning_rate']:g}); {more}"
+            f"step {step} leads to nonfinite values: its loss is {description['loss']}, "
+            f"the norm of its gradient {description['gradient_norm']} (learning rate "
+            f"{description['learning_rate']:g}); {details}"
         )
-        if described["in_a_row"] <= self._experiment.config.skip_nonfinite:
+        if description["in_a_row"] <= self._experiment.config.skip_nonfinite:
             logging.warning("%s; it is skipped", message)
             return
         latest = self._checkpoints.latest
         raise FloatingPointError(
-            f"{message}; the last good checkpoint is "
-            + ("none yet" if latest is None else f"that of step {latest}")
+            f"{message}; "
+            + (
+                "there is no checkpoint yet"
+                if latest is None
+                else f"the last good checkpoint is that of step {latest}"
+            )
         )

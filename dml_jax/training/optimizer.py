@@ -1,4 +1,4 @@
-"""Optimizers over embedder and proxies, to the letter of torch's, with the official step decay."""
+"""Optimizers of embedder and proxies with the update rules of torch, and their settings."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
@@ -136,23 +136,23 @@ class OptimizerConfig:
 def create(
     config: OptimizerConfig, *, steps_per_epoch: int, freeze_bn_affine: bool = False
 ) -> tuple[optax.GradientTransformationExtraArgs, Callable[[int], tuple[float, float]]]:
-    """Makes the optimizer of a tree `{"embedder": ..., "proxies": ...}`.
+    """Returns the optimizer of parameters `{"embedder": ..., "proxies": ...}` and its schedule.
 
-    Every parameter, proxies too, decays: weight_decay * parameter joins its gradient, or, in
-    adamw, its step before the learning rate multiplies it. The schedule multiplies the learning
-    rates of both groups.
+    Weight decay applies to every parameter, proxies too: weight_decay * parameter is added to the
+    gradient or, in adamw, to the update before it is multiplied by the learning rate. The schedule
+    multiplies the learning rates of both groups.
 
     Args:
-        config: the settings.
+        config: settings of the optimizer.
         steps_per_epoch: optimizer steps in an epoch.
-        freeze_bn_affine: whether scale and bias of the batch normalisations stay as they are in
-            all epochs: no gradient, decay or state of the optimizer reaches them.
+        freeze_bn_affine: whether scale and bias of batch normalisation are frozen in all epochs,
+            without gradient, decay or optimizer state.
 
     Returns:
-        The transformation, whose updates are to be added to the parameters, and a function from a
-        step, counted from 0, to that step's learning rates of (embedder, proxies), which computes
-        on the host. `update` takes `step=` too: the schedule and `frozen_epochs` count the steps of
-        the run, skipped ones included; the optimizer's own counters count the updates it made.
+        The gradient transformation, and a function that returns the learning rates of (embedder,
+        proxies) at a step, counted from 0, computed on the host. `update` takes `step=` too: the
+        schedule and `frozen_epochs` count the steps of the run, including skipped ones; the
+        counters of the optimizer count its updates.
     """
     if config.schedule == schedules.STEP_DECAY:
         factor = schedules.step_decay(
@@ -191,14 +191,14 @@ def create(
 
 
 def _direction(name: str, eps: float, weight_decay: float) -> optax.GradientTransformationExtraArgs:
-    """What a gradient becomes before the learning rate multiplies it."""
+    """Returns the transformation of a gradient before it is multiplied by the learning rate."""
     decay = optax.add_decayed_weights(weight_decay)
     adam = optax.scale_by_adam(b1=0.9, b2=0.999, eps=eps)
     rms = optax.scale_by_rms(decay=0.99, eps=1e-8, eps_in_sqrt=False)
     directions = {
         "adam": (decay, adam),
         "adamw": (adam, decay),
-        # Like torch's, this momentum sums scaled gradients, and the learning rate comes last.
+        # As in torch, momentum sums scaled gradients, and the learning rate is applied last.
         "rmsprop": (decay, rms, optax.trace(decay=0.9)),
         "sgd": (decay, optax.trace(decay=0.9, nesterov=True)),
     }
@@ -206,7 +206,7 @@ def _direction(name: str, eps: float, weight_decay: float) -> optax.GradientTran
 
 
 def _descend(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """Multiplies by the negative rate of the step that is given, where optax counts updates."""
+    """Multiplies by the negative learning rate of the given step; optax would count updates."""
 
     def update(
         updates: PyTree, state: optax.OptState, params: PyTree = None, *, step: Int[Array, ""]
@@ -219,9 +219,9 @@ def _descend(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
 
 
 def _labels(params: Mapping[str, Any], parts: Collection[str]) -> dict[str, Any]:
-    """Which of the parts each parameter belongs to: "affine", "backbone" or "other".
+    """Returns the label of each parameter: "affine", "backbone" or "other".
 
-    A batch normalisation is the only layer that has a parameter called scale.
+    Batch normalisation is the only layer with a parameter named scale.
     """
     flat = flax.traverse_util.flatten_dict(params["embedder"])
     batch_norms = {path[:-1] for path in flat if path[-1] == "scale"}

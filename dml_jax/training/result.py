@@ -23,10 +23,10 @@ def write(
     """Exports the last embeddings of the test images, and writes and returns `result.json`.
 
     Args:
-        experiment: the run's.
-        workdir: the run's.
-        evaluated: metrics of the epochs that were evaluated.
-        embeddings: of the test images after the last epoch; see `Evaluator.embed`.
+        experiment: experiment of the run.
+        workdir: directory of the run.
+        evaluated: metrics of the evaluated epochs.
+        embeddings: embeddings of the test images after the last epoch; see `Evaluator.embed`.
     """
     last: Mapping[str, Any] = evaluated[-1]
     best: dict[str, Mapping[str, Any]] = {
@@ -34,7 +34,7 @@ def write(
         for metric in checkpoint.BEST.values()
     }
     if experiment.selection_split != "test":
-        last = _place(last) | experiment.evaluator.score(embeddings)
+        last = _position(last) | experiment.evaluator.score(embeddings)
         best = _best_on_test(experiment, workdir, evaluated)
     result = {
         "last": last,
@@ -56,16 +56,16 @@ def write(
 def _best_on_test(
     experiment: Experiment, workdir: Path, evaluated: Sequence[Mapping[str, Any]]
 ) -> dict[str, Mapping[str, Any]]:
-    """Returns the test scores of the best checkpoints, which other classes have chosen."""
+    """Returns the test scores of the best checkpoints, selected on the validation classes."""
     best: dict[str, Mapping[str, Any]] = {}
     with checkpoint.Checkpoints(workdir) as saved:
-        # Where the best one was damaged, the best of the others.
+        # The best intact checkpoints.
         steps = {name: saved.find(name) for name in checkpoint.BEST}
     for name, metric in checkpoint.BEST.items():
         (line,) = (line for line in evaluated if line["step"] == steps[name])
         _, variables = checkpoint.read_network(experiment.network, workdir, name)
         evaluator = experiment.evaluator
-        best[metric] = _place(line) | evaluator.score(evaluator.embed(variables, "test"))
+        best[metric] = _position(line) | evaluator.score(evaluator.embed(variables, "test"))
     return best
 
 
@@ -83,5 +83,5 @@ def _export(experiment: Experiment, workdir: Path, embeddings: Mapping[str, np.n
     projector.write(workdir, experiment.sources["test"], embeddings["test"])
 
 
-def _place(line: Mapping[str, Any]) -> dict[str, Any]:
+def _position(line: Mapping[str, Any]) -> dict[str, Any]:
     return {name: line[name] for name in ("step", "epoch")}

@@ -1,4 +1,4 @@
-"""Resume policy: whether a folder holds a run that may go on with a given configuration."""
+"""Resume policy: whether the run in a workdir may be resumed with a configuration."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -15,9 +15,9 @@ from dml_jax.training.config import Config, to_dict
 from dml_jax.training.origin import Origin
 from dml_jax.training.run_directory import (
     CONFIG,
-    INSPECTION,
     FORK,
     IMAGES,
+    INSPECTION,
     LOCK,
     ORIGIN,
     RESULT,
@@ -25,45 +25,46 @@ from dml_jax.training.run_directory import (
     read_result,
 )
 
-_FIRST = {CONFIG, IMAGES, INSPECTION, FORK, ORIGIN, LOCK}
+_WRITTEN_FIRST = {CONFIG, IMAGES, INSPECTION, FORK, ORIGIN, LOCK}
 
 
 def check(workdir: Path, config: Config) -> list[str]:
-    """Makes sure that a folder is new, or holds a run that may go on with a configuration.
+    """Checks that a workdir is new, or holds a run that may be resumed with a configuration.
 
     Args:
-        workdir: the folder; it need not exist.
-        config: the run's.
+        workdir: directory of the run; it need not exist.
+        config: configuration of the run.
 
     Returns:
-        Settings that have changed, and may.
+        The differences between the configurations, all of which are allowed.
 
     Raises:
-        ValueError: it holds another run, or something that is no run; every difference is named.
+        ValueError: the workdir holds other files, or a run whose configuration differs in settings
+            that may not change; the message names all of them.
     """
     path = workdir / CONFIG
     if not path.exists():
-        # A run that was killed when it began leaves at most these.
+        # A run that was killed at its start leaves at most these files.
         names = {x.name for x in workdir.iterdir()} if workdir.exists() else set()
-        if {name.removesuffix(PART_SUFFIX) for name in names} - _FIRST:
+        if {name.removesuffix(PART_SUFFIX) for name in names} - _WRITTEN_FIRST:
             raise UserError(
                 f"{workdir} holds files but no {CONFIG}, so it is not a run to resume; "
                 "choose a new folder for --workdir"
             )
         return []
-    there, here = read_config(workdir).to_dict(), json.loads(json.dumps(to_dict(config)))
-    differences = list(_differences(there, here))
-    free = tuple(_resumable(there, here))
-    _refuse(workdir, "configuration", [x for x in differences if not x.startswith(free)])
+    old, new = read_config(workdir).to_dict(), json.loads(json.dumps(to_dict(config)))
+    differences = list(_differences(old, new))
+    allowed = tuple(_resumable(old, new))
+    _refuse(workdir, "configuration", [x for x in differences if not x.startswith(allowed)])
     return differences
 
 
-def _resumable(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
-    """Yields the beginnings of the differences that a resumed run may have."""
+def _resumable(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the prefixes of the differences that are allowed on resume."""
     for described in describe(Config):
         resumable = described.about.resumable
         if callable(resumable):
-            resumable = resumable(*(_group_of(described.path, x) for x in (there, here)))
+            resumable = resumable(*(_group_of(described.path, x) for x in (old, new)))
         if resumable:
             yield from (f"{described.path}.", f"{described.path}:")
 
@@ -75,27 +76,29 @@ def _group_of(path: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def check_images(workdir: Path, images: Mapping[str, Any]) -> None:
-    """Makes sure that the run in a folder, if there is one, has the same images.
+    """Checks that the run in a workdir, if there is one, has the same images.
 
     Args:
-        workdir: the folder; it need not exist.
-        images: of the run; see `fingerprints`.
+        workdir: directory of the run; it need not exist.
+        images: fingerprints of the images; see `fingerprints`.
 
     Raises:
-        ValueError: it has others.
+        ValueError: the images differ.
     """
-    # A run that was killed when it began may have left those of images that have changed since.
-    there = read_json(workdir / IMAGES) if (workdir / CONFIG).exists() else None
-    if there is not None:
-        _refuse(workdir, "set of images", list(_differences(there, images, "images")))
+    # Without a config, the file was left by a run that was killed at its start.
+    recorded = read_json(workdir / IMAGES) if (workdir / CONFIG).exists() else None
+    if recorded is not None:
+        _refuse(workdir, "set of images", list(_differences(recorded, images, "images")))
 
 
 def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
-    """The result of a run that has nothing more to do; says which settings come too late for it.
+    """Returns the result of a finished run, or None; logs changed settings without effect.
+
+    A run is not finished if it is given more epochs, or more patience after it stopped early.
 
     Args:
-        workdir: the run's.
-        config: the run's, perhaps with more epochs or another patience than it has had.
+        workdir: directory of the run.
+        config: configuration of the run, perhaps changed.
 
     Raises:
         ValueError: see `check`.
@@ -104,14 +107,14 @@ def finished(workdir: Path, config: Config) -> dict[str, Any] | None:
     result = read_result(workdir)
     if result is None:
         return None
-    if result["last"]["epoch"] < config.epochs:  # Either it has lost its patience, or goes on.
+    if result["last"]["epoch"] < config.epochs:  # It stopped early, or now has more epochs.
         longer = ("config.epochs:", "config.evaluation.patience:")
         if any(difference.startswith(longer) for difference in changed):
             return None
     for difference in changed:
-        logging.warning("the run is finished and stays as it is, without another %s", difference)
+        logging.warning("the run is finished; the change has no effect: %s", difference)
     if any(difference.startswith("config.evaluation.") for difference in changed):
-        logging.warning("scripts/evaluate.py scores its checkpoints in other ways")
+        logging.warning("use scripts/evaluate.py to score its checkpoints with other settings")
     return result
 
 
@@ -123,23 +126,23 @@ def claim(
     fork_from: Path | None = None,
     origin: Origin | None = None,
 ) -> None:
-    """Writes into a folder what run it holds, or with which settings it goes on.
+    """Records a new run in its workdir, or the changed settings of a resumed one.
 
     Args:
-        workdir: the run's, locked; it is made if there is none.
-        config: the run's.
-        images: of the run; see `fingerprints`.
-        inspection: what was found in them.
-        fork_from: the run that a new one gets its weights from.
-        origin: of the configuration, for the report.
+        workdir: directory of the run, locked; it is created if it does not exist.
+        config: configuration of the run.
+        images: fingerprints of the images; see `fingerprints`.
+        inspection: inspection report of the images.
+        fork_from: directory of the run that a new run is forked from.
+        origin: origin of the configuration, for the report.
 
     Raises:
-        ValueError: see `check` and `check_images`; another process may just have begun a run.
+        ValueError: see `check` and `check_images`; another process may just have started a run.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     changed = check(workdir, config)
     for difference in changed:
-        logging.warning("goes on with another %s", difference)
+        logging.warning("resumed with a changed setting: %s", difference)
     if images is not None:
         check_images(workdir, images)
         write_json(workdir / IMAGES, images)
@@ -147,12 +150,12 @@ def claim(
         write_json(workdir / INSPECTION, inspection._asdict())
     is_new = not (workdir / CONFIG).exists()
     if is_new:
-        # One that was killed when it began may have left another.
+        # A run that was killed at its start may have left one.
         (workdir / FORK).unlink(missing_ok=True)
         if fork_from is not None:
             write_json(workdir / FORK, {"from": str(fork_from)})
         (workdir / ORIGIN).unlink(missing_ok=True)
-    # A run that goes on has no result yet.
+    # A resumed run has no result yet.
     (workdir / RESULT).unlink(missing_ok=True)
     if origin is not None and (is_new or changed):
         write_json(workdir / ORIGIN, origin.to_json())
@@ -163,14 +166,14 @@ def claim(
 def _refuse(workdir: Path, what: str, differences: list[str]) -> None:
     if differences:
         raise UserError(
-            f"{workdir} holds a run of another {what}; choose another --workdir, or go back to:\n"
+            f"{workdir} holds a run with another {what}; choose another --workdir, or undo:\n"
             + "\n".join(f"  {line}" for line in differences)
         )
 
 
-def _differences(there: Any, here: Any, path: str = "config") -> Iterator[str]:
-    if isinstance(there, dict) and isinstance(here, dict):
-        for name in sorted(there.keys() | here.keys()):
-            yield from _differences(there.get(name), here.get(name), f"{path}.{name}")
-    elif there != here:
-        yield f"{path}: {there!r} there, {here!r} now"
+def _differences(old: Any, new: Any, path: str = "config") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(name), new.get(name), f"{path}.{name}")
+    elif old != new:
+        yield f"{path}: {old!r} before, {new!r} now"

@@ -1,4 +1,4 @@
-"""A whole run, from a configuration to its result."""
+"""A complete run, from a configuration to its result."""
 
 import contextlib
 import dataclasses
@@ -33,26 +33,26 @@ def train(
     fork_from: Path | None = None,
     origin: Origin | None = None,
 ) -> dict[str, Any]:
-    """Trains what a configuration says, goes on with it, or finds that it is done.
+    """Trains a run to its end, or resumes it, and returns its result.
 
     Args:
-        config: a whole config.
-        workdir: the run's, new or with an earlier part of this run in it.
-        overview: whether to print the network's parameters first.
-        fork_from: another run's workdir: a new run starts with its network, from its last
-            checkpoint, and with nothing else of it.
+        config: all settings.
+        workdir: directory of the run: new, or that of the run to resume.
+        overview: whether to print a table of the parameters first.
+        fork_from: directory of another run. A new run starts with the network of its last
+            checkpoint; nothing else is taken from it.
         origin: config file and variant of the configuration, recorded for the report.
 
     Returns:
         The contents of `result.json`.
 
     Raises:
-        Stopped: the process was asked to; started again, the run goes on.
-        ValueError: a setting or an image is wrong, or a step does not fit into memory, or the
-            workdir holds another run, or another process trains in it.
-        FileNotFoundError: images or weights are not where the config says.
+        Stopped: the process was asked to stop; call again to resume.
+        ValueError: a setting or an image is invalid, a step does not fit into memory, the workdir
+            holds another run, or another process trains in it.
+        FileNotFoundError: images or weights are not at the configured path.
         ModuleNotFoundError: the config names a tracker that is not installed.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss or its gradient became nonfinite.
     """
     fork = forked_from(workdir, fork_from)
     settings = _resolved(parse(config), forked=fork is not None)
@@ -61,12 +61,13 @@ def train(
         return result
     trackers.check(settings)
     if settings.deterministic:
-        # Read when JAX first looks for its devices.
-        wanted, given = "--xla_gpu_deterministic_ops=true", os.environ.get("XLA_FLAGS", "")
-        if wanted not in given:
-            os.environ["XLA_FLAGS"] = f"{given} {wanted}"
-    with preemption.listening() as asked, contextlib.ExitStack() as held:
-        asked.unsaved = jax.process_count() > 1  # The others would wait for one that ended alone.
+        # JAX reads the flags when it initialises its devices.
+        flag, flags = "--xla_gpu_deterministic_ops=true", os.environ.get("XLA_FLAGS", "")
+        if flag not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {flag}"
+    with preemption.listening() as stop, contextlib.ExitStack() as lock:
+        # Other processes would wait for one that exits alone.
+        stop.unsaved = jax.process_count() > 1
         inspection = run_directory.read_inspection(workdir)
         built = builder.build(settings, sharding.make_mesh(), inspection)
         if overview and processes.is_first_process():
@@ -74,7 +75,7 @@ def train(
         images = run_directory.fingerprints(built.sources)
         resume.check_images(workdir, images)
         if not (workdir / run_directory.CONFIG).exists():
-            # So that bad ones are told before anything is written.
+            # Errors in the weights are raised before anything is written.
             builder.load_pretrained(settings.model)
             if fork is not None:
                 read_fork(built.network, fork)
@@ -83,19 +84,19 @@ def train(
         processes.wait_for_all("checked")
 
         def claim() -> None:
-            held.enter_context(run_directory.locked(workdir))
+            lock.enter_context(run_directory.locked(workdir))
             resume.claim(workdir, settings, images, built.inspection, fork, origin)
 
         processes.in_first_process(claim)
-        return loop.train(built, workdir, asked)
+        return loop.train(built, workdir, stop)
 
 
 def _resolved(config: Config, *, forked: bool) -> Config:
-    """Returns the config as it is recorded, with absolute paths."""
-    place = pretrained.NONE if forked else pretrained.absolute(config.model.pretrained)
+    """Returns the config with absolute paths, and without pretrained weights for a fork."""
+    weights = pretrained.NONE if forked else pretrained.absolute(config.model.pretrained)
     root = str(Path(config.data.root).absolute()) if config.data.root else ""
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, pretrained=place),
+        model=dataclasses.replace(config.model, pretrained=weights),
         data=dataclasses.replace(config.data, root=root),
     )

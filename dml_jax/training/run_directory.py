@@ -1,4 +1,4 @@
-"""What a run's folder holds, and whether a folder is this run's."""
+"""The files of a run, and the lock of its workdir."""
 
 import contextlib
 import fcntl
@@ -34,23 +34,23 @@ ORIGIN = "origin.json"
 WANDB = "wandb.json"
 MLFLOW = "mlflow.json"
 PROJECTOR = "projector"
-PROJECTOR_CONFIG = "projector_config.pbtxt"  # Under this name TensorBoard looks for it.
+PROJECTOR_CONFIG = "projector_config.pbtxt"  # The name that TensorBoard reads.
 LOCK = ".lock"
 
 
 def read_result(workdir: Path) -> dict[str, Any] | None:
-    """The result of a finished run; None if there is none."""
+    """Returns the result of a finished run; None if there is none."""
     return read_json(workdir / RESULT)
 
 
 def read_inspection(workdir: Path) -> data.InspectionReport | None:
-    """What the run found in its images before it began; None if it has not begun."""
-    found = read_json(workdir / INSPECTION) if (workdir / CONFIG).exists() else None
-    return None if found is None else data.InspectionReport.from_json(found)
+    """Returns the inspection report of the images of a run; None if the run has not begun."""
+    report = read_json(workdir / INSPECTION) if (workdir / CONFIG).exists() else None
+    return None if report is None else data.InspectionReport.from_json(report)
 
 
 def seconds(workdir: Path) -> float:
-    """How long a run has trained and evaluated, all its interruptions left out."""
+    """Returns how many seconds a run has trained and evaluated, without interruptions."""
     return sum(
         line["train_seconds"] + line["evaluation_seconds"]
         for line in read_json_lines(workdir / TIMINGS)
@@ -58,38 +58,38 @@ def seconds(workdir: Path) -> float:
 
 
 def fingerprints(sources: Mapping[str, data.Source]) -> dict[str, Any]:
-    """What tells one set of images from another: all their names, classes and sizes in bytes.
+    """Returns fingerprints of the images, which depend on all names, classes and sizes in bytes.
 
     Args:
-        sources: by split.
+        sources: sources by split.
 
     Returns:
-        For each split the numbers of images and classes, and a digest.
+        For each split, the numbers of images and classes, and a digest.
     """
-    made = {}
+    fingerprint = {}
     for split, source in sources.items():
         digest = hashlib.sha256(json.dumps(source.class_names).encode())
         for index, (name, label) in enumerate(zip(source.names, source.labels, strict=True)):
             digest.update(json.dumps([name, int(label), source.size(index)]).encode())
-        made[split] = {
+        fingerprint[split] = {
             "images": len(source),
             "classes": len(source.class_names),
             "digest": digest.hexdigest(),
         }
-    return made
+    return fingerprint
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Keeps other processes from writing into a run's folder, which is made if there is none.
+    """Locks a workdir against other processes, and creates it if it does not exist.
 
-    The system takes the lock back from a process that is killed.
+    The system releases the lock of a process that is killed.
 
     Args:
-        workdir: the run's.
+        workdir: directory of the run.
 
     Raises:
-        ValueError: another process has it.
+        ValueError: another process holds the lock.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / LOCK).open("a+", encoding="utf-8") as file:
@@ -98,11 +98,13 @@ def locked(workdir: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"another process is training in {workdir} ({file.read().strip()}); wait for its "
-                "end, or choose another --workdir"
+                f"another process is training in {workdir} ({file.read().strip()}); wait until "
+                "it ends, or choose another --workdir"
             ) from None
         except OSError as error:
-            logging.warning("%s cannot be locked (%s): start one process in it", workdir, error)
+            logging.warning(
+                "%s cannot be locked (%s): do not start another process in it", workdir, error
+            )
         with errors_with_path(workdir / LOCK):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -111,20 +113,20 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The configuration of the run in a folder.
+    """Returns the configuration of the run in a workdir.
 
     Raises:
         FileNotFoundError: there is no run.
     """
     path = workdir / CONFIG
-    read = read_json(path)
-    if read is None:
+    config = read_json(path)
+    if config is None:
         raise FileNotFoundError(f"{workdir} holds no run: there is no {path}")
-    return ConfigDict(read).lock()
+    return ConfigDict(config).lock()
 
 
 def read_origin(workdir: Path) -> Origin | None:
-    """Returns where the configuration of a run came from, or None if it was not recorded.
+    """Returns the origin of the configuration of a run; None if it was not recorded.
 
     Raises:
         ValueError: the file is damaged.

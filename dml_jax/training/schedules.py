@@ -1,6 +1,6 @@
-"""Learning-rate schedules: the official step decay, optax's, and a user's own.
+"""Learning-rate schedules: the official step decay, those of optax, and custom ones.
 
-A schedule gives the factor of both learning rates at a step.
+A schedule is a function of the step that returns the factor of both learning rates.
 """
 
 import inspect
@@ -19,7 +19,7 @@ STEP_DECAY = "step_decay"
 """The official schedule, set by `decay_rate`, `decay_epochs` and `decay_every`."""
 
 SCHEDULES: Registry[Callable[..., optax.Schedule]] = Registry("schedule")
-"""Functions of arguments to an `optax.Schedule`. `register` adds one, also from elsewhere."""
+"""Functions that return an `optax.Schedule`; `register` adds one."""
 
 register = SCHEDULES.register
 
@@ -38,21 +38,21 @@ for _name in (
     register(_name)(getattr(optax.schedules, _name))
 
 _FACTORS = {"value": 1.0, "init_value": 1.0, "peak_value": 1.0, "end_value": 0.0}
-# A warm-up starts from nothing.
+# A warm-up starts at 0.
 _WARM_UP_FACTORS = {**_FACTORS, "init_value": 0.0}
 
 
 def step_decay(
     rate: float, epochs: Sequence[int], every: int, steps_per_epoch: int
 ) -> Callable[[int | Int[Array, ""]], Any]:
-    """Returns the schedule that multiplies by `rate` at each decay.
+    """Returns a schedule that multiplies by `rate` at each decay.
 
-    It is computed where the step is: on the host for an int, else on the device.
+    It is computed on the host for a step of type int, otherwise on the device.
 
     Args:
         rate: factor at each decay.
-        epochs: that begin with a decay, counted from 1.
-        every: epochs from one decay to the next instead of `epochs`; 0 for none.
+        epochs: epochs that begin with a decay, counted from 1.
+        every: epochs between decays instead of `epochs`; 0 for none.
         steps_per_epoch: optimizer steps in an epoch.
     """
     # First steps of the epochs that begin with a decay.
@@ -70,16 +70,16 @@ def step_decay(
 def create(name: str, arguments: Mapping[str, Any], steps_per_epoch: int) -> optax.Schedule:
     """Returns a schedule by name.
 
-    Values that are left out are factors of the learning rate: 1 at the start or peak, 0 at the end
-    and at the start of a warm-up.
+    Values are factors of the learning rate. Their defaults are 1 at the start or peak, and 0 at the
+    end and at the start of a warm-up.
 
     Args:
-        name: in `SCHEDULES`, or the import path of a function that returns an `optax.Schedule`.
-        arguments: of the schedule. One that is called `..._steps` may be given as `..._epochs`.
+        name: name in `SCHEDULES`, or import path of a function that returns an `optax.Schedule`.
+        arguments: arguments of the schedule. Those named `..._steps` may be given as `..._epochs`.
         steps_per_epoch: optimizer steps in an epoch.
 
     Raises:
-        ValueError: unknown name or argument, or one is missing.
+        ValueError: unknown name, or unknown or missing argument.
     """
     make = SCHEDULES.get(name)
     parameters = inspect.signature(make).parameters
@@ -98,13 +98,13 @@ def create(name: str, arguments: Mapping[str, Any], steps_per_epoch: int) -> opt
         return make(**given)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"the schedule {name} cannot be made of {dict(arguments)}: {error}; its arguments are "
-            f"{', '.join(parameters)}, and those in steps may be given as ..._epochs"
+            f"the schedule {name} cannot be created with {dict(arguments)}: {error}; its arguments "
+            f"are {', '.join(parameters)}, and those named ..._steps may be given as ..._epochs"
         ) from None
 
 
 def on_host(schedule: optax.Schedule) -> Callable[[int], float]:
-    """Returns a schedule that computes on the host, also where transfers are forbidden."""
+    """Returns a schedule that computes on the host, also while transfers are disallowed."""
     cpu = jax.local_devices(backend="cpu")[0]
 
     def value(step: int) -> float:

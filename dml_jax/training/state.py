@@ -1,4 +1,4 @@
-"""The train state: everything that the next step depends on, and that a checkpoint holds."""
+"""The train state, which a checkpoint holds: everything that the next step depends on."""
 
 from typing import NamedTuple
 
@@ -17,23 +17,23 @@ PROXY_INITS = ("uniform_dim", "uniform_classes", "normal_dim", "normal_classes")
 
 @flax.struct.dataclass
 class EpochMetrics(metrics.Collection):
-    """Averages over the steps of the epoch that is under way."""
+    """Averages over the steps of the current epoch."""
 
     loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
     gradient_norm: metrics.Average.from_output("gradient_norm")  # type: ignore[valid-type]
 
 
 class Skipped(NamedTuple):
-    """Steps that changed nothing, because a number in them was not finite."""
+    """Counts of nonfinite steps, which were skipped."""
 
     total: Int[Array, ""]
-    """In the whole run."""
+    """Skipped steps of the run."""
     in_a_row: Int[Array, ""]
-    """Up to now, without one in between that was taken."""
+    """Skipped steps since the last step that was not skipped."""
 
 
 class TrainState(NamedTuple):
-    """The state before step `step`, counted from 0, which is also the input's position."""
+    """The state before step `step`, counted from 0; `step` is also the position of the input."""
 
     step: Int[Array, ""]
     params: PyTree
@@ -48,15 +48,15 @@ class TrainState(NamedTuple):
 def initial_proxies(
     key: PRNGKeyArray, *, init: str, shape: tuple[int, int]
 ) -> Float[Array, "proxies dim"]:
-    """Proxies before training.
+    """Returns the initial proxies.
 
     Args:
         key: a random key.
-        init: `uniform_dim` for U(-1/sqrt(dim), 1/sqrt(dim)), as Proxy Synthesis's authors start;
-            `uniform_classes` for U(-1/sqrt(proxies), 1/sqrt(proxies)) or `normal_dim` for
-            N(0, 2/dim), as MemVir's authors start Norm-SoftMax and Proxy-NCA; `normal_classes`
-            for N(0, 2/proxies), as Proxy-Anchor's authors do.
-        shape: how many proxies, and of what size.
+        init: one of `PROXY_INITS`. `uniform_dim` is U(-1/sqrt(dim), 1/sqrt(dim)), used by the
+            authors of Proxy Synthesis; `uniform_classes` is U(-1/sqrt(proxies), 1/sqrt(proxies))
+            and `normal_dim` N(0, 2/dim), used by the authors of MemVir with Norm-SoftMax and
+            Proxy-NCA; `normal_classes` is N(0, 2/proxies), used by the authors of Proxy-Anchor.
+        shape: number and dimension of the proxies.
 
     Returns:
         `[proxies, dim]`, float32.
@@ -80,17 +80,17 @@ def create(
     memory: memvir.Memory | None,
     backbone: PyTree | None = None,
 ) -> TrainState:
-    """The state before the first step.
+    """Returns the state before the first step.
 
     Args:
         key: a random key.
         embedder: the network.
-        optimizer: its optimizer.
+        optimizer: the optimizer of embedder and proxies.
         image_size: height and width of an image in pixels.
-        proxy_shape: the loss's, for the classes to train on.
+        proxy_shape: number and dimension of the proxies.
         proxy_init: see `initial_proxies`.
-        memory: MemVir's, empty; None without MemVir.
-        backbone: its variables, if they are not to be drawn.
+        memory: the empty memory of MemVir; None without MemVir.
+        backbone: pretrained variables of the backbone; None for random ones.
 
     Returns:
         A train state at step 0.
@@ -115,5 +115,5 @@ def create(
 
 
 def network_variables(train_state: TrainState) -> dict[str, PyTree]:
-    """The network's variables in a state, as `Network.embed` takes them."""
+    """Returns the variables of the network, as `Network.embed` takes them."""
     return {"params": train_state.params["embedder"], "batch_stats": train_state.batch_stats}

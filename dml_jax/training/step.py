@@ -1,4 +1,4 @@
-"""One training step, compiled: embed, synthesise, remember, differentiate, update."""
+"""The training step: embeddings, Proxy Synthesis, MemVir, loss, gradients and update."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -13,17 +13,17 @@ from dml_jax._utils import sharding
 from dml_jax.models import Embedder
 from dml_jax.training.state import EpochMetrics, Skipped, TrainState
 
-_VIEWS = 2**32 - 1  # Sets the random numbers of views apart from all others of a step.
+_VIEWS = 2**32 - 1  # Folded into the key of a step for the random views of its images.
 
 
 def images_of_batch(batch: Mapping[str, Array], key: PRNGKeyArray) -> Array:
-    """The images that a batch brings with it; nothing is random about them any more."""
+    """Returns the images of a batch, which the input pipeline has already augmented."""
     del key
     return batch["image"]
 
 
 class StepConfig(NamedTuple):
-    """What a step does, as opposed to what it does it to."""
+    """The constants of a training step: modules, hyper-parameters and lengths."""
 
     embedder: Embedder
     loss: losses.ProxyLoss
@@ -31,38 +31,41 @@ class StepConfig(NamedTuple):
     seed: int
     steps_per_epoch: int
     mixing_alpha: float
-    """Proxy Synthesis: weights come from Beta(alpha, alpha)."""
+    """Proxy Synthesis: mixing weights are drawn from Beta(alpha, alpha)."""
     mixing_ratio: float
     """Proxy Synthesis: synthetic classes per sample; 0 for none."""
     memory_warmup_steps: int
-    """MemVir: steps before the memory is used; of no effect where the state has no memory."""
+    """MemVir: steps before the memory is used; without effect if the state has no memory."""
     frozen_steps: int
-    """Steps at the beginning in which the backbone stays as it is, its batch statistics too."""
+    """First steps, in which the backbone and its batch statistics do not change."""
     micro_batches: int
-    """Equal parts in which a batch is embedded, one after another; see `embed`."""
+    """Number of equal parts in which a batch is embedded, one after another; see `embed`."""
     images: Callable[[Mapping[str, Array], PRNGKeyArray], Array] = images_of_batch
-    """From a batch and a key to the images to train on, `[batch, height, width, 3]`."""
+    """Function of a batch and a key that returns the images, `[batch, height, width, 3]`."""
 
 
 def embed(
     config: StepConfig, params: PyTree, batch_stats: PyTree, images: Num[Array, "batch h w 3"]
 ) -> tuple[Float[Array, "batch dim"], PyTree]:
-    """Embeds a batch as training does, with the memory that activations of one part need.
+    """Embeds a batch in training mode, one micro-batch after another.
 
-    The way back computes each part once more. Batch normalisation, where it is not frozen, goes by
-    the part's own statistics, and moves the running ones at each part.
+    Activations take the memory of one micro-batch; the backward pass rematerialises them. Batch
+    normalisation that is not frozen normalises each micro-batch by its own statistics, and updates
+    the running statistics once per micro-batch.
 
     Args:
-        config: how, and in how many parts.
-        params: the embedder's.
-        batch_stats: before the batch.
-        images: split by row, of which every part takes as many from every device.
+        config: embedder and number of micro-batches.
+        params: parameters of the embedder.
+        batch_stats: batch statistics before the batch.
+        images: sharded by row; each micro-batch takes equally many rows from every device.
 
     Returns:
         The embeddings, and the batch statistics after the batch.
     """
 
-    def embed_part(params: PyTree, batch_stats: PyTree, images: Array) -> tuple[Array, PyTree]:
+    def embed_micro_batch(
+        params: PyTree, batch_stats: PyTree, images: Array
+    ) -> tuple[Array, PyTree]:
         embeddings, updates = config.embedder.apply(
             {"params": params, "batch_stats": batch_stats},
             images,
@@ -73,14 +76,14 @@ def embed(
 
     count = config.micro_batches
     if count == 1:
-        return embed_part(params, batch_stats, images)
-    # A part is every count-th row: the same rows on any number of devices, and none has to move.
+        return embed_micro_batch(params, batch_stats, images)
+    # A micro-batch is every count-th row: the same rows on any number of devices, without transfer.
     parts = images.reshape(-1, count, *images.shape[1:])
-    # No loop of XLA's, in which convolutions' gradients are many times as slow on the CPU.
+    # Unrolled: in an XLA loop, gradients of convolutions are many times slower on the CPU.
     embeddings = []
     for part in range(count):
-        made, batch_stats = jax.checkpoint(embed_part)(params, batch_stats, parts[:, part])
-        # No part begins before the one before it has ended, nor on the way back.
+        made, batch_stats = jax.checkpoint(embed_micro_batch)(params, batch_stats, parts[:, part])
+        # Keeps micro-batches in sequence, in the backward pass too.
         params, batch_stats, made = jax.lax.optimization_barrier((params, batch_stats, made))
         embeddings.append(made)
     return jnp.stack(embeddings, axis=1).reshape(len(images), -1), batch_stats
@@ -93,17 +96,17 @@ def objective(
     batch: Mapping[str, Array],
     key: PRNGKeyArray,
 ) -> tuple[Float[Array, ""], tuple[PyTree, memvir.Memory | None]]:
-    """The loss of a batch, with everything that regularises it.
+    """Returns the loss of a batch with its regularisers.
 
     Args:
-        config: what to do.
-        params: the embedder's and the proxies, to differentiate by.
-        state: for batch statistics, memory and step.
+        config: the constants of the step.
+        params: parameters of the embedder, and proxies.
+        state: provides batch statistics, memory and step.
         batch: `image` `[batch, height, width, 3]` and `label` `[batch]`.
-        key: this step's.
+        key: random key of the step.
 
     Returns:
-        The loss, and behind it the new batch statistics and the new memory.
+        The loss, and the new batch statistics and memory.
     """
     embeddings, batch_stats = embed(config, params["embedder"], state.batch_stats, batch["image"])
     problem = {"embeddings": embeddings, "proxies": params["proxies"], "labels": batch["label"]}
@@ -117,42 +120,42 @@ def objective(
     if state.memory is None:
         return config.loss(**problem), (batch_stats, None)
     loss, memory = memvir.loss_and_update(config.loss, state.memory, **problem)
-    # What the warm-up remembers is forgotten at once: an empty memory changes no loss.
+    # The memory stays empty during the warm-up, so that it does not affect the loss.
     warm = state.step >= config.memory_warmup_steps
     memory = memory._replace(steps=jnp.where(warm, memory.steps, 0))
     return loss, (batch_stats, memory)
 
 
 class StepMetrics(NamedTuple):
-    """What a step shows of itself."""
+    """The metrics of one training step."""
 
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
     skipped: Skipped
-    """Up to this step, it included."""
+    """Skipped steps, up to and including this one."""
     gradient_norms: Float[Array, " arrays"]
-    """Of each array of the parameters, in the order of `jax.tree.leaves`."""
+    """Norm of the gradient of each parameter array, in the order of `jax.tree.leaves`."""
     parameter_norms: Float[Array, " arrays"]
-    """As they were before the step, likewise."""
+    """Norm of each parameter array before the step, in the same order."""
 
 
 def train_step(
     config: StepConfig, state: TrainState, batch: Mapping[str, Array]
 ) -> tuple[TrainState, StepMetrics]:
-    """Takes one step, or skips it if it would bring in a number that is not finite.
+    """Training step: forward and backward pass, update and metrics.
 
-    A step that is skipped counts as done, for learning rates and thaw too, and changes nothing
-    else.
+    A step with a nonfinite loss, gradient, parameter or batch statistic is skipped: it counts as
+    done, for learning rates and frozen epochs too, and changes nothing else.
 
     Args:
-        config: what to do.
+        config: the constants of the step.
         state: before the step.
-        batch: `label` `[batch]`, and whatever the config makes images of.
+        batch: `label` `[batch]`, and the inputs of `config.images`.
 
     Returns:
-        The state after the step, and what is to be seen of it.
+        The state after the step, and the step metrics.
     """
-    # A key that depends on the step alone makes a resumed run the same run.
+    # The key depends on seed and step alone, so that a resumed run is the same run.
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     images = config.images(batch, jax.random.fold_in(key, _VIEWS))
     batch = {"image": images, "label": batch["label"]}
@@ -168,7 +171,7 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     gradient_norms, parameter_norms = _norms(gradients), _norms(state.params)
     gradient_norm = jnp.linalg.norm(gradient_norms)
-    # The optimizer's state sums squares of the gradient, and the memory's vectors are the loss's.
+    # Optimizer state and memory need no check: they follow from the gradient and the loss's inputs.
     taken = _all_finite((loss, gradient_norm, params, batch_stats))
     if memory is not None and state.memory is not None:
         memory = memvir.choose(taken, memory, state.memory)
@@ -197,8 +200,8 @@ def _norms(tree: PyTree) -> Float[Array, " arrays"]:
 
 def _all_finite(tree: PyTree) -> Bool[Array, ""]:
     finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
-    # XLA's CPU compiler would compute the conjunction of all arrays anew for each array that is
-    # chosen by it: of BN-Inception, 354,000 operations, and six times as long to compile.
+    # Without the barrier, XLA's CPU compiler recomputes the conjunction for each array that depends
+    # on it: 354,000 operations for BN-Inception, and six times the compile time.
     return jax.lax.optimization_barrier(finite)
 
 
@@ -207,41 +210,41 @@ def _where(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
 
 
 class Step:
-    """A config's `train_step`, compiled once: for its memory, or when it is first taken.
+    """A compiled `train_step`, which is compiled once: by `compile` or by the first call.
 
-    The state that is given to it is used up.
+    A call donates the state that is passed to it.
     """
 
     def __init__(self, compiled: jax.stages.Wrapped, mesh: jax.sharding.Mesh) -> None:
-        """Wraps a jitted step, which looks for the mesh when it is traced."""
+        """Wraps a jitted step, which is traced with the mesh set."""
         self._compiled, self._mesh = compiled, mesh
 
     def __call__(
         self, state: TrainState, batch: Mapping[str, Any]
     ) -> tuple[TrainState, StepMetrics]:
         """Takes the step; see `train_step`."""
-        # For `sharding.replicate`.
+        # `sharding.replicate` reads the mesh.
         with jax.set_mesh(self._mesh):
             return self._compiled(state, batch)
 
     def compile(self, state: TrainState, batch: Mapping[str, Any]) -> jax.stages.Compiled:
-        """The step, compiled for shapes. Steps of these shapes are not compiled again.
+        """Returns the step compiled for some shapes; later calls with them do not compile again.
 
         Args:
-            state: the shapes, types and shardings of the state's arrays.
-            batch: those of the batch's.
+            state: shapes, dtypes and shardings of the state's arrays.
+            batch: shapes, dtypes and shardings of the batch's arrays.
         """
         with jax.set_mesh(self._mesh):
             return self._compiled.lower(state, batch).compile()
 
 
 def compile_step(config: StepConfig, state_sharding: Any, batch_sharding: Any) -> Step:
-    """`train_step` of a config, to be compiled.
+    """Returns the jitted `train_step` of a step config.
 
     Args:
-        config: what to do.
-        state_sharding: where the state lives, before and after.
-        batch_sharding: how a batch is split.
+        config: the constants of the step.
+        state_sharding: shardings of the state, before and after the step.
+        batch_sharding: sharding of a batch.
     """
 
     def step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, StepMetrics]:

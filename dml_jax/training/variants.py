@@ -12,7 +12,7 @@ from dml_jax.training.config import loss_to_dict
 from dml_jax.training.origin import Origin
 
 METHODS = ("baseline", "ps", "memvir", "ps_memvir", "memvir_baseline")
-"""What a variant may add to a loss; see `with_variant`."""
+"""Methods of variants; see `with_variant`."""
 
 
 def with_variant(
@@ -23,7 +23,7 @@ def with_variant(
     memvir: Mapping[str, Any],
     loss_settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> ConfigDict:
-    """Applies a variant to a data set's config, locks it and returns it.
+    """Returns the config of a data set with a variant applied, locked.
 
     A variant is a method and a loss, `METHOD_LOSS`: the method one of `METHODS`, the loss any of
     `dml_jax.losses`. Either may be left out, for `baseline` and for `norm_softmax`.
@@ -31,11 +31,11 @@ def with_variant(
     learning rates: the baseline of MemVir.
 
     Args:
-        config: with the settings of the data set and of the variant's method and loss.
-        variant: such as `memvir`, `ps_proxy_nca` or `baseline`.
-        proxy_synthesis: its settings for this data set, used by the variants that have it.
-        memvir: its settings for this data set, used by the variants that have it.
-        loss_settings: hyper-parameters that are not a loss's defaults, by loss.
+        config: config of the data set; changed in place.
+        variant: name of the variant, such as `memvir`, `ps_proxy_nca` or `baseline`.
+        proxy_synthesis: settings of Proxy Synthesis for this data set, used by its variants.
+        memvir: settings of MemVir for this data set, used by its variants.
+        loss_settings: hyper-parameters that differ from the defaults of a loss, by loss.
 
     Raises:
         ValueError: unknown variant.
@@ -71,10 +71,10 @@ def origin_of(
     """Returns the origin of a variant of a config file.
 
     Args:
-        config_file: as it was given.
-        variant: of it; empty for the default.
-        globals: what the config file defines, perhaps `PUBLISHED`: scores by method and loss.
-        overrides: settings that were given besides, by path.
+        config_file: config file as given on the command line.
+        variant: variant of the config file; empty for the default.
+        globals: globals of the config file; `PUBLISHED`, if defined, has scores by method and loss.
+        overrides: other settings given on the command line, by path.
     """
     published: tuple[Reference, ...] = ()
     if "PUBLISHED" in globals:
@@ -90,17 +90,17 @@ def set_proxy_anchor_recipe(
     decay_rate: float,
     decay_every: int,
 ) -> None:
-    """Changes a config to the recipe of Proxy-Anchor's authors; the loss itself is the variant's.
+    """Changes a config to the training recipe of the authors of Proxy-Anchor, except the loss.
 
     Source: github.com/tjddus9597/Proxy-Anchor-CVPR2020, its commands for BN-Inception and the
     defaults of its train.py.
 
     Args:
-        config: with the settings of the other losses.
-        learning_rate: of the network; that of the proxies is a hundred times as large.
+        config: config with the settings of the other losses; changed in place.
+        learning_rate: learning rate of the network; that of the proxies is 100 times as large.
         freeze_bn: whether batch normalisation is frozen, with scale and bias.
         decay_rate: factor of the learning rates at each decay.
-        decay_every: epochs between two decays.
+        decay_every: epochs between decays.
     """
     config.epochs = 60
     config.batch_size = 180

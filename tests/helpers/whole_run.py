@@ -168,7 +168,9 @@ def build(case, root, weights):
     assert built.steps_per_epoch == ABOUT["steps_per_epoch"]
     for split, name in (("train", "labels"), ("test", "test_labels")):
         np.testing.assert_array_equal(built.sources[split].labels, REFERENCE[name])
-    compiled = step.compile_step(built.step_config, built.state_sharding, sharding.batch_sharding(mesh))
+    compiled = step.compile_step(
+        built.step_config, built.state_sharding, sharding.batch_sharding(mesh)
+    )
     return built, compiled
 
 

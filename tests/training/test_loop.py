@@ -86,9 +86,7 @@ def poison(monkeypatch):
     return poison_steps
 
 
-def test_a_nonfinite_loss_stops_the_run_and_keeps_the_last_checkpoint(
-    images, tmp_path, poison
-):
+def test_a_nonfinite_loss_stops_the_run_and_keeps_the_last_checkpoint(images, tmp_path, poison):
     folder = tmp_path / "run"
     built = start(tiny.config(images), folder)
     seen = poison(7)  # the third step of the second epoch
@@ -125,9 +123,7 @@ def test_a_nonfinite_loss_is_reported_on_a_full_disk(images, tmp_path, poison, m
         loop.train(built, tmp_path / "run")
 
 
-def test_nonfinite_steps_are_skipped_and_counted_across_interruptions(
-    images, tmp_path, poison
-):
+def test_nonfinite_steps_are_skipped_and_counted_across_interruptions(images, tmp_path, poison):
     config = tiny.config(images, skip_nonfinite=2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     # The second of three in a row is an epoch's last: the count is in its checkpoint.

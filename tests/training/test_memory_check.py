@@ -108,7 +108,9 @@ def test_an_accelerator_has_its_own_memory(images, host, monkeypatch):
     assert memory_check.free_room(built).size == 0
 
 
-def test_a_run_that_does_not_fit_is_refused_with_settings_that_fit(images, host, tmp_path, one_device):
+def test_a_run_that_does_not_fit_is_refused_with_settings_that_fit(
+    images, host, tmp_path, one_device
+):
     place = tmp_path / "run"
     size = {"batch_size": 32, "data__image_size": 64, "data__resize": 80}
     config = tiny.config(images, **size, epochs=1, memvir__warmup_epochs=0)

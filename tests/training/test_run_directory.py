@@ -18,8 +18,8 @@ def test_a_different_configuration_is_refused_with_every_difference(tmp_path):
     other.seed = 3
     with pytest.raises(ValueError) as error:
         resume.check(tmp_path, parse(other))
-    assert "config.seed: 0 there, 3 now" in str(error.value)
-    assert "config.proxy_synthesis.ratio: 3.0 there, 0.0 now" in str(error.value)
+    assert "config.seed: 0 before, 3 now" in str(error.value)
+    assert "config.proxy_synthesis.ratio: 3.0 before, 0.0 now" in str(error.value)
 
 
 def test_the_same_configuration_is_accepted_again(tmp_path):
@@ -120,7 +120,7 @@ def test_settings_that_affect_steps_may_not_change(tmp_path, name):
 
 def test_the_size_of_images_cached_on_the_device_may_not_change(tmp_path):
     resume.claim(tmp_path, parse(changed(**{"data.cache": "device"})))
-    with pytest.raises(ValueError, match=r"config\.data\.cache_size: 320 there, 64 now"):
+    with pytest.raises(ValueError, match=r"config\.data\.cache_size: 320 before, 64 now"):
         resume.check(tmp_path, parse(changed(**{"data.cache": "device", "data.cache_size": 64})))
 
 
@@ -128,7 +128,7 @@ def test_micro_batches_may_change_if_batch_norm_is_frozen(tmp_path):
     frozen = {"model.freeze_bn": True, "micro_batches": 2}
     resume.claim(tmp_path, parse(changed(**frozen)))
     (difference,) = resume.check(tmp_path, parse(changed(**frozen | {"micro_batches": 1})))
-    assert difference == "config.micro_batches: 2 there, 1 now"
+    assert difference == "config.micro_batches: 2 before, 1 now"
 
 
 def test_a_finished_run_is_resumed_only_if_it_may_train_longer(tmp_path):
@@ -153,8 +153,8 @@ def test_a_finished_run_reports_settings_without_effect(tmp_path, caplog):
     late = {"epochs": 3, "evaluation.nmi": True, "evaluation.recall_at": (1, 2), "wandb": "w"}
     assert resume.finished(tmp_path, parse(changed(**late))) == result
     for name in late:
-        assert f"finished and stays as it is, without another config.{name}: " in caplog.text
-    assert "scripts/evaluate.py scores" in caplog.text
+        assert f"finished; the change has no effect: config.{name}: " in caplog.text
+    assert "use scripts/evaluate.py to score" in caplog.text
     assert run_directory.read_config(tmp_path).epochs == 5
 
 
@@ -192,7 +192,7 @@ def test_different_images_are_refused(tmp_path):
         resume.check_images(folder, run_directory.fingerprints(data.create("folder", root=moved)))
     assert "images.test" not in str(error.value)
     file.unlink()
-    with pytest.raises(ValueError, match="images.train.images: 36 there, 35 now"):
+    with pytest.raises(ValueError, match="images.train.images: 36 before, 35 now"):
         resume.check_images(folder, run_directory.fingerprints(data.create("folder", root=moved)))
 
 

@@ -24,7 +24,9 @@ def losses_of_run(config, devices, steps):
     built = builder.build(
         parse(config), mesh, data.InspectionReport({}, {})
     )  # Looking at them takes a while.
-    compiled = step.compile_step(built.step_config, built.state_sharding, sharding.batch_sharding(mesh))
+    compiled = step.compile_step(
+        built.step_config, built.state_sharding, sharding.batch_sharding(mesh)
+    )
     state, losses = built.init(), []
     for _, batch in device_batches(built, 0, steps):
         state, observed = compiled(state, batch)
@@ -85,7 +87,9 @@ def test_a_nonfinite_step_changes_nothing(images):
     mesh = sharding.make_mesh(jax.devices()[:2])
     config = tiny.config(images, "ps_memvir_proxy_anchor", optimizer__name="rmsprop")
     built = builder.build(parse(config), mesh)
-    compiled = step.compile_step(built.step_config, built.state_sharding, sharding.batch_sharding(mesh))
+    compiled = step.compile_step(
+        built.step_config, built.state_sharding, sharding.batch_sharding(mesh)
+    )
 
     def as_float(batch):
         return batch | {"image": batch["image"].astype(np.float32)}
@@ -132,7 +136,9 @@ def test_skipped_steps_count_for_schedules_but_not_for_adam(images):
     )
     mesh = sharding.make_mesh(jax.devices()[:1])
     built = builder.build(parse(config), mesh)
-    compiled = step.compile_step(built.step_config, built.state_sharding, sharding.batch_sharding(mesh))
+    compiled = step.compile_step(
+        built.step_config, built.state_sharding, sharding.batch_sharding(mesh)
+    )
     states = [built.init()]
     for done, batch in device_batches(built, 0, 5):
         bad = np.nan if done in (1, 3) else 1.0
@@ -331,5 +337,7 @@ def test_micro_batches_need_less_memory_and_move_no_images(images):
 
 def test_a_micro_batch_that_devices_cannot_share_is_refused(images):
     config = tiny.config(images, batch_size=8, micro_batches=4)
-    with pytest.raises(ValueError, match=r"in 4 parts \(config.micro_batches\); .* multiple of 16"):
+    with pytest.raises(
+        ValueError, match=r"in 4 micro-batches \(config.micro_batches\); .* multiple of 16"
+    ):
         builder.build(parse(config), sharding.make_mesh(jax.devices()[:4]))
