@@ -1,4 +1,4 @@
-"""A user's own backbone, loss, data set and schedule, through the real programs."""
+"""A custom backbone, loss, data source and schedule, trained and evaluated by the real programs."""
 
 import csv
 import json
@@ -27,8 +27,8 @@ def test_custom_parts_train_resume_and_are_evaluated(tmp_path):
         rows = csv.writer(file)
         rows.writerow(["split", "path", "class"])
         for path in sorted(images.glob("*/*/*.png")):
-            place = path.relative_to(images)
-            rows.writerow([place.parts[0], place, place.parts[1]])
+            name = path.relative_to(images)
+            rows.writerow([name.parts[0], name, name.parts[1]])
 
     train = ("train", "--config=my_config.py", "--workdir=run", "--config.data.root=images")
     run(tmp_path, *train, "--config.epochs=1")

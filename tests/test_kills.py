@@ -1,4 +1,4 @@
-"""A run that is killed at many moments, again and again, is the run that was not."""
+"""A run that is killed many times ends like an uninterrupted run."""
 
 import functools
 import os
@@ -20,9 +20,9 @@ from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[1]
 SHARED_MEMORY = Path("/dev/shm")
-PATIENCE = 120  # Seconds that anything may take on a busy machine.
+TIMEOUT = 120  # Seconds until all processes have ended, on a busy machine.
 
-# What to wait for before the kill, and for how many seconds after it at most.
+# The phase of the run to wait for, and the largest random delay in seconds before the kill.
 MOMENTS = [
     *[("start", 3.0)] * 10,
     *[("loop", 4.0)] * 2,
@@ -39,52 +39,55 @@ def training(images, folder, program=("scripts/train.py",)):
 
 
 def marked(mark):
-    """The processes that have a mark in their environment, as all children of a run do."""
+    """Returns the processes with a mark in their environment: a run and all its children."""
     found = []
     for process in Path("/proc").iterdir():
         try:
             if process.name.isdecimal() and mark.encode() in (process / "environ").read_bytes():
                 found.append(int(process.name))
         except OSError:
-            continue  # It has ended.
+            continue  # The process has ended.
     return found
 
 
-def changed_since(path, begun):
+def changed_since(path, start):
     try:
-        return path.stat().st_mtime_ns > begun
+        return path.stat().st_mtime_ns > start
     except FileNotFoundError:
         return False
 
 
-def has_come(moment, folder, does, begun):
-    if moment == "start":
+def is_in_phase(phase, folder, phase_file, start):
+    if phase == "start":
         return True
-    if moment == "loop":
-        # The file is opened anew when the loop begins.
-        return changed_since(folder / run_directory.METRICS, begun)
-    if moment == "save":
-        # Not one that an earlier kill has left.
+    if phase == "loop":
+        # The file is rewritten when the loop begins.
+        return changed_since(folder / run_directory.METRICS, start)
+    if phase == "save":
+        # Temporary directories of earlier kills are older.
         unfinished = (folder / run_directory.CHECKPOINTS).glob("*orbax-checkpoint-tmp*")
-        return any(changed_since(path, begun) for path in unfinished)
-    return changed_since(does, begun) and does.read_text() == moment
+        return any(changed_since(path, start) for path in unfinished)
+    return changed_since(phase_file, start) and phase_file.read_text() == phase
 
 
 def state(process):
     return Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2][0]
 
 
-def strike(process, come, wait):
-    """Kills a process at a moment; whether it was that moment, which a halted one cannot leave."""
+def kill_in_phase(process, is_in_phase, delay):
+    """Kills a process in a phase and returns whether it succeeded.
+
+    The process is halted first, so that it cannot leave the phase between the check and the kill.
+    """
     while process.poll() is None:
-        if not come():
+        if not is_in_phase():
             time.sleep(0.0005)
             continue
-        time.sleep(wait())
+        time.sleep(delay())
         process.send_signal(signal.SIGSTOP)
         while state(process) not in "TZ":
             time.sleep(0.0005)
-        if come():
+        if is_in_phase():
             process.kill()
             return process.wait() == -signal.SIGKILL
         process.send_signal(signal.SIGCONT)
@@ -92,7 +95,7 @@ def strike(process, come, wait):
 
 
 def unmapped(names):
-    """Of shared memory, what no process has."""
+    """Returns the names of shared memory that no process maps."""
     maps = ""
     for process in Path("/proc").iterdir():
         try:
@@ -111,35 +114,35 @@ def final_state(folder):
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_run_killed_twenty_times_ends_bit_for_bit_like_an_uninterrupted_run(tmp_path):
     images = tiny.write_images(tmp_path / "images")
-    undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
+    uninterrupted, folder = tmp_path / "uninterrupted", tmp_path / "killed"
     quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL}
-    subprocess.run(training(images, undisturbed), check=True, **quiet)
+    subprocess.run(training(images, uninterrupted), check=True, **quiet)
 
     mark = f"DML_JAX_TEST={uuid.uuid4()}"
-    does = tmp_path / "does"
-    environment = os.environ | dict([mark.split("="), ("DML_JAX_TEST_DOES", str(does))])
+    phase_file = tmp_path / "phase"
+    environment = os.environ | dict([mark.split("="), ("DML_JAX_TEST_PHASE", str(phase_file))])
     shared = set(SHARED_MEMORY.iterdir())
     rng = random.Random(0)
     moments = rng.sample(MOMENTS, len(MOMENTS))
-    for moment, spread in moments:
-        begun = time.time_ns()
+    for phase, longest_delay in moments:
+        start = time.time_ns()
         program = training(images, folder, ("-m", "tests.helpers.marked"))
         process = subprocess.Popen(program, env=environment, **quiet)
-        assert strike(
+        assert kill_in_phase(
             process,
-            functools.partial(has_come, moment, folder, does, begun),
-            functools.partial(rng.uniform, 0, spread),
-        ), f"it was over before it could be killed at the moment {moment}"
-        # Started again at once, while the workers of the last one are ending.
+            functools.partial(is_in_phase, phase, folder, phase_file, start),
+            functools.partial(rng.uniform, 0, longest_delay),
+        ), f"the run ended before it could be killed in the phase {phase}"
+        # The next run starts while the workers of the killed one are still ending.
     assert not (folder / run_directory.RESULT).exists()
 
     subprocess.run(training(images, folder), env=environment, check=True, **quiet)
-    chex.assert_trees_all_equal(final_state(folder), final_state(undisturbed))
+    chex.assert_trees_all_equal(final_state(folder), final_state(uninterrupted))
     for name in (run_directory.METRICS, run_directory.RESULT):
-        assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
+        assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes()
     assert not (folder / run_directory.DAMAGED).exists()
 
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while marked(mark) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not marked(mark)

@@ -1,4 +1,4 @@
-"""Programs that are asked to stop, as a scheduler asks them."""
+"""Training programs that receive SIGTERM, as from a scheduler."""
 
 import os
 import re
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def start(images, folder, *flags, **settings):
-    # In a process group of its own, which a test may signal as a whole.
+    # In a new session, whose process group a test may signal.
     arguments = tiny.arguments(images, "ps_memvir", **settings)
     return subprocess.Popen(
         [sys.executable, "scripts/train.py", f"--workdir={folder}", *arguments, *flags],
@@ -37,7 +37,7 @@ def wait_for_lines(folder, process, number=1):
 
 
 def worker_of(process):
-    # Any of its threads may have started it.
+    # Any thread of the process may have started the worker.
     threads = Path(f"/proc/{process.pid}/task").glob("*/children")
     children = [int(child) for thread in threads for child in thread.read_text().split()]
     (found,) = (x for x in children if b"spawn_main" in Path(f"/proc/{x}/cmdline").read_bytes())
@@ -63,13 +63,13 @@ def test_a_signal_to_the_process_group_stops_a_run_and_only_one_process_trains(t
     assert (folder / run_directory.CHECKPOINTS / str(step)).is_dir()
     assert "Traceback" not in errors
 
-    # An image that goes bad when it has been looked at, and a worker that dies.
-    picture = images / "train" / "class3" / "2.png"
-    sound = picture.read_bytes()
-    picture.write_bytes(bytes(len(sound)))
+    # An image that is damaged after the inspection, and a worker that is killed.
+    image = images / "train" / "class3" / "2.png"
+    content = image.read_bytes()
+    image.write_bytes(bytes(len(content)))
     _, errors = start(images, folder, **settings).communicate(timeout=600)
     assert "class3/2.png" in errors and "Traceback" not in errors
-    picture.write_bytes(sound)
+    image.write_bytes(content)
     process = start(images, folder, **settings)
     wait_for_lines(folder, process, len(files.read_json_lines(folder / run_directory.METRICS)) + 1)
     os.kill(worker_of(process), signal.SIGKILL)
@@ -82,10 +82,11 @@ def test_a_signal_to_the_process_group_stops_a_run_and_only_one_process_trains(t
 def test_a_signal_before_the_first_step_ends_a_run_at_once(tmp_path):
     images = tiny.write_images(tmp_path / "images")
     folder = tmp_path / "run"
-    for begun in (handles_signals, lambda process: (folder / run_directory.CONFIG).exists()):
+    moments = (handles_signals, lambda process: (folder / run_directory.CONFIG).exists())
+    for reached in moments:
         assert not folder.exists()
         process = start(images, folder)
-        while not begun(process) and process.poll() is None:
+        while not reached(process) and process.poll() is None:
             time.sleep(0.001)
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=600)

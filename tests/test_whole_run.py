@@ -1,4 +1,4 @@
-"""Whole runs, from a config file to scores, against those of the official programs."""
+"""Complete runs, from config file to scores, compared with those of the official programs."""
 
 from functools import partial
 
@@ -9,8 +9,8 @@ from safetensors.numpy import save_file
 from dml_jax import proxy_synthesis
 from tests.helpers import whole_run
 
-# Errors are relative. Float32 alone brings the official code up to these distances from its own
-# float64: losses and proxies 3e-5, embeddings 1.3e-4, gradients of the backbone 1e-3.
+# Relative errors. The official code in float32 differs from itself in float64 by up to 3e-5 in
+# losses and proxies, 1.3e-4 in embeddings and 1e-3 in gradients of the backbone.
 TOLERANCES = {
     "learning rates": 1e-6,
     "metrics": 1e-6,
@@ -47,7 +47,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def build(images, weights, monkeypatch):
-    """Builds a case, whose mixing weights and partners will be the recorded ones."""
+    """Returns a function that builds a case with the recorded mixing weights and partners."""
 
     def build_case(case):
         monkeypatch.setattr(proxy_synthesis, "draw", partial(whole_run.draw, case))
@@ -78,13 +78,15 @@ def test_a_run_equals_the_official_run(build, case):
 def test_the_distance_to_the_official_run_is_that_of_a_one_bit_change(build):
     case, start = "c", whole_run.initial("c")
     built, compiled = build(case)
-    next_numbers = {name: np.nextafter(x, np.float32(np.inf)) for name, x in start.items()}
-    run, moved = (whole_run.train(case, built, compiled, x) for x in (start, next_numbers))
+    perturbed = {name: np.nextafter(x, np.float32(np.inf)) for name, x in start.items()}
+    run, perturbed_run = (whole_run.train(case, built, compiled, x) for x in (start, perturbed))
     errors = whole_run.errors(case, run)
-    embeddings, moved_embeddings = (whole_run.unit(x.eval_embeddings[-1]) for x in (run, moved))
+    embeddings, perturbed_embeddings = (
+        whole_run.unit(x.eval_embeddings[-1]) for x in (run, perturbed_run)
+    )
     spread = {
-        "losses": abs(moved.losses / run.losses - 1).max(),
-        "test embeddings": whole_run.error(moved_embeddings, embeddings),
+        "losses": abs(perturbed_run.losses / run.losses - 1).max(),
+        "test embeddings": whole_run.error(perturbed_embeddings, embeddings),
     }
     for kind, distance in spread.items():
         print(f"{kind}: {distance:.1e}, to the official run {errors[kind]:.1e}")

@@ -61,7 +61,7 @@ def main() -> None:
                 settings = overrides | {"seed": seed}
                 config.update_from_flattened_dict(settings)
                 origin = variants.origin_of(
-                    packaged_configs.shortened(file), name, config_file, given
+                    packaged_configs.shortened(file), name, config_globals, settings
                 )
                 workdir = Path(_ROOT.value) / name / f"seed{seed}"
                 print(f"\n{name}, seed {seed}: {workdir}")

@@ -340,7 +340,7 @@ def test_two_interrupted_processes_train_like_one_uninterrupted_process(tmp_path
 
     # The second process receives the stop signal in step 5; all processes stop four steps later.
     together, does = tmp_path / "together", str(tmp_path / "does")
-    asks = {"DML_JAX_TEST_DOES": does, "DML_JAX_TEST_STOPS": "5"}
+    asks = {"DML_JAX_TEST_PHASE": does, "DML_JAX_TEST_STOPS": "5"}
     codes, printed = start_two(together, program=("-m", "tests.helpers.marked"), **asks)
     assert codes == [preemption.EXIT_CODE] * 2, printed
     assert all("stopped after step 9, which is saved" in errors for _, errors in printed)

@@ -1,4 +1,4 @@
-"""scripts/train.py, which may use only DML_JAX_TEST_BYTES more data than when devices are known."""
+"""scripts/train.py with a limit of DML_JAX_TEST_BYTES on data after its devices are initialised."""
 
 import os
 import resource

@@ -1,7 +1,7 @@
-"""scripts/train.py, which says what it does: for tests that disturb it at that moment.
+"""scripts/train.py that records its current phase, for tests that interrupt it there.
 
-DML_JAX_TEST_DOES names a file that holds `step`, `evaluation` or nothing; DML_JAX_TEST_STOPS=N has
-the process ask itself to stop during step N.
+DML_JAX_TEST_PHASE is the path of a file that contains `step`, `evaluation` or nothing. With
+DML_JAX_TEST_STOPS=N the process sends itself SIGTERM during step N.
 """
 
 import os
@@ -16,21 +16,21 @@ from dml_jax.evaluation import scoring
 from dml_jax.training import step
 
 
-def says(what, work):
-    """The same work, which says when it begins and when it has ended."""
-    file = Path(os.environ["DML_JAX_TEST_DOES"])
+def recorded(phase, function):
+    """Returns a function that records the phase while it runs."""
+    file = Path(os.environ["DML_JAX_TEST_PHASE"])
 
-    def saying(*arguments):
-        file.write_text(what)
-        done = jax.block_until_ready(work(*arguments))
+    def recorded_function(*arguments):
+        file.write_text(phase)
+        result = jax.block_until_ready(function(*arguments))
         file.write_text("")
-        return done
+        return result
 
-    return saying
+    return recorded_function
 
 
 class Marked(step.Step):
-    """A step that says when it is taken."""
+    """A step that records when it runs."""
 
     calls = 0
 
@@ -39,10 +39,10 @@ class Marked(step.Step):
         if str(self.calls) == os.environ.get("DML_JAX_TEST_STOPS"):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.5)
-        return says("step", super().__call__)(*arguments)
+        return recorded("step", super().__call__)(*arguments)
 
 
 if __name__ == "__main__":
     step.Step = Marked
-    scoring.Evaluator.embed = says("evaluation", scoring.Evaluator.embed)
+    scoring.Evaluator.embed = recorded("evaluation", scoring.Evaluator.embed)
     command_line.run(train.main)

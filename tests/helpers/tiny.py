@@ -1,4 +1,4 @@
-"""A data set and a network so small that a whole run takes seconds."""
+"""A data set and settings so small that a complete run takes seconds."""
 
 import contextlib
 import resource
@@ -12,7 +12,7 @@ TRAIN_CLASSES, TEST_CLASSES, IMAGES, SIZE = 6, 4, 6, 16
 
 
 def write_images(root, *, seed=0):
-    """Classes that differ in colour, as root/train/CLASS/*.png and root/test/CLASS/*.png."""
+    """Writes classes of different colours as root/train/CLASS/*.png and root/test/CLASS/*.png."""
     rng = np.random.default_rng(seed)
     for split, classes in (("train", TRAIN_CLASSES), ("test", TEST_CLASSES)):
         for c in range(classes):
@@ -28,7 +28,7 @@ def write_images(root, *, seed=0):
 
 @contextlib.contextmanager
 def full_disk(size):
-    """As if there were room for so many bytes in each file."""
+    """Simulates a full disk by a limit on the size of each file in bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -37,7 +37,7 @@ def full_disk(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-# Whole settings, as a user gives them: --config.NAME=VALUE.
+# Settings, as in --config.NAME=VALUE.
 SETTINGS = {
     "batch_size": 8,
     "epochs": 3,
@@ -52,7 +52,7 @@ SETTINGS = {
     "optimizer.eps": 1e-3,
     "evaluation.every_epochs": 1,
 }
-# In this process alone (tests/conftest.py): the residual network that compiles in a moment.
+# The residual network of tests/conftest.py, which is registered in the test process only.
 RESNET = {"model.backbone": "resnet6", "model.stem": "small"}
 MEMVIR_SETTINGS = {
     "memvir.num_steps": 2,
@@ -62,7 +62,7 @@ MEMVIR_SETTINGS = {
 
 
 def config(root, variant="baseline", **settings):
-    """The folder config of a variant, tiny; more settings as keywords, with `__` for `.`."""
+    """Returns the tiny folder config of a variant; keywords are settings with `__` for `.`."""
     made = folder.get_config(variant)
     made.data.root = str(root)
     memvir = MEMVIR_SETTINGS if "memvir" in variant else {}
@@ -72,7 +72,7 @@ def config(root, variant="baseline", **settings):
 
 
 def arguments(root, variant="baseline", **settings):
-    """The same as the arguments of a program, whose smallest network is the plain one."""
+    """Returns the arguments of a program for the same config, with Conv4 as the network."""
     memvir = MEMVIR_SETTINGS if "memvir" in variant else {}
     given = {name.replace("__", "."): value for name, value in settings.items()}
     values = SETTINGS | memvir | given | {"data.root": root}

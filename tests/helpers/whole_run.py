@@ -1,13 +1,14 @@
-"""Recorded training runs of the official programs, and this project's runs from the same start.
+"""Recorded training runs of the official programs, and runs of dml_jax from the same start.
 
-`golden/whole_run.npz` was recorded while the official programs of Proxy Synthesis and MemVir ran
-unmodified in PyTorch on a CPU: five cases, each of 6 epochs of 4 steps. It holds the images, and
-for each case the official arguments, the initial head and proxies, the order of the images, the
-mixing weights and partners of Proxy Synthesis, and what came of them.
+`golden/whole_run.npz` was recorded from the unmodified official programs of Proxy Synthesis and
+MemVir in PyTorch on a CPU: five cases of 6 epochs of 4 steps each. It contains the images, and for
+each case the official arguments, the initial head and proxies, the order of the images, the mixing
+weights and partners of Proxy Synthesis, and the results.
 
-The weights of the backbone are not stored: `backbone` makes each tensor from its name. Convolutions
-and the running statistics behind them are scaled by 256, which leaves the function as it is and
-makes Adam's steps small beside the weights; otherwise training would amplify rounding errors.
+The weights of the backbone are not stored: `backbone` generates each tensor from its name.
+Convolutions and the running statistics after them are scaled by 256, which does not change the
+function and makes the updates of Adam small relative to the weights; otherwise training would
+amplify rounding errors.
 """
 
 import json
@@ -31,7 +32,7 @@ from dml_jax.training.state import network_variables
 REFERENCE = dict(np.load(Path(__file__).parents[1] / "golden" / "whole_run.npz"))
 ABOUT = json.loads(str(REFERENCE["about"]))
 
-# Official arguments, and the settings that they are here.
+# Official arguments, and the corresponding settings.
 LOSSES = {"normsoftmax": "norm_softmax", "proxynca": "proxy_nca"}
 SETTINGS = {
     "epochs": "epochs",
@@ -67,7 +68,7 @@ def recorded(case, name):
 
 
 def backbone():
-    """All tensors of the backbone under PyTorch's names."""
+    """Returns all tensors of the backbone by PyTorch name."""
     return {key: _tensor(key, shape) for key, shape in ABOUT["backbone_tensors"].items()}
 
 
@@ -77,7 +78,7 @@ def _normal(key, shape, seed):
 
 def _tensor(key, shape):
     x = _normal(key, shape, ABOUT["seed"]).astype(np.float32)
-    # The convolution that is not scaled has a pool before it, whose zeros at the edges would scale.
+    # This convolution is not scaled: it follows a pool, whose zero padding would scale too.
     scale = np.float32(1 if key.startswith("inception_5b_pool_proj") else ABOUT["convolutions"])
     tenth = np.float32(0.1) * x
     if key.endswith("running_var"):
@@ -89,12 +90,12 @@ def _tensor(key, shape):
     if len(shape) == 1:
         return 1 + tenth
     kernel = scale * x * np.float32((2 / np.prod(shape[1:])) ** 0.5)
-    # Pixels reach 255.
+    # Pixel values range up to 255.
     return kernel / np.float32(64) if key == "conv1_7x7_s2.weight" else kernel
 
 
 def write_images(root):
-    """The images as root/train/CLASS/*.png and root/test/CLASS/*.png, in the recorded order."""
+    """Writes the images as root/train/CLASS/*.png and root/test/CLASS/*.png, in recorded order."""
     for split, prefix in (("train", ""), ("test", "test_")):
         labelled = zip(REFERENCE[f"{prefix}images"], REFERENCE[f"{prefix}labels"], strict=True)
         for i, (pixels, label) in enumerate(labelled):
@@ -104,7 +105,7 @@ def write_images(root):
 
 
 def config(case, root, weights):
-    """configs/cars196.py with the arguments of an official run, on the images in `root`."""
+    """Returns the CARS196 config with the arguments of an official run, for images in `root`."""
     args, decay_epochs = (ABOUT["cases"][case][name] for name in ("args", "decay_epochs"))
     method = "ps" if args.get("ps_mu") else "memvir" if args.get("memvir") else "baseline"
     made = cars196.get_config(f"{method}_{LOSSES[args['loss'].replace('_', '').lower()]}")
@@ -126,26 +127,26 @@ def config(case, root, weights):
 
 
 def draw(case, key, labels, *, alpha, ratio):
-    """In place of `proxy_synthesis.draw`: the recorded weight and partners of a batch."""
+    """Returns the recorded weight and partners of a batch; replaces `proxy_synthesis.draw`."""
     del key, alpha, ratio
     steps = recorded(case, "labels")
-    assert len(np.unique(steps, axis=0)) == len(steps)  # So labels say which step it is.
+    assert len(np.unique(steps, axis=0)) == len(steps)  # Labels identify the step.
     step = jnp.argmax((jnp.asarray(steps, jnp.int32) == labels[None]).all(axis=1))
     lam, partner = recorded(case, "lam"), recorded(case, "partner")
     return jnp.asarray(lam, jnp.float32)[step][None], jnp.asarray(partner, jnp.int32)[step][None]
 
 
 class Run(NamedTuple):
-    """What a run leaves, under the names that the recorded runs have it by.
+    """The results of a run, named as in the recorded runs.
 
     Attributes:
         losses: `[steps]`.
         learning_rates: `[steps, 2]`, of the network and of the proxies.
         metrics: `[epochs, 3]`, R@1, RP and MAP@R.
-        grad_norm: `[steps]` each, by part of the parameters.
-        features: the mean over the `first` and over the `last` batch, before the step.
-        embeddings: of these batches.
-        eval_embeddings: of the test images after each epoch.
+        grad_norm: gradient norms `[steps]` by part of the parameters.
+        features: mean features of the `first` and of the `last` batch, before the step.
+        embeddings: embeddings of these batches.
+        eval_embeddings: embeddings of the test images after each epoch.
         before: all parameters before the first step.
         after: all parameters after the last step.
     """
@@ -162,7 +163,7 @@ class Run(NamedTuple):
 
 
 def build(case, root, weights):
-    """The experiment and its compiled step."""
+    """Returns the experiment and its compiled step."""
     mesh = sharding.make_mesh(jax.devices()[:1])
     built = builder.build(parse(config(case, root, weights)), mesh)
     assert built.steps_per_epoch == ABOUT["steps_per_epoch"]
@@ -175,7 +176,7 @@ def build(case, root, weights):
 
 
 def initial(case):
-    """The recorded head and proxies before the first step."""
+    """Returns the recorded head and proxies before the first step."""
     return {
         "head_weight": recorded(case, "head_weight_init"),
         "head_bias": recorded(case, "head_bias_init"),
@@ -184,7 +185,7 @@ def initial(case):
 
 
 def train(case, built, compiled, start):
-    """Takes the recorded steps from a head and proxies as `initial` gives them."""
+    """Runs the recorded steps from some head and proxies, in the form of `initial`."""
     state = _with(built.init(), start)
     before, stats = jax.device_get((state.params, state.batch_stats))
     order, labels = recorded(case, "order"), recorded(case, "labels").astype(np.int32)
@@ -196,9 +197,9 @@ def train(case, built, compiled, start):
             variables = network_variables(state)
             features[name] = _features(built.network.embed, variables, batch["image"])
             embeddings[name] = np.asarray(built.network.embed(variables, batch["image"]))
-        state, observed = compiled(state, sharding.put_batch(built.mesh, batch))
-        losses.append(float(observed.loss))
-        norms.append(observed.gradient_norms)
+        state, step_metrics = compiled(state, sharding.put_batch(built.mesh, batch))
+        losses.append(float(step_metrics.loss))
+        norms.append(step_metrics.gradient_norms)
         if (t + 1) % built.steps_per_epoch == 0:
             made = built.evaluator.embed(network_variables(state), "test")
             scores = built.evaluator.score(made)
@@ -227,7 +228,7 @@ def train(case, built, compiled, start):
 
 
 def head_and_proxies(params):
-    """The parameters that an official run starts with, laid out as there."""
+    """Returns head and proxies in the layout of the official programs."""
     head = params["embedder"]["head"]
     return {
         "head_weight": head["kernel"].T,
@@ -237,22 +238,22 @@ def head_and_proxies(params):
 
 
 def _with(state, start):
-    """The state with another head and other proxies."""
+    """Returns the state with another head and other proxies."""
     embedder = state.params["embedder"]
-    given = {
+    recorded_start = {
         "embedder": {"kernel": start["head_weight"].T, "bias": start["head_bias"]},
         "proxies": start["proxies"],
     }
     drawn = {"embedder": embedder["head"], "proxies": state.params["proxies"]}
-    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), given, drawn)
+    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), recorded_start, drawn)
     params = {"embedder": {**embedder, "head": placed["embedder"]}, "proxies": placed["proxies"]}
     return state._replace(params=params)
 
 
 def _features(embed, variables, images):
-    """The mean over a batch of the pooled features.
+    """Returns the mean of the pooled features over a batch.
 
-    Heads that pass some of the features on, one after another, need no program but `embed`.
+    The features are read by `embed` with heads that select some of them at a time.
     """
     width, dim = variables["params"]["head"]["kernel"].shape
 
@@ -264,7 +265,7 @@ def _features(embed, variables, images):
 
 
 def error(ours, reference):
-    """The norm of the difference over the norm of the reference."""
+    """Returns the norm of the difference relative to the norm of the reference."""
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     assert ours.shape == reference.shape
     return np.linalg.norm(ours - reference) / np.linalg.norm(reference)
@@ -275,7 +276,7 @@ def unit(vectors):
 
 
 def errors(case, run):
-    """How far a run is from the recorded one, by kind; see `test_whole_run.TOLERANCES`."""
+    """Returns the errors of a run by kind; see `test_whole_run.TOLERANCES`."""
     of = partial(recorded, case)
     before, after = (head_and_proxies(params) for params in (run.before, run.after))
     changes = {name: after[name] - before[name] for name in after}
@@ -286,7 +287,7 @@ def errors(case, run):
 
     def gradients(*names):
         norms = [(run.grad_norm[name], of(f"grad_norm_{name}")) for name in names]
-        # A frozen backbone has none there; here they are computed and not used.
+        # The official programs do not compute gradients of a frozen backbone.
         return np.max([abs(x[y > 0] / y[y > 0] - 1).max() for x, y in norms])
 
     return {
@@ -309,16 +310,16 @@ def errors(case, run):
 
 
 def _metrics_error(run, official, last_embeddings):
-    """How far metrics are apart, here and there, that rounding does not set apart.
+    """Returns the largest difference of metrics beyond the effect of rounding.
 
-    Some images are so nearly as similar to a query as others that rounding decides their order.
-    Metrics grow with the similarities within classes, so these raised and lowered give the bounds.
+    Rounding decides the order of images with nearly equal similarity to a query. Metrics increase
+    with the similarities within classes, so raised and lowered similarities give bounds.
     """
     last, expected = (x @ x.T for x in (unit(run.eval_embeddings[-1]), unit(last_embeddings)))
-    moved = 2 * abs(last - expected).max()
+    shift = 2 * abs(last - expected).max()
     return np.max(
         [
-            abs(scores - np.clip(scores, _scores(embeddings, -moved), _scores(embeddings, moved)))
+            abs(scores - np.clip(scores, _scores(embeddings, -shift), _scores(embeddings, shift)))
             for *both, embeddings in zip(run.metrics, official, run.eval_embeddings, strict=True)
             for scores in both
         ]
@@ -326,7 +327,7 @@ def _metrics_error(run, official, last_embeddings):
 
 
 def _scores(embeddings, raised):
-    """R@1, RP and MAP@R of the test images; similarities within classes are raised."""
+    """Returns R@1, RP and MAP@R of the test images, with raised similarities within classes."""
     labels, vectors = REFERENCE["test_labels"], unit(embeddings)
     same = labels[:, None] == labels
     similarities = vectors @ vectors.T + raised * same
@@ -340,7 +341,7 @@ def _scores(embeddings, raised):
 
 
 def _backbone_errors(case, run):
-    """Errors of what training added to the backbone, as products with random numbers show them."""
+    """Returns errors of the change of the backbone, by its products with random vectors."""
     before, after = (
         flax.traverse_util.flatten_dict(params["embedder"]["backbone"])
         for params in (run.before, run.after)

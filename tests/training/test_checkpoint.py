@@ -38,7 +38,7 @@ def flip(path):
 
 
 def unreadable(path):
-    """Has whoever reads it told of an input/output error, as a disk that is going does."""
+    """Makes reads of a file fail with an input/output error, as on a failing disk."""
     path.unlink()
     path.symlink_to("/proc/self/mem" if sys.platform == "linux" else path)
 
@@ -70,7 +70,7 @@ def test_any_damaged_file_is_detected_and_the_newest_intact_checkpoint_is_used(
             checkpoint.Checkpoints(folder) as checkpoints,
         ):
             checkpoints.restore(3, LIKE)
-        assert steps(folder) == [2, 3]  # Whoever reads changes nothing.
+        assert steps(folder) == [2, 3]  # A reader changes nothing.
         caplog.clear()
         with checkpoint.Checkpoints(folder, keep_last=2) as checkpoints:
             assert checkpoints.latest == 2
@@ -82,23 +82,23 @@ def test_any_damaged_file_is_detected_and_the_newest_intact_checkpoint_is_used(
         assert (folder / run_directory.DAMAGED / "3").is_dir()
 
 
-@pytest.mark.parametrize("when", ["before it is checked", "when it is sound"])
+@pytest.mark.parametrize("when", ["before its check", "after its check"])
 def test_a_reader_retries_when_the_run_deletes_the_checkpoint(saved, tmp_path, monkeypatch, when):
     folder, check = tmp_path / "run", integrity.damage
     shutil.copytree(saved, folder)
-    checkpoints, looked = folder / run_directory.CHECKPOINTS, []
+    checkpoints, checked = folder / run_directory.CHECKPOINTS, []
 
     def damage(path):
-        sound = check(path)
-        looked.append(int(path.name))
-        if looked == [3]:
+        found = check(path)
+        checked.append(int(path.name))
+        if checked == [3]:
             shutil.copytree(checkpoints / "3", checkpoints / "4")
             shutil.rmtree(checkpoints / "3")
-        return sound if when == "when it is sound" else check(path)
+        return found if when == "after its check" else check(path)
 
     monkeypatch.setattr(integrity, "damage", damage)
     step, state = checkpoint.read(folder, "last", LIKE)
-    assert step == 4 and looked == [3, 4]
+    assert step == 4 and checked == [3, 4]
     chex.assert_trees_all_equal(state, STATE)
     flip(next((checkpoints / "4").glob("state/d/*")))
     with pytest.raises(ValueError, match="4 is damaged: .* move it elsewhere, and the next best"):
@@ -111,7 +111,7 @@ def test_no_intact_checkpoint_is_deleted_in_favour_of_a_damaged_one(saved, tmp_p
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
     flip(next((folder / run_directory.CHECKPOINTS / "3").glob("state/d/*")))
-    # Of the latest two, 3 would be one, and 2 would be deleted.
+    # If 3 counted as one of the latest two, 2 would be deleted.
     with checkpoint.Checkpoints(folder, keep_last=2) as checkpoints:
         checkpoints.save(4, STATE, SCORES)
     assert steps(folder) == [2, 4]
@@ -142,21 +142,20 @@ def test_a_full_disk_fails_the_save_and_keeps_earlier_checkpoints(saved, tmp_pat
         chex.assert_trees_all_equal(checkpoints.restore(3, LIKE), STATE)
         checkpoints.save(4, large, SCORES)
     assert steps(folder) == [4]
-    assert not caplog.text  # It is told once, by the error.
+    assert not caplog.text  # The error alone reports it.
 
 
 def test_saves_leave_no_threads(tmp_path):
     with checkpoint.Checkpoints(tmp_path, keep_last=1) as checkpoints:
         for step in range(1, 11):
             checkpoints.save(step, STATE, SCORES)
-        # Each has an event loop of its own, in a thread; the last one may still be at work.
+        # Each save has its own event loop in a thread; the last one may still be running.
         loops = [thread for thread in threading.enumerate() if "_run_loop" in thread.name]
     assert len(loops) <= 2
 
 
 def test_a_checkpoint_directory_without_write_permission_is_reported(saved):
-    # Root may write everywhere, so it becomes somebody else for a moment, who may not look into
-    # pytest's folders.
+    # Root may write everywhere, so it becomes another user, who may not read pytest's folders.
     user = os.geteuid()
     with tempfile.TemporaryDirectory() as open_to_all:
         folder = Path(open_to_all, "run")

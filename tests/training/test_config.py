@@ -25,7 +25,7 @@ from tests.helpers import public_data
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("[!_]*.py"))
 
-# What is prepared of each public data set, in small; the others come with their images.
+# Writers and counts of small copies of the public data sets; other data sets include their images.
 LAYOUTS = {
     "cars196": (public_data.cars196_annos, public_data.CARS_COUNTS),
     "cub200": (public_data.cub200, public_data.CUB_COUNTS),
@@ -50,7 +50,7 @@ def load(file):
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
-    """Where the images of each data set are; they are read once for all of its variants."""
+    """Roots of the images by data set; images are read once for all variants."""
     folders = {"glyphs": "", "orl_faces": ""}
     for name, (write, counts) in LAYOUTS.items():
         folder = tmp_path_factory.mktemp(name)
@@ -63,13 +63,13 @@ def roots(tmp_path_factory):
     def few(name, *, root=None):
         sources = read(name, root=root)
         few = three_images(sources["train"])
-        # In small, some have only one class to test on, which would be refused.
+        # Some small copies have a single test class, which would be refused.
         return sources | {"train": few, "test": few}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "create", few)
         patch.setattr(splits, "_inspect_once", lambda sources: data.InspectionReport({}, {}))
-        # Variants of equal shape compile once for all files, and not for long.
+        # Variants of equal shape are compiled once for all files, without optimisation.
         jax.config.update("jax_disable_most_optimizations", True)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         yield folders
@@ -78,7 +78,7 @@ def roots(tmp_path_factory):
 
 
 def three_images(source):
-    """Of the first two classes, so that all data sets have the same shapes."""
+    """Returns three images of two classes, so that all data sets have the same shapes."""
     chosen = np.flatnonzero(source.labels < 2)[[0, 1, -1]].tolist()
     return data.Source(
         records=[source.records[i] for i in chosen],
@@ -88,7 +88,7 @@ def three_images(source):
     )
 
 
-# Of `memvir_baseline` another test shows that it is `memvir` without the memory.
+# Another test shows that `memvir_baseline` is `memvir` without the memory.
 REGULARISED = [method for method in variants.METHODS if method != "memvir_baseline"]
 
 SMALL = {
@@ -179,17 +179,17 @@ def test_every_variant_has_a_network_for_its_images(file, roots):
 @pytest.mark.parametrize("loss", losses.names())
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_the_baseline_of_memvir_differs_only_in_the_memory(file, loss):
-    bare, remembers, both = (
+    bare, with_memory, with_both = (
         load(file).get_config(f"{method}_{loss}").to_dict()
         for method in ("memvir_baseline", "memvir", "ps_memvir")
     )
     if file.stem == "folder":
-        bare["data"]["root"] = remembers["data"]["root"] = both["data"]["root"] = "photos"
+        bare["data"]["root"] = with_memory["data"]["root"] = with_both["data"]["root"] = "photos"
     config.parse(ConfigDict(bare))
     assert bare["memvir"] == config.default().memvir.to_dict()
     assert bare["proxy_synthesis"] == config.default().proxy_synthesis.to_dict()
-    assert bare == remembers | {"memvir": bare["memvir"]}
-    assert remembers == both | {"proxy_synthesis": bare["proxy_synthesis"]}
+    assert bare == with_memory | {"memvir": bare["memvir"]}
+    assert with_memory == with_both | {"proxy_synthesis": bare["proxy_synthesis"]}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -200,7 +200,7 @@ def test_a_variant_may_leave_out_its_loss_or_its_method(file):
     assert get_config().to_dict() == get_config("baseline_norm_softmax").to_dict()
 
 
-# What both READMEs set for CARS196, by their flags or by what these are by default.
+# The settings of both official READMEs for CARS196, by their flags or the defaults of these.
 OFFICIAL = {
     "epochs": 130,
     "batch_size": 128,
@@ -252,7 +252,7 @@ OFFICIAL = {
     "evaluation.nmi": False,
     "evaluation.patience": 0,
 }
-# What they have nothing to do with.
+# Settings without an official counterpart.
 OURS = {
     "seed",
     "deterministic",
@@ -317,7 +317,7 @@ def test_long_schedules_save_as_often_as_they_evaluate(name):
     )
 
 
-# The commands of tjddus9597/Proxy-Anchor-CVPR2020, and what its train.py has by default.
+# The commands of tjddus9597/Proxy-Anchor-CVPR2020, and the defaults of its train.py.
 PROXY_ANCHOR = {
     "epochs": 60,
     "batch_size": 180,
@@ -365,7 +365,7 @@ def test_proxy_anchor_has_the_settings_of_its_authors(name):
 
 
 def documented_commands(page):
-    """The arguments of each train.py command in a page's code blocks."""
+    """Yields the arguments of each train.py command in the code blocks of a page."""
     for block in re.findall(r"^```\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
         if block.startswith("python scripts/train.py"):
             yield shlex.split(block.replace("\\\n", " "))[1:]
@@ -401,17 +401,17 @@ def test_soft_triple_has_the_regulariser_of_its_authors(name):
 
 @pytest.mark.parametrize(("name", "classes"), [("sop", 11318), ("inshop", 3997)])
 def test_the_memory_has_the_documented_size(name, classes):
-    module, told = load(ROOT / "configs" / f"{name}.py"), {}
+    module, sizes = load(ROOT / "configs" / f"{name}.py"), {}
     for loss in ("norm_softmax", "soft_triple"):
         made = module.get_config(f"memvir_{loss}")
         of_loss = losses.create(**made.loss)
         shape = jax.eval_shape(
             lambda m=made, x=of_loss: builder._memory(parse_with_root(m), x, classes, 1)
         )
-        told[loss] = f"{sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shape)) / 1e9:.1f}"
+        sizes[loss] = f"{sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shape)) / 1e9:.1f}"
     words = " ".join(module.__doc__.split())
-    assert f"keep the memory at {told['norm_softmax']} GB" in words
-    assert f"takes {told['soft_triple']} GB" in words
+    assert f"keep the memory at {sizes['norm_softmax']} GB" in words
+    assert f"takes {sizes['soft_triple']} GB" in words
 
 
 def test_an_unknown_variant_is_refused_with_a_list_of_the_known_ones():
@@ -494,19 +494,19 @@ def test_all_errors_are_reported_at_once(tmp_path):
     made.update_from_flattened_dict({path: value for path, (value, _) in BAD.items()})
     with pytest.raises(ValueError) as error:
         run.train(made, tmp_path / "run")
-    # What two settings have to do with one another is looked at where each is right by itself.
-    told = [line.split()[0].removeprefix("config.") for line in str(error.value).splitlines()]
+    # Checks of several settings are made only if each setting is valid by itself.
+    reported = [line.split()[0].removeprefix("config.") for line in str(error.value).splitlines()]
     together = {"batch_size", "data.root", "model.backbone", "memvir.warmup_epochs"}
-    assert set(told) == BAD.keys() - together
-    assert len(told) == len(set(told))
+    assert set(reported) == BAD.keys() - together
+    assert len(reported) == len(set(reported))
     assert not (tmp_path / "run").exists()
 
 
-NO_NUMBER = (True, "1", math.nan, -1, 1e300, (), None)
+NOT_NUMBERS = (True, "1", math.nan, -1, 1e300, (), None)
 BAD_OF_TYPE = {
     bool: (0, "yes", None),
-    int: (*NO_NUMBER, 1.5, 2**70),
-    float: (*NO_NUMBER, math.inf, -math.inf, -0.5),
+    int: (*NOT_NUMBERS, 1.5, 2**70),
+    float: (*NOT_NUMBERS, math.inf, -math.inf, -0.5),
     str: (3, None, "\0", ("gap",)),
     tuple: (3, None, "12", (math.nan,), ("1",), (-1,), (True, 1.5)),
 }
@@ -527,21 +527,21 @@ def every_setting():
 
 @pytest.mark.parametrize(("loss", "path", "kind"), list(every_setting()))
 def test_every_setting_is_checked(loss, path, kind):
-    """A new one without a rule, or a hyper-parameter without bounds, fails here."""
+    """A new setting without a check, or a hyper-parameter without bounds, fails here."""
     settings = glyphs.get_config(f"ps_memvir_{loss}").to_dict()
     *sections, name = path.split(".")
     section = functools.reduce(dict.get, sections, settings)
     for bad in BAD_OF_TYPE[kind]:
         if bad is not None or path not in OPTIONAL:
             section[name] = bad
-            # As it comes from a file: a ConfigDict that has types lets fewer of these in.
+            # As read from a file: a typed ConfigDict would refuse more of these.
             with pytest.raises(ValueError, match=rf"config\.{path} is .*; (it must be|choose) "):
                 config.parse(ConfigDict(settings))
 
 
 @dataclasses.dataclass(frozen=True)
 class Banded(losses.NormSoftmax):
-    """A loss as somebody might add one, with fields of every type."""
+    """A custom loss with fields of every type."""
 
     shape: str = "box"
     bands: tuple[float, ...] = (0.5, 1.0)
@@ -624,7 +624,7 @@ def test_the_order_of_channels_reaches_the_network(channels, tmp_path):
     made = glyphs.get_config()
     made.model.channels = channels
     resume.claim(tmp_path, config.parse(made))
-    # As searches and exports make the network again.
+    # Search and export build the network from the recorded config.
     read = config.parse(run_directory.read_config(tmp_path))
     network = builder.make_network(read, sharding.make_mesh(jax.devices()[:1]))
     assert network.embedder.backbone.input_normalisation.channels == channels

@@ -66,8 +66,8 @@ def test_the_loop_forbids_implicit_transfers(images, tmp_path, monkeypatch):
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Spoils the batches of some steps, so that their losses are NaN; returns what they hold."""
-    batches, seen = loop.device_batches, {}
+    """Makes the losses of some steps NaN; returns the labels of these steps."""
+    batches, labels = loop.device_batches, {}
 
     def poison_steps(*bad, killed_at=None):
         def poisoned(experiment, start, total_steps):
@@ -75,13 +75,13 @@ def poison(monkeypatch):
                 if done == killed_at:
                     raise InterruptedError
                 if done in bad:
-                    seen[done] = jax.device_get(batch["label"])
-                    nowhere = np.full_like(seen[done], 10**6)
-                    batch["label"] = jax.device_put(nowhere, batch["label"].sharding)
+                    labels[done] = jax.device_get(batch["label"])
+                    out_of_range = np.full_like(labels[done], 10**6)
+                    batch["label"] = jax.device_put(out_of_range, batch["label"].sharding)
                 yield done, batch
 
         monkeypatch.setattr(loop, "device_batches", poisoned)
-        return seen
+        return labels
 
     return poison_steps
 
@@ -89,7 +89,7 @@ def poison(monkeypatch):
 def test_a_nonfinite_loss_stops_the_run_and_keeps_the_last_checkpoint(images, tmp_path, poison):
     folder = tmp_path / "run"
     built = start(tiny.config(images), folder)
-    seen = poison(7)  # the third step of the second epoch
+    labels = poison(7)  # The third step of the second epoch.
     with pytest.raises(FloatingPointError, match="step 7 .* nan, .*checkpoint is that of step 4"):
         loop.train(built, folder)
     with checkpoint.Checkpoints(folder) as checkpoints:
@@ -97,19 +97,19 @@ def test_a_nonfinite_loss_stops_the_run_and_keeps_the_last_checkpoint(images, tm
     assert [line["step"] for line in files.read_json_lines(folder / run_directory.METRICS)] == [4]
 
     def strict(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
-    told = json.loads((folder / run_directory.NOT_FINITE).read_text(), parse_constant=strict)
+    report = json.loads((folder / run_directory.NOT_FINITE).read_text(), parse_constant=strict)
     numbers = ("step", "epoch", "in_a_row", "loss")
-    assert [told[name] for name in numbers] == [7, 2, 1, "nan"]
-    assert (told["learning_rate"], told["proxy_learning_rate"]) == built.learning_rate(6)
-    assert [int(Path(name).parent.name[-1]) for name in told["images"]] == seen[7].tolist()
-    assert len(set(told["images"])) == 8
-    assert len(told["norms"]) == len(jax.tree.leaves(built.state_shape.params))
-    gradients = [norms["gradient"] for norms in told["norms"].values()]
+    assert [report[name] for name in numbers] == [7, 2, 1, "nan"]
+    assert (report["learning_rate"], report["proxy_learning_rate"]) == built.learning_rate(6)
+    assert [int(Path(name).parent.name[-1]) for name in report["images"]] == labels[7].tolist()
+    assert len(set(report["images"])) == 8
+    assert len(report["norms"]) == len(jax.tree.leaves(built.state_shape.params))
+    gradients = [norms["gradient"] for norms in report["norms"].values()]
     assert gradients == sorted(gradients, reverse=True)
-    np.testing.assert_allclose(told["gradient_norm"], np.linalg.norm(gradients), rtol=1e-5)
-    assert 0 < told["norms"]["proxies"]["parameter"] < 100
+    np.testing.assert_allclose(report["gradient_norm"], np.linalg.norm(gradients), rtol=1e-5)
+    assert 0 < report["norms"]["proxies"]["parameter"] < 100
 
 
 def test_a_nonfinite_loss_is_reported_on_a_full_disk(images, tmp_path, poison, monkeypatch):
@@ -125,35 +125,35 @@ def test_a_nonfinite_loss_is_reported_on_a_full_disk(images, tmp_path, poison, m
 
 def test_nonfinite_steps_are_skipped_and_counted_across_interruptions(images, tmp_path, poison):
     config = tiny.config(images, skip_nonfinite=2)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    # The second of three in a row is an epoch's last: the count is in its checkpoint.
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
+    # Steps 3 and 4 are skipped in a row; step 4 ends an epoch, whose checkpoint has the count.
     bad = (3, 4, 7)
     poison(*bad)
-    result = loop.train(start(config, whole), whole)
-    lines = files.read_json_lines(whole / run_directory.METRICS)
+    result = loop.train(start(config, uninterrupted), uninterrupted)
+    lines = files.read_json_lines(uninterrupted / run_directory.METRICS)
     assert [line["skipped_steps"] for line in lines] == [2, 3, 3]
     assert np.isfinite([line["loss"] for line in lines]).all()
     assert result["skipped_steps"] == 3
-    assert json.loads((whole / run_directory.NOT_FINITE).read_text())["step"] == 7
+    assert json.loads((uninterrupted / run_directory.NOT_FINITE).read_text())["step"] == 7
 
     poison(*bad, killed_at=6)
     with pytest.raises(InterruptedError):
-        loop.train(start(config, parts), parts)
+        loop.train(start(config, interrupted), interrupted)
     poison(*bad)
-    assert loop.train(start(config, parts), parts) == result
-    assert (whole / run_directory.METRICS).read_bytes() == (
-        parts / run_directory.METRICS
+    assert loop.train(start(config, interrupted), interrupted) == result
+    assert (uninterrupted / run_directory.METRICS).read_bytes() == (
+        interrupted / run_directory.METRICS
     ).read_bytes()
 
-    # Steps 3 and 4 are in the checkpoint, so that step 5 is the third in a row.
-    given_up = tmp_path / "given_up"
+    # The checkpoint counts steps 3 and 4, so that step 5 is the third in a row.
+    failed = tmp_path / "failed"
     poison(3, 4, 5, killed_at=5)
     with pytest.raises(InterruptedError):
-        loop.train(start(config, given_up), given_up)
+        loop.train(start(config, failed), failed)
     poison(3, 4, 5)
     with pytest.raises(FloatingPointError, match="step 5 .*checkpoint is that of step 4"):
-        loop.train(start(config, given_up), given_up)
-    assert json.loads((given_up / run_directory.NOT_FINITE).read_text())["in_a_row"] == 3
+        loop.train(start(config, failed), failed)
+    assert json.loads((failed / run_directory.NOT_FINITE).read_text())["in_a_row"] == 3
 
 
 def test_validation_classes_select_the_epoch_and_test_classes_score_it(images, tmp_path):
@@ -164,9 +164,9 @@ def test_validation_classes_select_the_epoch_and_test_classes_score_it(images, t
     assert len(built.sources["validation"].class_names) == 2
     result = loop.train(built, folder)
     lines = files.read_json_lines(folder / run_directory.METRICS)
-    chosen = max(lines, key=lambda line: (line["map@r"], line["step"]))
+    selected = max(lines, key=lambda line: (line["map@r"], line["step"]))
     assert result["best_chosen_on"] == "validation"
-    assert result["best"]["epoch"] == chosen["epoch"]
+    assert result["best"]["epoch"] == selected["epoch"]
     _, variables = checkpoint.read_network(built.network, folder, "best_map")
     on_test = built.evaluator.score(built.evaluator.embed(variables, "test"))
     assert on_test.items() <= result["best"].items()
@@ -177,7 +177,7 @@ def test_validation_classes_select_the_epoch_and_test_classes_score_it(images, t
 
 def test_early_stopping_ends_a_run_and_a_restart_does_not_train(images, tmp_path):
     folder = tmp_path / "run"
-    # Nothing is learned at this rate, so that no score becomes better.
+    # Nothing is learned at this learning rate, so that no score improves.
     frozen = {"optimizer__learning_rate": 1e-30, "model__freeze_bn": True}
     config = tiny.config(images, epochs=9, evaluation__patience=2, **frozen)
     result = loop.train(start(config, folder), folder)
@@ -214,7 +214,7 @@ def test_the_latest_and_the_best_checkpoints_are_kept(tmp_path):
     with checkpoint.Checkpoints(tmp_path, keep_last=2) as checkpoints:
         for at, scores in enumerate([(0.1, 0.9, 0.1), (0.8, 0.2, 0.2), (0.3, 0.3, 0.9)] * 2):
             metrics = dict(zip(("recall@1", "r_precision", "map@r"), scores, strict=True))
-            # The second round is worse.
+            # The second round of scores is lower.
             checkpoints.save(at, state, {k: v - 0.01 * (at > 2) for k, v in metrics.items()})
         checkpoints.save(6, state, None)
     kept = sorted(int(path.name) for path in (tmp_path / run_directory.CHECKPOINTS).iterdir())

@@ -36,13 +36,13 @@ def one_device(monkeypatch):
 
 @pytest.fixture
 def host(monkeypatch):
-    """Sets what the host has free; no other limit counts."""
+    """Sets the free memory of the host, without other limits."""
 
-    def has(free):
+    def set_free(free):
         monkeypatch.setattr(free_memory, "of_host", lambda: {"the host": free})
         monkeypatch.setattr(free_memory, "of_process", dict)
 
-    return has
+    return set_free
 
 
 def built_on(devices, images, variant="baseline", **settings):
@@ -70,9 +70,9 @@ def test_the_fixed_memory_of_a_step_is_its_state_and_batch(images, devices):
     chex.assert_trees_all_equal_shapes_and_dtypes(builder.abstract_batch(built), batch)
     needed = memory_check.need(built)
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves((state, batch)))
-    # The compiler leaves out arrays that no step looks at, and may pad small ones.
+    # The compiler leaves out arrays that the step does not read, and may pad small ones.
     assert needed.fixed == pytest.approx(held, abs=1000)
-    assert needed.temporary > 8 / devices * 16 * 16 * 3 * 4  # Images as numbers.
+    assert needed.temporary > 8 / devices * 16 * 16 * 3 * 4  # Images in float32.
 
 
 def test_the_abstract_batch_matches_a_batch_of_cached_images(images):
@@ -111,23 +111,23 @@ def test_an_accelerator_has_its_own_memory(images, host, monkeypatch):
 def test_a_run_that_does_not_fit_is_refused_with_settings_that_fit(
     images, host, tmp_path, one_device
 ):
-    place = tmp_path / "run"
+    workdir = tmp_path / "run"
     size = {"batch_size": 32, "data__image_size": 64, "data__resize": 80}
     config = tiny.config(images, **size, epochs=1, memvir__warmup_epochs=0)
     built = builder.build(parse(config), sharding.make_mesh())
     host(0)
     needed, rest = memory_check.need(built), -memory_check.free_room(built).size
     host(int(rest) + needed.total)
-    memory_check.check(built, place)
-    # A quarter of the pixels is enough, and so are a few parts.
+    memory_check.check(built, workdir)
+    # A quarter of the pixels fits, and so do a few micro-batches.
     tight = int(rest) + needed.fixed + needed.temporary // 3
     host(tight)
     with pytest.raises(ValueError, match=r"a training step needs .* the host has .* free") as error:
-        run.train(config, place)
-    assert not place.exists()
+        run.train(config, workdir)
+    assert not workdir.exists()
     lines = [line.strip() for line in str(error.value).splitlines()[1:]]
     assert "--config.data.image_size=32 --config.data.resize=40" in lines
-    # JAX 0.10's CPU compiler does not keep to the order of the parts.
+    # The CPU compiler of JAX 0.10 does not keep the order of the micro-batches.
     parts = [line for line in lines if line.startswith("--config.micro_batches=")]
     assert len(parts) == (jax.__version_info__ >= (0, 12))
     for at, line in enumerate(lines):
@@ -137,7 +137,7 @@ def test_a_run_that_does_not_fit_is_refused_with_settings_that_fit(
 
 
 def changed(config, line):
-    """A config with the settings of a line of arguments."""
+    """Returns a config with the settings of a line of arguments."""
     pairs = (word.removeprefix("--config.").split("=") for word in line.split())
     other = config.copy_and_resolve_references()
     other.update_from_flattened_dict(
@@ -162,18 +162,18 @@ def test_half_precision_is_proposed_if_the_memory_of_memvir_is_too_large(images,
 
 
 def test_a_resumed_run_is_offered_only_settings_that_may_change(images, host, tmp_path, one_device):
-    place = tmp_path / "run"
+    workdir = tmp_path / "run"
     size = {"batch_size": 32, "data__image_size": 64, "data__resize": 80}
-    run.train(tiny.config(images, epochs=1, **size), place)
+    run.train(tiny.config(images, epochs=1, **size), workdir)
     built = builder.build(parse(tiny.config(images, epochs=2, **size)), sharding.make_mesh())
     host(0)
     needed, rest = memory_check.need(built), -memory_check.free_room(built).size
     host(int(rest) + needed.fixed + needed.temporary // 3)
     with pytest.raises(ValueError, match="a training step needs") as error:
-        run.train(built.config, place)
-    told = re.findall(r"--config\.([a-z_.]+)=", str(error.value))
-    assert set(told) <= {"model.remat"}
-    assert run_directory.read_result(place)["last"]["epoch"] == 1
+        run.train(built.config, workdir)
+    proposed = re.findall(r"--config\.([a-z_.]+)=", str(error.value))
+    assert set(proposed) <= {"model.remat"}
+    assert run_directory.read_result(workdir)["last"]["epoch"] == 1
 
 
 def test_the_defaults_of_the_folder_config_fit_into_6_gb(host, tmp_path):
@@ -185,10 +185,10 @@ def test_the_defaults_of_the_folder_config_fit_into_6_gb(host, tmp_path):
     config = folder.get_config("ps_memvir")
     config.data.root = str(tmp_path / "images")
     built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
-    begun = 1 * GB  # Of a process that has compiled: 0.9 GB were seen.
-    host(6 * GB - begun)
+    resident = 1 * GB  # Of a process that has compiled: 0.9 GB were seen.
+    host(6 * GB - resident)
     needed = memory_check.need(built)
-    # However often the memory of a step is kept.
+    # The memory of a step may be held four times.
     assert needed.fixed + 4 * needed.temporary < memory_check.free_room(built).size
 
 
@@ -201,14 +201,14 @@ LARGE = {
 }
 
 
-def limited(images, place, *settings):
-    """What train.py says where it may use only so much memory."""
+def limited(images, workdir, *settings):
+    """Returns the finished process of train.py with a memory limit."""
     return subprocess.run(
         [
             sys.executable,
             "-m",
             "tests.helpers.limited",
-            f"--workdir={place}",
+            f"--workdir={workdir}",
             *tiny.arguments(images, **{k.replace(".", "__"): v for k, v in LARGE.items()}),
             *settings,
         ],
@@ -220,11 +220,11 @@ def limited(images, place, *settings):
 
 
 def test_a_process_with_a_memory_limit_trains_with_the_proposed_settings(images, tmp_path):
-    place = tmp_path / "run"
-    refused = limited(images, place)
+    workdir = tmp_path / "run"
+    refused = limited(images, workdir)
     assert refused.returncode == 2, refused.stderr
     assert "RLIMIT_DATA has" in refused.stderr and "Traceback" not in refused.stderr
-    assert not place.exists()
+    assert not workdir.exists()
     lines = [x.split() for x in refused.stderr.splitlines() if x.startswith("  --config.")]
     assert any("image_size" in line[0] for line in lines)
     for at, line in enumerate(lines):

@@ -33,7 +33,7 @@ SETTINGS = {
 
 @pytest.fixture(autouse=True)
 def implicit_promotion():
-    """Optax leaves the promotion of its step counts to JAX."""
+    """Allows the implicit dtype promotion of optax's step counts."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -44,7 +44,7 @@ def golden():
 
 
 def golden_settings(golden):
-    # Official programs decay at the epochs that decay_step divides, up to decay_stop.
+    # The official programs decay at the multiples of decay_step, up to decay_stop.
     step, stop = int(golden["decay_step"]), int(golden["decay_stop"])
     decay_epochs = tuple(range(step, stop + 1, step))
     return {
@@ -103,7 +103,7 @@ def test_rates_decay_at_the_given_epochs(epochs, expected):
     transformation, learning_rate = create(**settings)
     assert [learning_rate(step)[1] for step in range(6)] == expected
 
-    # The steps themselves, without momentum: a gradient that is there once.
+    # The updates: the trace of earlier gradients is known, so that each update gives its rate.
     params = {"embedder": jnp.zeros(1), "proxies": jnp.zeros(1)}
     update = jax.jit(transformation.update)
     state = transformation.init(params)
@@ -119,12 +119,12 @@ def test_rates_decay_at_the_given_epochs(epochs, expected):
 
 def test_periodic_decay_equals_the_step_schedule_of_torch():
     every = {**SETTINGS, "decay_epochs": (), "decay_every": 3}
-    told = {**SETTINGS, "decay_epochs": (4, 7, 10, 13)}
+    listed = {**SETTINGS, "decay_epochs": (4, 7, 10, 13)}
     transformation, learning_rate = create(**every)
     rates = [learning_rate(step) for step in range(26)]
-    # torch.optim.lr_scheduler.StepLR(step_size=3, gamma=0.5), two steps an epoch from 0.
+    # torch.optim.lr_scheduler.StepLR(step_size=3, gamma=0.5), with two steps in an epoch.
     assert [rate for rate, _ in rates] == [0.1 * 0.5 ** (step // 2 // 3) for step in range(26)]
-    assert rates == [create(**told)[1](step) for step in range(26)]
+    assert rates == [create(**listed)[1](step) for step in range(26)]
 
     params = {"embedder": jnp.ones(1), "proxies": jnp.ones(1)}
     state = transformation.init(params)
@@ -156,7 +156,7 @@ def test_only_frozen_scales_and_biases_of_batch_norms_do_not_change(name, frozen
     updates = [jax.jit(transformation.update) for transformation in (plain, frozen)]
     for step in range(6):
         for i in range(2):
-            # Of each parameter on its own, so that what one does not do changes no other.
+            # A function of each parameter alone, so that frozen ones do not affect the others.
             gradients = jax.tree.map(lambda x, s=step: jnp.cos(x + s), params[i])
             made, states[i] = updates[i](gradients, states[i], params[i], step=jnp.int32(step))
             params[i] = optax.apply_updates(params[i], made)

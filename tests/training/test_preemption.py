@@ -12,6 +12,7 @@ import pytest
 from dml_jax._utils import processes, sharding
 from dml_jax.evaluation import scoring
 from dml_jax.training import builder, checkpoint, loop, preemption, resume, run_directory
+from dml_jax.training.config import parse
 from tests.helpers import tiny
 
 NETWORK = {"model__backbone": "colours", "model__width": None, "model__stem": None}
@@ -20,8 +21,8 @@ NETWORK = {"model__backbone": "colours", "model__width": None, "model__stem": No
 def train(config, folder):
     built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
     resume.claim(folder, parse(config))
-    with preemption.listening() as asked:
-        return loop.train(built, folder, asked)
+    with preemption.listening() as stop:
+        return loop.train(built, folder, stop)
 
 
 def final_state(config, folder):
@@ -37,80 +38,80 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(config, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
     train(config, folder)
     return folder
 
 
 @pytest.mark.parametrize("step", [6, 8])  # In the middle of an epoch, and at its end.
 def test_a_preempted_run_saves_and_resumes_to_identical_files(
-    config, undisturbed, tmp_path, monkeypatch, step
+    config, uninterrupted, tmp_path, monkeypatch, step
 ):
     put_batch, sent = sharding.put_batch, []
 
-    def asking(mesh, batch):
+    def put_and_signal(mesh, batch):
         sent.extend(name for name in batch if name == "label")
-        if len(sent) == step + 1:  # One batch is sent ahead.
-            sent.append("asked")
+        if len(sent) == step + 1:  # One batch is transferred ahead.
+            sent.append("signal")
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.5)  # The watcher's turn.
+            time.sleep(0.5)  # Until the watching thread has read the signal.
         return put_batch(mesh, batch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sharding, "put_batch", asking)
+        patched.setattr(sharding, "put_batch", put_and_signal)
         with pytest.raises(preemption.Stopped, match=f"stopped after step {step}, which is saved"):
             train(config, tmp_path)
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest == step
     assert not (tmp_path / run_directory.RESULT).exists()
     train(config, tmp_path)
-    chex.assert_trees_all_equal(final_state(config, tmp_path), final_state(config, undisturbed))
+    chex.assert_trees_all_equal(final_state(config, tmp_path), final_state(config, uninterrupted))
     for name in (run_directory.METRICS, run_directory.RESULT):
-        assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (uninterrupted / name).read_bytes()
 
 
 def test_a_run_preempted_in_its_last_evaluation_stops_before_the_result(
-    config, undisturbed, tmp_path, monkeypatch
+    config, uninterrupted, tmp_path, monkeypatch
 ):
     embed = scoring.Evaluator.embed
 
-    def asking(evaluator, variables, split):
-        if jax.device_get(variables["batch_stats"]) and len(asked) == 2:
+    def embed_and_signal(evaluator, variables, split):
+        if jax.device_get(variables["batch_stats"]) and len(evaluated) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.5)
-        asked.append(split)
+        evaluated.append(split)
         return embed(evaluator, variables, split)
 
-    asked = []
+    evaluated = []
     with monkeypatch.context() as patched:
-        patched.setattr(scoring.Evaluator, "embed", asking)
-        with pytest.raises(preemption.Stopped, match="stopped when all was trained and saved"):
+        patched.setattr(scoring.Evaluator, "embed", embed_and_signal)
+        with pytest.raises(preemption.Stopped, match="stopped after training"):
             train(config, tmp_path)
-    assert len(asked) == 3 and not (tmp_path / run_directory.RESULT).exists()
+    assert len(evaluated) == 3 and not (tmp_path / run_directory.RESULT).exists()
     train(config, tmp_path)
     for name in (run_directory.METRICS, run_directory.RESULT):
-        assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (uninterrupted / name).read_bytes()
 
 
 LISTENER = """
 import hashlib, sys
 from dml_jax.training import preemption
 from dml_jax.training.config import parse
-with preemption.listening() as asked:
-    asked.unsaved = sys.argv[1] == "unsaved"
+with preemption.listening() as stop:
+    stop.unsaved = sys.argv[1] == "unsaved"
     if sys.argv[1] == "notebook":
         sys.ps1 = "In: "
     print("listening", flush=True)
-    asked.wait()
+    stop.wait()
     print("asked", flush=True)
-    # As busy as a compiler: no handler of Python's has its turn.
+    # Like a compiler, this keeps the main thread from running signal handlers.
     hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
 """
 
 
-def listener(what):
-    process = subprocess.Popen([sys.executable, "-c", LISTENER, what], stdout=subprocess.PIPE)
+def listener(mode):
+    process = subprocess.Popen([sys.executable, "-c", LISTENER, mode], stdout=subprocess.PIPE)
     process.stdout.readline()
     return process
 
@@ -124,13 +125,13 @@ def test_a_first_signal_ends_a_process_with_nothing_unsaved(first):
 
 
 @pytest.mark.parametrize(
-    ("what", "second"),
+    ("mode", "second"),
     [("unsaved", signal.SIGTERM), ("unsaved", signal.SIGINT), ("notebook", signal.SIGINT)],
 )
-def test_a_second_signal_ends_the_process_at_once(what, second):
-    process = listener(what)
+def test_a_second_signal_ends_the_process_at_once(mode, second):
+    process = listener(mode)
     process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)  # As some schedulers do: one request.
+    process.send_signal(signal.SIGINT)  # Within a second: one request.
     assert process.stdout.readline() == b"asked\n"
     time.sleep(preemption._ONE_REQUEST + 0.1)
     assert process.poll() is None
@@ -141,8 +142,8 @@ def test_a_second_signal_ends_the_process_at_once(what, second):
 
 def test_signal_handlers_are_restored():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with preemption.listening() as asked:
-        assert not asked.is_set()
+    with preemption.listening() as stop:
+        assert not stop.is_set()
     assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
@@ -154,16 +155,16 @@ def test_all_processes_stop_some_steps_after_one_of_them_asks_to(monkeypatch):
         processes,
         "put_batch",
         lambda mesh, rows: {
-            # This process, which says nothing, and another.
-            name: jax.device_put(np.array([False, len(said) == 2]), sharding.batch_sharding(mesh))
+            # This process does not ask to stop; the other one does in step 3.
+            name: jax.device_put(np.array([False, len(steps) == 2]), sharding.batch_sharding(mesh))
             for name in rows
         },
     )
-    said = []
+    steps = []
     stops = []
     for step in range(1, 8):
         stops.append(agreement.after(step, wanted=False))
-        said.append(step)
+        steps.append(step)
     assert stops == [False] * 5 + [True, False]
 
 

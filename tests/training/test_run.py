@@ -35,14 +35,16 @@ def test_a_finished_run_with_more_epochs_equals_the_longer_run(images, tmp_path)
     assert run.train(long, folder) == run.train(long, expected)
     for name in (run_directory.METRICS, run_directory.RESULT, run_directory.CONFIG):
         assert (folder / name).read_bytes() == (expected / name).read_bytes()
-    assert run.train(short, folder)["last"]["epoch"] == 3  # It has done more than that.
+    assert (
+        run.train(short, folder)["last"]["epoch"] == 3
+    )  # Fewer epochs have no effect on a finished run.
 
     result = (folder / run_directory.RESULT).read_bytes()
     (folder / run_directory.RESULT).unlink()
     with pytest.raises(ValueError, match="config.epochs is 1, but the run has already done 3"):
         run.train(short, folder)
 
-    # Lines are lost, the last one or another.
+    # Missing lines: the last one, and another one.
     metrics = (folder / run_directory.METRICS).read_bytes()
     first, second, _ = metrics.splitlines(keepends=True)
     (folder / run_directory.METRICS).write_bytes(first + second)
@@ -51,7 +53,7 @@ def test_a_finished_run_with_more_epochs_equals_the_longer_run(images, tmp_path)
     (folder / run_directory.METRICS).write_bytes(second)
     with pytest.raises(ValueError, match=r"lines of epochs \[1, 3\], but .* of step 12.* above 0"):
         run.train(long, folder)
-    # As the message says.
+    # The error message says to do this.
     (folder / run_directory.METRICS).write_bytes(first + second)
     for step in (folder / run_directory.CHECKPOINTS).iterdir():
         if int(step.name) > 8:
@@ -74,7 +76,7 @@ def test_a_last_epoch_without_an_evaluation_is_refused(images, tmp_path):
 def test_a_fork_starts_from_a_copy_of_the_network_of_another_run(images, tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     run.train(tiny.config(images, "ps_memvir", epochs=2, **NETWORK), old)
-    # Another loss, without MemVir, with another seed: of the old run it takes the network alone.
+    # Another loss, no MemVir and another seed: only the network is taken from the old run.
     config = tiny.config(images, "proxy_nca", epochs=1, seed=3, checkpoint__keep_last=9, **NETWORK)
     result = run.train(config, new, fork_from=old)
     built = builder.build(parse(config), sharding.make_mesh())
@@ -129,8 +131,8 @@ def test_too_many_skipped_steps_or_epochs_are_refused(tmp_path):
         builder.build(parse(made), mesh)
 
 
-class Reached(Exception):
-    """A run has come to its devices."""
+class DevicesInitialised(Exception):
+    """Raised in place of initialising the devices."""
 
 
 @pytest.mark.parametrize(
@@ -145,25 +147,25 @@ def test_deterministic_sets_the_xla_flag_before_devices_are_initialised(
     given, expected, images, tmp_path, monkeypatch
 ):
     def make_mesh():
-        raise Reached(os.environ["XLA_FLAGS"].strip())
+        raise DevicesInitialised(os.environ["XLA_FLAGS"].strip())
 
     monkeypatch.setattr(sharding, "make_mesh", make_mesh)
     for deterministic, flags in ((False, given), (True, expected)):
         monkeypatch.setenv("XLA_FLAGS", given)
         config = tiny.config(images, deterministic=deterministic, **NETWORK)
-        with pytest.raises(Reached, match=f"^{flags}$"):
+        with pytest.raises(DevicesInitialised, match=f"^{flags}$"):
             run.train(config, tmp_path / "run")
 
 
 def test_imports_do_not_initialise_devices():
-    """In a process of its own: here, all others have."""
+    """Uses a new process, since this one has initialised its devices."""
     program = (
         "import jax\n"
         "from jax.extend import backend\n"
         "from dml_jax.cli import command_line\n"
         "from dml_jax.training import run\n"
         "import dml_jax.cli.train\n"
-        "jax.config.update('jax_num_cpu_devices', 3)\n"  # Refused once devices are known.
+        "jax.config.update('jax_num_cpu_devices', 3)\n"  # An error once devices are initialised.
         "print(jax.device_count())\n"
     )
     started = [sys.executable, "-c", program]

@@ -55,7 +55,7 @@ def changed(**settings):
     config = folder.get_config("ps")
     config.data.root = "/images"
     for path, value in settings.items():
-        if path == "loss.name":  # Its hyper-parameters change with it.
+        if path == "loss.name":  # The hyper-parameters change too.
             config = folder.get_config(f"ps_{value}")
             config.data.root = "/images"
         else:
@@ -63,7 +63,7 @@ def changed(**settings):
     return config
 
 
-FREE = {
+RESUMABLE = {
     "epochs": 9,
     "evaluation.every_epochs": 7,
     "evaluation.patience": 3,
@@ -79,13 +79,15 @@ FREE = {
 }
 
 
-@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("name", RESUMABLE)
 def test_settings_that_do_not_affect_steps_may_change_and_are_recorded(tmp_path, name, caplog):
     resume.claim(tmp_path, parse(changed()))
     (tmp_path / run_directory.RESULT).write_text("{}")
-    config = changed(**{name: FREE[name]})
+    config = changed(**{name: RESUMABLE[name]})
     (difference,) = resume.check(tmp_path, parse(config))
-    assert difference.startswith(f"config.{name}: ") and difference.endswith(f" {FREE[name]!r} now")
+    assert difference.startswith(f"config.{name}: ") and difference.endswith(
+        f" {RESUMABLE[name]!r} now"
+    )
     resume.claim(tmp_path, parse(config))
     assert difference in caplog.text
     assert resume.check(tmp_path, parse(config)) == []
@@ -120,8 +122,8 @@ def test_settings_that_affect_steps_may_not_change(tmp_path, name):
 
 def test_the_size_of_images_cached_on_the_device_may_not_change(tmp_path):
     resume.claim(tmp_path, parse(changed(**{"data.cache": "device"})))
-    with pytest.raises(ValueError, match=r"config\.data\.cache_size: 320 before, 64 now"):
-        resume.check(tmp_path, parse(changed(**{"data.cache": "device", "data.cache_size": 64})))
+    with pytest.raises(ValueError, match=r"config\.data\.cache_size: 320 before, 200 now"):
+        resume.check(tmp_path, parse(changed(**{"data.cache": "device", "data.cache_size": 200})))
 
 
 def test_micro_batches_may_change_if_batch_norm_is_frozen(tmp_path):
@@ -138,7 +140,7 @@ def test_a_finished_run_is_resumed_only_if_it_may_train_longer(tmp_path):
     assert resume.finished(tmp_path, parse(changed(epochs=5))) == result
     assert resume.finished(tmp_path, parse(changed(epochs=3))) == result
     assert resume.finished(tmp_path, parse(changed(epochs=6))) is None
-    # It had lost its patience.
+    # The run stopped early.
     files.write_json(tmp_path / run_directory.RESULT, {"last": {"epoch": 4}})
     assert resume.finished(tmp_path, parse(changed(epochs=5))) is not None
     longer = changed(**{"epochs": 5, "evaluation.patience": 9})
@@ -176,13 +178,13 @@ def test_different_images_are_refused(tmp_path):
     images = tiny.write_images(tmp_path / "images")
     folder = tmp_path / "run"
     folder.mkdir()
-    there = run_directory.fingerprints(data.create("folder", root=images))
-    files.write_json(folder / run_directory.IMAGES, {"train": "what a kill has left"})
-    resume.check_images(folder, there)
-    resume.claim(folder, parse(glyphs.get_config()), there)
+    recorded = run_directory.fingerprints(data.create("folder", root=images))
+    files.write_json(folder / run_directory.IMAGES, {"train": "left by a killed run"})
+    resume.check_images(folder, recorded)
+    resume.claim(folder, parse(glyphs.get_config()), recorded)
     moved = images.rename(tmp_path / "elsewhere")
     same = run_directory.fingerprints(data.create("folder", root=moved))
-    assert same == there
+    assert same == recorded
     resume.check_images(folder, same)
     file = moved / "train" / "class1" / "2.png"
     file.write_bytes(file.read_bytes() + b"\0")

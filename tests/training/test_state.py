@@ -15,7 +15,7 @@ def uniform(size):
     return stats.uniform(-(size**-0.5), 2 * size**-0.5)
 
 
-# As the official programs draw proxies, in torch and in their constructors.
+# The initialisers of the official programs.
 DISTRIBUTIONS = {
     "uniform_dim": uniform(DIM),
     "uniform_classes": uniform(tiny.TRAIN_CLASSES),
@@ -35,7 +35,7 @@ def test_initial_proxies_have_the_configured_distribution(init, tmp_path):
     expected, count = DISTRIBUTIONS[init], proxies.size
     lowest, highest = np.float32(expected.support())
     assert lowest <= proxies.min() and proxies.max() <= highest
-    # Five standard deviations of a mean and of a deviation, the latter of normal numbers.
+    # Five standard errors of the mean and of the standard deviation (that of a normal sample).
     assert abs(proxies.mean()) < 5 * expected.std() / count**0.5
     assert abs(proxies.std() / expected.std() - 1) < 5 / (2 * count) ** 0.5
     assert stats.kstest(proxies.ravel(), expected.cdf).pvalue > 1e-6

@@ -21,24 +21,23 @@ def images(tmp_path_factory):
 
 def losses_of_run(config, devices, steps):
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    built = builder.build(
-        parse(config), mesh, data.InspectionReport({}, {})
-    )  # Looking at them takes a while.
+    # An empty report saves the time of an inspection.
+    built = builder.build(parse(config), mesh, data.InspectionReport({}, {}))
     compiled = step.compile_step(
         built.step_config, built.state_sharding, sharding.batch_sharding(mesh)
     )
     state, losses = built.init(), []
     for _, batch in device_batches(built, 0, steps):
-        state, observed = compiled(state, batch)
-        losses.append(float(observed.loss))
+        state, metrics = compiled(state, batch)
+        losses.append(float(metrics.loss))
     return np.asarray(losses), state
 
 
 @pytest.mark.parametrize("variant", ["baseline", "ps_memvir", "memvir_proxy_anchor"])
 def test_losses_are_the_same_on_any_number_of_devices(images, variant):
-    # In a deep network the last bit of a sum decides, every few steps, on which side of zero some
-    # activation falls, and a high learning rate carries that into the loss: so a shallow network
-    # at the official rates. Its 6 classes don't divide by 4 and 8.
+    # In a deep network, rounding changes the sign of an activation every few steps, and a high
+    # learning rate carries this into the loss: hence a shallow network at the official rates. The 6
+    # classes are not divisible by 4 and 8.
     rates = {"optimizer__learning_rate": 1e-4, "optimizer__proxy_learning_rate": 1e-2}
     config = tiny.config(images, variant, batch_size=16, epochs=15, **rates)
     alone, _ = losses_of_run(config, devices=1, steps=30)
@@ -52,7 +51,7 @@ def test_losses_are_the_same_on_any_number_of_devices(images, variant):
 
 
 def test_first_losses_of_a_deep_network_are_the_same_on_any_number_of_devices():
-    # Later, see above: a narrow ResNet-18 was found 6e-5 apart after 20 steps.
+    # Later losses differ, see above: by 6e-5 after 20 steps of a narrow ResNet-18.
     config = glyphs.get_config("ps_memvir")
     config.update_from_flattened_dict(
         {"model.backbone": "resnet18", "model.stem": "small", "model.width": 8}
@@ -69,7 +68,7 @@ def test_regularisers_change_the_loss_from_their_first_step_on(images):
         for variant in ("baseline", "ps", "memvir")
     }
     assert losses["ps"][0] != losses["baseline"][0]
-    # An epoch of 4 steps is warm-up; a step 2 later is the first to meet a virtual class.
+    # The warm-up is an epoch of 4 steps; two steps later there is the first virtual class.
     np.testing.assert_array_equal(losses["memvir"][:6], losses["baseline"][:6])
     assert losses["memvir"][6] != losses["baseline"][6]
 
@@ -95,32 +94,32 @@ def test_a_nonfinite_step_changes_nothing(images):
         return batch | {"image": batch["image"].astype(np.float32)}
 
     state = built.init()
-    # The warm-up is 4 steps, and 6 later the memory is full.
+    # The warm-up has 4 steps; the memory is full 6 steps later.
     *before, last = [as_float(batch) for _, batch in device_batches(built, 0, 12)]
     for batch in before:
         state, _ = compiled(state, batch)
     kept, bad = jax.tree.map(lambda x: x.copy(), (state, last))
     bad["image"] = bad["image"].at[3, 0, 0, 0].set(np.nan)
 
-    skipped, observed = compiled(jax.tree.map(lambda x: x.copy(), state), bad)
-    assert np.isnan(observed.loss)
-    assert np.isnan(observed.gradient_norms).any() and np.isfinite(observed.parameter_norms).all()
+    skipped, metrics = compiled(jax.tree.map(lambda x: x.copy(), state), bad)
+    assert np.isnan(metrics.loss)
+    assert np.isnan(metrics.gradient_norms).any() and np.isfinite(metrics.parameter_norms).all()
     assert int(skipped.step) == int(kept.step) + 1 == 12
     assert (int(skipped.skipped.total), int(skipped.skipped.in_a_row)) == (1, 1)
     for part in ("params", "batch_stats", "opt_state", "metrics"):
         chex.assert_trees_all_equal(getattr(skipped, part), getattr(kept, part))
 
-    # The ring may have the latest entry already, which the next step would put there: what counts
-    # is that the next step is, bit for bit, the one that would have been.
+    # The ring may already contain the entry of the skipped step, which the next step overwrites. So
+    # the next step is compared, bit for bit, with the one without a skipped step.
     again = skipped._replace(step=kept.step, skipped=kept.skipped)
     again, _ = compiled(jax.tree.map(lambda x: x.copy(), again), last)
-    taken, observed = compiled(state, last)
-    assert np.isfinite(observed.loss) and int(taken.memory.steps) == 8
+    taken, metrics = compiled(state, last)
+    assert np.isfinite(metrics.loss) and int(taken.memory.steps) == 8
     chex.assert_trees_all_equal(again, taken)
 
 
 def test_skipped_steps_count_for_schedules_but_not_for_adam(images):
-    """Epoch 2, from step 4 on, thaws the backbone and all but stops the proxies."""
+    """Epoch 2, from step 4 on, trains the backbone and nearly stops the proxies."""
     config = tiny.config(
         images,
         model__backbone="colours",
@@ -147,16 +146,16 @@ def test_skipped_steps_count_for_schedules_but_not_for_adam(images):
         states.append(state)
     assert int(states[-1].skipped.total) == 2
 
-    # A step of Adam is about as large as its rate, whatever the gradient.
-    def moved(part):
+    # An update of Adam is about as large as the learning rate, for any gradient.
+    def largest_update(part):
         before, after = (optax.tree.get(state.params, part) for state in states[-2:])
-        moves = jax.tree.map(lambda x, y: abs(x - y).max(), before, after)
-        return max(jax.tree.leaves(moves))
+        changes = jax.tree.map(lambda x, y: abs(x - y).max(), before, after)
+        return max(jax.tree.leaves(changes))
 
-    ratio = moved("proxies") / built.learning_rate(4)[1]
+    ratio = largest_update("proxies") / built.learning_rate(4)[1]
     assert built.learning_rate(4)[1] == 1e-4 and 0.1 < ratio < 3
-    ratio = moved("backbone") / built.learning_rate(4)[0]
-    # Its own first step, as torch counts.
+    ratio = largest_update("backbone") / built.learning_rate(4)[0]
+    # The first update of the backbone, by Adam's own count, as in torch.
     assert 0.9 < ratio < 1.1
     counts = optax.tree.get_all_with_path(states[-1].opt_state, "count")
     assert sorted(int(count) for _, count in counts) == [1, 3]
@@ -182,9 +181,9 @@ def test_only_frozen_scales_and_biases_do_not_train(images, epochs):
     first, last = (
         flax.traverse_util.flatten_dict(state.params, sep="/") for state in (before, after)
     )
-    stayed = {path for path in first if (first[path] == last[path]).all()}
+    unchanged = {path for path in first if (first[path] == last[path]).all()}
     norms = {f"embedder/backbone/bn{i}/{x}" for i in range(1, 5) for x in ("scale", "bias")}
-    assert stayed == norms
+    assert unchanged == norms
 
 
 def test_bfloat16_computes_losses_near_those_of_float32(images):
@@ -202,7 +201,7 @@ def test_bfloat16_computes_losses_near_those_of_float32(images):
 
 
 def masked_state(state):
-    """What the optimizer knows of the backbone's gradients."""
+    """Returns the optimizer state of the backbone."""
 
     def is_masked(x):
         return isinstance(x, optax.ConditionallyMaskState)
@@ -235,7 +234,7 @@ def test_a_frozen_backbone_and_its_optimizer_state_do_not_change(images, name):
     )
     assert (before != after).any()
     if name == "adam":
-        # Torch counts a parameter's own steps: the first of the backbone is as large as a first.
+        # Torch counts updates per parameter: the first one of the backbone has the size of a first.
         rate = config.optimizer.learning_rate
         assert 0.5 * rate < abs(after - before).max() < 1.5 * rate
 
@@ -245,7 +244,7 @@ COLOURS = {"model__backbone": "colours", "model__width": None, "model__stem": No
 
 
 def compiled_on(config, devices, rows):
-    """The step's program for so many devices and rows."""
+    """Returns the step compiled for some numbers of devices and rows."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
     built = builder.build(parse(config), mesh)
     batch = {
@@ -265,31 +264,31 @@ def test_the_finite_check_of_a_step_is_computed_once(images):
     built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
     arrays = len(jax.tree.leaves(built.state_shape.params))
     conjunctions = compiled_on(config, devices=1, rows=8).as_text().count(" and(")
-    # Computed anew for each array, they would be several times the square of the arrays.
+    # Recomputed for each array, they would be several times the square of the number of arrays.
     assert conjunctions < arrays**2 or jax.__version_info__ < (0, 12)
 
 
 def test_micro_batches_have_the_gradients_of_the_whole_batch(images):
-    # Synthetic and virtual classes mix what different parts have embedded.
+    # Synthetic and virtual classes combine embeddings of different micro-batches.
     config = tiny.config(images, "ps_memvir", batch_size=16, model__freeze_bn=True, **CONV4)
     built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
     state = built.init()
 
-    def gradients(parts):
-        step_config = built.step_config._replace(micro_batches=parts, memory_warmup_steps=0)
+    def gradients(count):
+        step_config = built.step_config._replace(micro_batches=count, memory_warmup_steps=0)
 
-        def of_loss(params, state, batch):
+        def loss_fn(params, state, batch):
             return step.objective(step_config, params, state, batch, jax.random.key(0))
 
-        return jax.jit(jax.value_and_grad(of_loss, has_aux=True))
+        return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
 
-    whole, in_parts = gradients(1), gradients(4)
+    whole, in_micro_batches = gradients(1), gradients(4)
     for _, batch in device_batches(built, 0, 4):  # The gap is one step.
         before = state
         (loss, (_, memory)), expected = whole(state.params, state, batch)
         state = state._replace(memory=memory)
-    (loss_of_parts, _), computed = in_parts(before.params, before, batch)
-    np.testing.assert_allclose(loss_of_parts, loss, rtol=1e-5)
+    (accumulated, _), computed = in_micro_batches(before.params, before, batch)
+    np.testing.assert_allclose(accumulated, loss, rtol=1e-5)
     for x, y in zip(jax.tree.leaves(computed), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y)
 
@@ -328,7 +327,7 @@ def test_micro_batches_need_less_memory_and_move_no_images(images):
         for count in (1, 4)
     )
     memory = [x.memory_analysis().temp_size_in_bytes for x in (whole, parts)]
-    # JAX 0.10's CPU compiler does not keep to the order of the parts.
+    # The CPU compiler of JAX 0.10 does not keep the order of the micro-batches.
     assert (memory[1] < 0.5 * memory[0]) == (jax.__version_info__ >= (0, 12)), memory
     moves = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter")
     lines = [line for line in parts.as_text().splitlines() if any(f"{x}(" in line for x in moves)]
