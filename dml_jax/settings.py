@@ -2,7 +2,7 @@
 
 A group of settings is a frozen dataclass whose fields are made by `setting` or `group`. Checks that
 involve several settings are methods decorated with `together`. `parse` makes an instance from plain
-values and reports everything that is wrong at once, by path.
+values and reports all errors together, by path.
 """
 
 import dataclasses

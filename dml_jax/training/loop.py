@@ -85,8 +85,8 @@ def train(
 def _steps_late(experiment: Experiment) -> int:
     """Returns after how many later steps the metrics of a step are read.
 
-    The delay keeps accelerators busy. On CPUs there is none: each dispatched step holds its own
-    temporary memory there, and steps take long compared with the work between them.
+    The delay keeps accelerators busy. CPUs need none, because steps take long compared with the
+    work between them, and each dispatched step holds its own temporary memory.
     """
     return 0 if sharding.on_cpu(experiment.mesh) else _STEPS_IN_FLIGHT
 

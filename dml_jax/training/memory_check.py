@@ -23,7 +23,7 @@ from dml_jax.training.builder import Experiment
 from dml_jax.training.config import parse, to_config_dict
 
 _PROGRAM = 500_000_000
-"""Bytes that a run allocates on the host besides its steps and a copy of the state.
+"""Bytes that a run allocates on the host in addition to its steps and a copy of the state.
 
 Measured with a ResNet-18 (512 dimensions, batches of 64 images of 128 pixels): 0.1 GB resident, and
 0.6 GB of address space with a copy of the state of 0.14 GB.

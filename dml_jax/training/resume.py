@@ -163,10 +163,10 @@ def claim(
         write_json(workdir / CONFIG, to_dict(config))
 
 
-def _refuse(workdir: Path, what: str, differences: list[str]) -> None:
+def _refuse(workdir: Path, kind: str, differences: list[str]) -> None:
     if differences:
         raise UserError(
-            f"{workdir} holds a run with another {what}; choose another --workdir, or undo:\n"
+            f"{workdir} holds a run with another {kind}; choose another --workdir, or undo:\n"
             + "\n".join(f"  {line}" for line in differences)
         )
 

@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to in its own protocol: JSON over two pipes."""
+"""A headless Chromium, controlled through the DevTools protocol: JSON over two pipes."""
 
 import json
 import os
@@ -13,7 +13,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def find():
-    """The path of a Chromium, or None."""
+    """Returns the path of a Chromium, or None."""
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
@@ -23,7 +23,7 @@ needed = pytest.mark.skipif(
 
 
 class Page:
-    """One page; `problems` has what it has complained of."""
+    """One page of a browser; `problems` collects its errors and warnings."""
 
     def __init__(self, folder, *, width=1280, height=900, dark=False, touch=False):
         read_commands, self._commands = os.pipe()
@@ -34,7 +34,7 @@ class Page:
             "--disable-gpu",
             "--hide-scrollbars",
             "--disable-dev-shm-usage",
-            # Nothing may come from the network.
+            # Blocks all network access.
             "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
             f"--user-data-dir={folder}",
             "--remote-debugging-pipe",
@@ -120,7 +120,7 @@ class Page:
         self.until(ready)
 
     def get(self, expression):
-        """The value of a JavaScript expression."""
+        """Returns the value of a JavaScript expression."""
         result = self.call(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )
@@ -129,7 +129,7 @@ class Page:
         return result["result"].get("value")
 
     def until(self, expression):
-        """Waits until an expression is true."""
+        """Waits until a JavaScript expression is true."""
         deadline = time.monotonic() + 120
         while not self.get(expression):
             if time.monotonic() > deadline:
@@ -137,7 +137,7 @@ class Page:
             time.sleep(0.05)
 
     def place(self, selector):
-        """Left, top, width and height of an element that is brought into view, in pixels."""
+        """Scrolls to an element and returns its left, top, width and height in pixels."""
         element = f"document.querySelector({json.dumps(selector)})"
         self.get(f"{element}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
         box = f"{element}.getBoundingClientRect()"
@@ -149,7 +149,7 @@ class Page:
         self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **pressed)
 
     def click(self, selector):
-        """Clicks on the middle of an element."""
+        """Clicks on the centre of an element."""
         x, y, width, height = self.place(selector)
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
             self.mouse(kind, x + width / 2, y + height / 2)
