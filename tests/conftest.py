@@ -22,7 +22,7 @@ _quickly = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_pass
 with mock.patch.dict(os.environ, XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {_quickly}"):
     jax.devices()
 
-# All test processes share a temporary compilation cache, and no test downloads anything or reads the
+# All test processes share a temporary compilation cache. No test downloads anything or reads the
 # caches of the user. Worker processes of pytest inherit these environment variables.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _folder = tempfile.TemporaryDirectory(prefix="dml_jax_tests_", ignore_cleanup_errors=True)
