@@ -111,6 +111,7 @@ def final_state(folder):
         return checkpoints.restore(checkpoints.find("last"), builder.abstract_state(built))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_run_killed_twenty_times_ends_bit_for_bit_like_an_uninterrupted_run(tmp_path):
     images = tiny.write_images(tmp_path / "images")

@@ -44,6 +44,7 @@ def worker_of(process):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_signal_to_the_process_group_stops_a_run_and_only_one_process_trains(tmp_path):
     images = tiny.write_images(tmp_path / "images")

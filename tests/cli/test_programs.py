@@ -130,6 +130,7 @@ def test_search_ranks_the_query_itself_first(images, finished, indexed, tmp_path
 PRETRAINED = {"model__backbone": "resnet18", "model__width": 64, "model__stem": "imagenet"}
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_pretrained_weights_and_resumes_without_their_file(images, tmp_path):
     file, folder = tmp_path / "resnet18.safetensors", tmp_path / "run"
     expected = weights.state_dict("resnet18")
@@ -222,6 +223,7 @@ def markdown_rows(table):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
+@pytest.mark.slow
 def test_reproduce_resumes_after_a_kill_and_compares(images, tmp_path):
     settings = [x for x in tiny.arguments(images, epochs=2) if not x.startswith("--config=")]
     reproduce = command(
@@ -272,6 +274,7 @@ def table_rows(printed):
     return [[cell.strip() for cell in cells] for cells in lines]
 
 
+@pytest.mark.slow
 def test_quickstart_compares_and_reuses_finished_runs(tmp_path):
     arguments = [f"--root={tmp_path}", "--epochs=1"]
     printed, report = quickstart(arguments), tmp_path / "report.html"
@@ -294,6 +297,7 @@ def test_quickstart_compares_and_reuses_finished_runs(tmp_path):
     assert runs == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
+@pytest.mark.slow
 def test_a_run_resumes_after_the_disk_was_full(images, tmp_path):
     folder = tmp_path / "run"
     arguments = tiny.arguments(images, epochs=2, model__width=64)
@@ -308,6 +312,7 @@ def test_a_run_resumes_after_the_disk_was_full(images, tmp_path):
     assert "last: R@1" in succeed(*training)
 
 
+@pytest.mark.slow
 def test_two_interrupted_processes_train_like_one_uninterrupted_process(tmp_path):
     images = tiny.write_images(tmp_path / "images")
     # One process inspects the images and tells the others which to skip.

@@ -108,6 +108,7 @@ def test_an_accelerator_has_its_own_memory(images, host, monkeypatch):
     assert memory_check.free_room(built).size == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_is_refused_with_settings_that_fit(
     images, host, tmp_path, one_device
 ):
@@ -149,6 +150,7 @@ def changed(config, line):
     return other
 
 
+@pytest.mark.slow
 def test_half_precision_is_proposed_if_the_memory_of_memvir_is_too_large(images, host, one_device):
     ring = {"memvir__num_steps": 30, "memvir__step_gap": 9, "model__dim": 512}
     built = built_on(1, images, "memvir", epochs=9, **ring)
@@ -165,12 +167,13 @@ def test_a_resumed_run_is_offered_only_settings_that_may_change(images, host, tm
     workdir = tmp_path / "run"
     size = {"batch_size": 32, "data__image_size": 64, "data__resize": 80}
     run.train(tiny.config(images, epochs=1, **size), workdir)
-    built = builder.build(parse(tiny.config(images, epochs=2, **size)), sharding.make_mesh())
+    longer = tiny.config(images, epochs=2, **size)
+    built = builder.build(parse(longer), sharding.make_mesh())
     host(0)
     needed, rest = memory_check.need(built), -memory_check.free_room(built).size
     host(int(rest) + needed.fixed + needed.temporary // 3)
     with pytest.raises(ValueError, match="a training step needs") as error:
-        run.train(built.config, workdir)
+        run.train(longer, workdir)
     proposed = re.findall(r"--config\.([a-z_.]+)=", str(error.value))
     assert set(proposed) <= {"model.remat"}
     assert run_directory.read_result(workdir)["last"]["epoch"] == 1
@@ -219,6 +222,7 @@ def limited(images, workdir, *settings):
     )
 
 
+@pytest.mark.slow
 def test_a_process_with_a_memory_limit_trains_with_the_proposed_settings(images, tmp_path):
     workdir = tmp_path / "run"
     refused = limited(images, workdir)

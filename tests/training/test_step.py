@@ -33,6 +33,7 @@ def losses_of_run(config, devices, steps):
     return np.asarray(losses), state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["baseline", "ps_memvir", "memvir_proxy_anchor"])
 def test_losses_are_the_same_on_any_number_of_devices(images, variant):
     # In a deep network, rounding changes the sign of an activation every few steps, and a high
@@ -50,6 +51,7 @@ def test_losses_are_the_same_on_any_number_of_devices(images, variant):
                 assert {shard.data.size for shard in x.addressable_shards} == {x.size // devices}
 
 
+@pytest.mark.slow
 def test_first_losses_of_a_deep_network_are_the_same_on_any_number_of_devices():
     # Later losses differ, see above: by 6e-5 after 20 steps of a narrow ResNet-18.
     config = glyphs.get_config("ps_memvir")
