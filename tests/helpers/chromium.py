@@ -34,7 +34,7 @@ class Page:
             "--disable-gpu",
             "--hide-scrollbars",
             "--disable-dev-shm-usage",
-            # Blocks all network access.
+            # Blocks network access except to this host.
             "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
             f"--user-data-dir={folder}",
             "--remote-debugging-pipe",
