@@ -31,11 +31,14 @@ def execute(script: Path) -> None:
 
 
 def _merged(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """Joins neighbouring pieces of one stream, which arrive as they were flushed."""
+    """Joins neighbouring lines of text, which arrive one by one, some of them also as HTML."""
     merged: list[nbformat.NotebookNode] = []
     for output in outputs:
-        same = merged and output.output_type == "stream" == merged[-1].output_type
-        if same and output.name == merged[-1].name:
+        if "text/html" in output.get("data", {}):
+            text = output.data["text/plain"]
+            output = nbformat.v4.new_output("stream", name="stdout", text=text)
+        stream = output.get("name")
+        if stream and merged and merged[-1].get("name") == stream:
             merged[-1].text += output.text
         else:
             merged.append(output)
