@@ -47,7 +47,7 @@ def on_page_content(content: str, **_: Any) -> str:
     def mathml(match: re.Match[str]) -> str:
         display = "block" if match[1] == "div" else "inline"
         formula = convert(html.unescape(match[2]).strip(), display=display)
-        return f'<div class="formula">{formula}</div>' if display == "block" else formula
+        return f'<div style="overflow-x: auto">{formula}</div>' if display == "block" else formula
 
     return _FORMULA.sub(mathml, content)
 
