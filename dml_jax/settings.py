@@ -182,7 +182,7 @@ _BY_TYPE = {
 
 
 def check_of(field: dataclasses.Field) -> Check:
-    """Returns the check of a field, by default that of the type of its default value.
+    """Returns the check of a field; if it has none, the check for the type of its default.
 
     Raises:
         TypeError: the field has no check, and the type of its default value implies none.

@@ -30,7 +30,7 @@ def launch(module: str, program: str) -> None:
         module: the `__name__` of the started file; in a worker it is not "__main__".
         program: a key of `PROGRAMS`.
     """
-    # The imports take seconds, in which a run may already receive the signal to stop.
+    # The imports take seconds, and the signal to stop may arrive during them.
     if program in _STOPPABLE:
         from dml_jax.training import preemption
 

@@ -54,7 +54,7 @@ def embed(
         result[index[is_image]] = rows[is_image]
         seen[index[is_image]] = True
     if not seen.all():
-        raise ValueError(f"the batches hold {seen.sum()} of {count} images")
+        raise ValueError(f"{count - seen.sum()} of {count} images are missing from the batches")
     return result
 
 

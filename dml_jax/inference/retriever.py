@@ -131,7 +131,7 @@ class Retriever:
 
 
 def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> Retriever:
-    """Loads a run or an export of one; the images of the run are not needed.
+    """Loads the trained network of a run or of an export; the images of the run are not needed.
 
     Args:
         path: folder of the run, or of the export by `scripts/export.py`.

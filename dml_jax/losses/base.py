@@ -73,8 +73,9 @@ class ProxyLoss(abc.ABC):
     ) -> tuple[AnchorTerms, AnchorTerms]:
         """Returns the log-sum-exp and the positive term of each anchor.
 
-        The positive term is the part of an anchor's loss that depends on rows of its own class
-        only; `mean` combines the two. Vectors are prepared ones.
+        The positive term is the part of an anchor's loss that depends only on logits between rows
+        and proxies of the anchor's own class; `mean` combines the two. Embeddings and proxies are
+        prepared vectors.
         """
 
     @abc.abstractmethod

@@ -32,10 +32,10 @@ class SoftmaxLoss(ProxyLoss):
     """
 
     def target(self, logits: RowLogits, embeddings: Embeddings) -> RowLogits:
-        """Returns the target logits with the margin; by default there is none.
+        """Returns the target logits with the margin applied; by default they are unchanged.
 
         Args:
-            logits: each row's logit of its own label.
+            logits: each row's logit for its own label.
             embeddings: the rows, prepared.
         """
         del embeddings

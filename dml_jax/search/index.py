@@ -301,7 +301,7 @@ def load(folder: Path) -> Gallery:
         counts = {gallery.vectors.ntotal, len(gallery.names), len(gallery.labels)}
         if len(counts) > 1 or max(gallery.labels) >= len(gallery.class_names):
             raise UserError(f"{METADATA} and {VECTORS} do not belong together")
-    # The errors of reading any other JSON than `save` writes.
+    # Raised by faiss, or if the JSON is not as `save` writes it.
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"the index {folder} is damaged ({error}); build it again with scripts/index.py"

@@ -14,7 +14,7 @@ class Origin(NamedTuple):
     variant: str
     """Of the config file; empty for its default."""
     overrides: Mapping[str, Any]
-    """Settings that were given besides, by path."""
+    """Other settings given on the command line, by path."""
     published: tuple[Reference, ...]
     """Published scores of the variant, from the config file."""
 

@@ -68,7 +68,7 @@ def parse_variant(variant: str) -> tuple[str, str]:
 def origin_of(
     config_file: str, variant: str, globals: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> Origin:
-    """Returns the origin of a variant of a config file.
+    """Returns the origin of a run: config file, variant, overrides and published scores.
 
     Args:
         config_file: config file as given on the command line.

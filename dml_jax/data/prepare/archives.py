@@ -114,7 +114,7 @@ def unpack(archive: Path, directory: Path, progress: Progress) -> None:
             _unpack_tar(archive, directory, progress)
     except _UNPACK_ERRORS as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise  # An error of the disk. EINVAL comes from a damaged archive with invalid offsets.
+            raise  # A disk error. EINVAL comes from a damaged archive with invalid offsets.
         raise UserError(f"{archive} cannot be unpacked ({error}); get it again") from error
 
 

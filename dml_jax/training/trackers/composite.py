@@ -128,5 +128,5 @@ def check(config: Config) -> None:
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(
                 f'config.{name} needs the package {name}: pip install "dml_jax[{name}]", or leave '
-                "it empty"
+                f"config.{name} empty"
             )
