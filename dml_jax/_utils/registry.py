@@ -19,13 +19,14 @@ class Registry(Generic[T]):
     `my_losses:Banded` for a class in `my_losses.py` in the current folder.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, base: type | None = None) -> None:
         """Creates an empty registry.
 
         Args:
             kind: kind of its parts, for error messages, such as "loss".
+            base: the class that imported parts must be derived from; None for functions.
         """
-        self.kind = kind
+        self.kind, self._base = kind, base
         self._parts: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -83,26 +84,41 @@ class Registry(Generic[T]):
 
     def _imported(self, path: str) -> T:
         module, _, name = path.partition(":")
-        # Other modules are not imported: the path may come from an untrusted run.
-        if module not in sys.modules and not _in_current_folder(module):
+        # Only files of the current folder: the path may come from an untrusted run, which must not
+        # reach `os:system`.
+        file = _file_in_current_folder(module)
+        if file is None:
             raise UserError(
-                f"the {self.kind} {path!r} is not available: the module {module} is neither "
-                "imported nor in the current folder"
+                f"the {self.kind} {path!r} is not available: there is no {module.replace('.', '/')}"
+                ".py in the current folder"
             )
         try:
-            part = getattr(importlib.import_module(module), name)
+            imported = importlib.import_module(module)
+            part = getattr(imported, name)
         except (ImportError, AttributeError, ValueError) as error:
             raise UserError(f"the {self.kind} {path!r} cannot be imported: {error}") from error
-        if not callable(part):
-            raise UserError(f"the {self.kind} {path!r} is not a class or function")
+        if Path(imported.__file__ or "").resolve() != file.resolve():
+            raise UserError(
+                f"the {self.kind} {path!r} is not available: another module is called {module}; "
+                f"rename {file.name}"
+            )
+        if not callable(part) or getattr(part, "__module__", None) != module:
+            raise UserError(
+                f"the {self.kind} {path!r} is not a class or function that {file.name} defines"
+            )
+        if self._base and not (isinstance(part, type) and issubclass(part, self._base)):
+            raise UserError(
+                f"the {self.kind} {path!r} is not derived from {self._base.__qualname__}"
+            )
         return part
 
 
-def _in_current_folder(module: str) -> bool:
-    """Returns whether a module is in the current folder; if so, makes it importable."""
+def _file_in_current_folder(module: str) -> Path | None:
+    """Returns the file of a module in the current folder, made importable, or None."""
     place = Path.cwd().joinpath(*module.split("."))
-    if not (place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()):
-        return False
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    return True
+    for file in (place.with_suffix(".py"), place / "__init__.py"):
+        if file.is_file():
+            if str(Path.cwd()) not in sys.path:
+                sys.path.append(str(Path.cwd()))
+            return file
+    return None

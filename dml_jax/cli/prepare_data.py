@@ -1,6 +1,6 @@
 """Prepares a public data set or a folder of images for training.
 
-README.md says where to get the public data sets.
+docs/how-to/data-sets.md says where to get the public data sets.
 
 dml-jax prepare cars196 --source=stanford_cars --out=data/cars196
 dml-jax prepare cub200 --download --source=downloads --out=data/cub200

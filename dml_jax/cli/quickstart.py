@@ -32,7 +32,7 @@ _EPOCHS = flags.DEFINE_integer(
 _VARIANTS = ("baseline", "ps", "memvir", "ps_memvir")
 _CAPTION = (
     "One seed each, with the published scale of 23 and settings selected on validation classes. A "
-    "smaller scale alone gains as much: see README.md, which also has the scores of five seeds."
+    "smaller scale alone gains more: see README.md, which also has the scores of five seeds."
 )
 
 

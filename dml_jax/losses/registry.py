@@ -11,7 +11,7 @@ from dml_jax.losses.proxy_anchor import ProxyAnchor
 from dml_jax.losses.soft_triple import SoftTriple
 from dml_jax.losses.softmax import NormSoftmax, ProxyNCA, Softmax
 
-LOSSES: Registry[type[ProxyLoss]] = Registry("loss")
+LOSSES: Registry[type[ProxyLoss]] = Registry("loss", ProxyLoss)
 """Loss classes by name. `register` adds one, also from outside the package."""
 
 register = LOSSES.register

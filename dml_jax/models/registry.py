@@ -9,7 +9,7 @@ from dml_jax._utils.registry import Registry
 from dml_jax.models import bninception, convnet, resnet
 from dml_jax.models.embedder import Embedder
 
-BACKBONES: Registry[Callable[..., nn.Module]] = Registry("backbone")
+BACKBONES: Registry[Callable[..., nn.Module]] = Registry("backbone", nn.Module)
 """Modules by name. `register_backbone` adds one, also from outside the package."""
 
 register_backbone = BACKBONES.register

@@ -22,7 +22,7 @@ at once, by path, before anything is written.
 
 Settings marked *resume* may change when a run is resumed: no training step depends on them. Those
 marked *resume, conditionally* may change where the results stay the same: `data.cache` between
-`none` and `host`, `micro_batches` with frozen batch statistics.
+`none` and `host`, `data.cache_size` with these, `micro_batches` with frozen batch statistics.
 """
 
 
@@ -43,7 +43,10 @@ def _tables(group: type, path: str, title: str) -> Iterator[str]:
     own = [x for x in settings.describe(group, path) if x.path.count(".") == path.count(".") + 1]
     prefix = path.removeprefix("config").removeprefix(".")
     yield f"## {prefix + '.*' if prefix else title}\n"
-    yield _table([x for x in own if x.allowed])
+    inner_groups = {
+        f"{path}.{name}" for name, inner, _ in settings.groups(group) if inner is not None
+    }
+    yield _table([x for x in own if x.path not in inner_groups and x.path != "config.loss"])
     for name, inner, about in settings.groups(group):
         if inner is not None:
             yield from _tables(inner, f"{path}.{name}", about.help)
@@ -55,7 +58,8 @@ def _table(rows: list[Described]) -> str:
         path = row.path.removeprefix("config.")
         allowed = row.allowed.removeprefix("it must be ")
         allowed = re.sub(r"from (\d+) to 2147483647", r"of at least \1", allowed)
-        cells = [f"`{path}`", f"`{row.default!r}`", allowed, f"{row.about.help}{_resume(row)}"]
+        default = "{}" if row.default is None and not row.allowed else repr(row.default)
+        cells = [f"`{path}`", f"`{default}`", allowed, f"{row.about.help}{_resume(row)}"]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
