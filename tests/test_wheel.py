@@ -1,7 +1,6 @@
 """A built wheel, installed into an empty environment."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -75,17 +74,32 @@ def test_the_wheel_has_the_version_of_the_package(wheel):
     assert wheel.name == f"dml_jax-{dml_jax.__version__}-py3-none-any.whl"
 
 
-def test_the_quickstart_runs_in_an_empty_folder(programs, tmp_path):
+def table_rows(printed):
+    lines = [line.split("│")[1:-1] for line in printed.splitlines() if "│" in line]
+    return [[cell.strip() for cell in cells] for cells in lines]
+
+
+def test_the_quickstart_runs_in_an_empty_folder_and_reuses_finished_runs(programs, tmp_path):
     where = start(
         [programs / "python", "-c", "import dml_jax; print(dml_jax.__file__)"], tmp_path
     ).strip()
     assert Path(where).is_relative_to(programs.parent)
-    printed = start([programs / "dml-jax", "quickstart", "--epochs=1"], tmp_path)
-    for variant in ("baseline", "ps", "memvir", "ps_memvir"):
-        assert re.search(rf"│ {variant} +│", printed)
-        assert (tmp_path / "runs" / "quickstart" / variant / "result.json").is_file()
-    assert (tmp_path / "runs" / "quickstart" / "report.html").stat().st_size > 1e6
+    command = [programs / "dml-jax", "quickstart", "--epochs=1"]
+    printed, root = start(command, tmp_path), tmp_path / "runs" / "quickstart"
+    assert printed.rstrip().endswith(str(root / "report.html"))
+    assert (root / "report.html").stat().st_size > 1e6
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+    rows, variants = table_rows(printed), ["baseline", "ps", "memvir", "ps_memvir"]
+    assert [row[0] for row in rows] == ["raw pixels", "untrained network", *variants]
+    baseline, *others = (float(row[3]) for row in rows[2:])
+    for row, score in zip(rows[3:], others, strict=True):
+        assert float(row[4]) == pytest.approx(score - baseline, abs=0.11)
+    assert 30 < float(rows[0][3]) < 32 and float(rows[1][3]) < 15
+
+    written = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    assert table_rows(start(command, tmp_path)) == rows
+    assert written == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
 
 
 def test_a_packaged_config_is_found_by_its_name(programs, tmp_path):

@@ -263,40 +263,6 @@ def test_reproduce_resumes_after_a_kill_and_compares(images, tmp_path):
     assert rows[0][4] == "" and rows[1][4].startswith("proxy_nca ")
 
 
-def quickstart(arguments):
-    # quickstart.sh starts it like this once the environment is ready.
-    started = [sys.executable, "-m", "dml_jax", "quickstart", *arguments]
-    return subprocess.run(started, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-
-
-def table_rows(printed):
-    lines = [line.split("│")[1:-1] for line in printed.splitlines() if "│" in line]
-    return [[cell.strip() for cell in cells] for cells in lines]
-
-
-@pytest.mark.slow
-def test_quickstart_compares_and_reuses_finished_runs(tmp_path):
-    arguments = [f"--root={tmp_path}", "--epochs=1"]
-    printed, report = quickstart(arguments), tmp_path / "report.html"
-    assert printed.rstrip().endswith(str(report)) and report.stat().st_size > 1e6
-    first = table_rows(printed)
-    assert [row[0] for row in first] == [
-        "raw pixels",
-        "untrained network",
-        "baseline",
-        "ps",
-        "memvir",
-        "ps_memvir",
-    ]
-    baseline, *others = (float(row[3]) for row in first[2:])
-    for row, score in zip(first[3:], others, strict=True):
-        assert float(row[4]) == pytest.approx(score - baseline, abs=0.11)
-    assert 30 < float(first[0][3]) < 32 and float(first[1][3]) < 15
-    runs = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert table_rows(quickstart(arguments)) == first
-    assert runs == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-
-
 @pytest.mark.slow
 def test_a_run_resumes_after_the_disk_was_full(images, tmp_path):
     folder = tmp_path / "run"
