@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,10 @@ def test_every_named_module_and_program_exists(page):
     files = re.findall(r"\b(?:dml_jax|configs|scripts|benchmarks)/[\w/]+\.(?:py|sh)\b", text)
     files += [f"{x.replace('.', '/')}.py" for x in re.findall(r"python -m (benchmarks\.\w+)", text)]
     assert not [file for file in files if "NAME" not in file and not (ROOT / file).exists()]
+
+
+def test_the_page_of_settings_is_current():
+    # In a process of its own: tests register backbones that are not part of the package.
+    command = [sys.executable, "-m", "dml_jax.training.reference"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == done.stdout
