@@ -32,10 +32,10 @@ def main() -> None:
             raise FileNotFoundError(f"the folder of --out={_OUT.value} does not exist")
         folder = Path(_WORKDIR.value)
         given = {"images": data.images_below(_IMAGES.value)}
-        findings = data.inspect(given)
+        report = data.inspect(given)
         policy = run_directory.read_config(folder).data.unreadable
-        images = data.accept(given, findings, policy)["images"]
-        data.report(findings)
+        images = data.accept(given, report, policy)["images"]
+        data.report(report)
         mesh = sharding.make_mesh()
         network, variables, _ = trained.load(folder, _CHECKPOINT.value, mesh)
         embeddings = embed_images(network, variables, images)

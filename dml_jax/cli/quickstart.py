@@ -43,8 +43,7 @@ def main() -> None:
         rows = _untrained(_config("baseline"))
         for variant in _VARIANTS:
             print(f"\n{variant}: {root / variant}")
-            given = {"epochs": _EPOCHS.value} if _EPOCHS.value else {}
-            origin = origin_of("glyphs", variant, vars(glyphs), given)
+            origin = origin_of("glyphs", variant, vars(glyphs), _overrides(variant))
             result = run.train(_config(variant), root / variant, origin=origin)
             rows[variant] = result["last"] | {"seconds": run_directory.seconds(root / variant)}
     Console().print(_table(rows))
@@ -60,9 +59,16 @@ def main() -> None:
 
 def _config(variant: str) -> ConfigDict:
     config = glyphs.get_config(variant)
-    config.epochs = _EPOCHS.value or config.epochs
-    config.memvir.warmup_epochs = min(config.memvir.warmup_epochs, config.epochs - 1)
+    config.update_from_flattened_dict(_overrides(variant))
     return config
+
+
+def _overrides(variant: str) -> dict[str, int]:
+    """Returns the settings that --epochs changes: the memory must be used before the last one."""
+    epochs, warmup = _EPOCHS.value, glyphs.get_config(variant).memvir.warmup_epochs
+    if not epochs:
+        return {}
+    return {"epochs": epochs, "memvir.warmup_epochs": min(warmup, epochs - 1)}
 
 
 def _untrained(config: ConfigDict) -> dict[str, dict[str, float]]:

@@ -54,19 +54,20 @@ def main() -> None:
         baselines = {name: comparison.baseline(name, get_config) for name in requested}
         trained = list(dict.fromkeys(name for x in requested for name in (baselines[x], x)))
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in trained}
+        shown = packaged_configs.shortened(file)
+        origins = {
+            name: variants.origin_of(shown, name, config_globals, overrides) for name in trained
+        }
         # Seeds are the outer loop, so that an interrupted comparison covers all variants.
         for seed in range(_SEEDS.value):
             for name in trained:
                 config = get_config(name)
                 settings = overrides | {"seed": seed}
                 config.update_from_flattened_dict(settings)
-                origin = variants.origin_of(
-                    packaged_configs.shortened(file), name, config_globals, settings
-                )
+                origin = origins[name]._replace(overrides=settings)
                 workdir = Path(_ROOT.value) / name / f"seed{seed}"
                 print(f"\n{name}, seed {seed}: {workdir}")
                 results[name].append(run.train(config, workdir, origin=origin))
-    references = config_globals.get("PUBLISHED", {})
     for title, metric in retrieval.SCORES.items():
         epoch, scores = comparison.scores(results, metric, best=_EPOCH.value == "best")
         table = comparison.table(
@@ -74,12 +75,12 @@ def main() -> None:
             scores,
             baselines={name: against for name, against in baselines.items() if name != against},
             published={
-                name: published.describe(references.get(variants.parse_variant(name), ()), metric)
-                for name in trained
+                name: published.describe(origin.published, metric)
+                for name, origin in origins.items()
             },
         )
         print(f"\n{table}")
-    if references:
+    if any(origin.published for origin in origins.values()):
         print("\nThe scores published in READMEs are each metric's best epoch on the test classes.")
 
 

@@ -47,7 +47,7 @@ class Evaluator(NamedTuple):
     ) -> dict[str, float]:
         """Returns the retrieval metrics by name; see `dml_jax.retrieval.evaluate`.
 
-        The first process computes them for all.
+        All processes return the metrics of the first, so that they decide alike.
 
         Args:
             embeddings: the result of `embed`.

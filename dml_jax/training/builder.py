@@ -8,6 +8,7 @@ from typing import NamedTuple
 import clu.parameter_overview
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from dml_jax import data, losses, memvir
@@ -67,13 +68,7 @@ def build(
         ValueError: a setting or an image is invalid.
         FileNotFoundError: the images are not at the configured path.
     """
-    parts = config.micro_batches
-    if config.batch_size // parts % mesh.size:
-        in_parts = f" in {parts} micro-batches (config.micro_batches)" if parts > 1 else ""
-        raise UserError(
-            f"config.batch_size is {config.batch_size}, which {mesh.size} devices cannot share "
-            f"evenly{in_parts}; choose a multiple of {parts * mesh.size}"
-        )
+    _check_devices(config, mesh)
     sources, inspection = load_splits(config.data, config.evaluation.recall_at, inspection)
     train = sources["train"]
     steps_per_epoch = data.steps_per_epoch(
@@ -86,21 +81,7 @@ def build(
         steps_per_epoch=steps_per_epoch,
         freeze_bn_affine=config.model.freeze_bn_affine,
     )
-    loss = config.loss
-    num_classes = len(train.class_names)
-    step_config = step.StepConfig(
-        embedder=network.embedder,
-        loss=loss,
-        optimizer=transformation,
-        seed=config.seed,
-        steps_per_epoch=steps_per_epoch,
-        mixing_alpha=config.proxy_synthesis.alpha,
-        mixing_ratio=config.proxy_synthesis.ratio,
-        memory_warmup_steps=config.memvir.warmup_epochs * steps_per_epoch,
-        frozen_steps=config.optimizer.frozen_epochs * steps_per_epoch,
-        micro_batches=parts,
-        images=_images(config, mesh),
-    )
+    step_config = _step_config(config, network, transformation, steps_per_epoch)
 
     @functools.cache
     def cache(split: str) -> device_cache.Cache | None:
@@ -108,18 +89,7 @@ def build(
             return None
         return device_cache.load(sources[split], mesh, config.data.cache_size)
 
-    def initial_state(backbone: PyTree | None = None) -> state.TrainState:
-        return state.create(
-            jax.random.key(config.seed),
-            embedder=network.embedder,
-            optimizer=transformation,
-            image_size=config.data.image_size,
-            proxy_shape=loss.proxy_shape(num_classes, config.model.dim),
-            proxy_init=config.proxy_init,
-            memory=_memory(config, loss, num_classes, mesh.size),
-            backbone=backbone,
-        )
-
+    initial_state = partial(_initial_state, config, step_config, len(train.class_names), mesh.size)
     replicated = sharding.replicated_sharding(mesh)
     state_shape = jax.eval_shape(initial_state)
     state_sharding = jax.tree.map(lambda _: replicated, state_shape)
@@ -148,6 +118,57 @@ def build(
             nmi=config.evaluation.nmi,
         ),
         cache=cache,
+    )
+
+
+def _check_devices(config: Config, mesh: jax.sharding.Mesh) -> None:
+    parts = config.micro_batches
+    if config.batch_size // parts % mesh.size:
+        in_parts = f" in {parts} micro-batches (config.micro_batches)" if parts > 1 else ""
+        raise UserError(
+            f"config.batch_size is {config.batch_size}, which {mesh.size} devices cannot share "
+            f"evenly{in_parts}; choose a multiple of {parts * mesh.size}"
+        )
+
+
+def _step_config(
+    config: Config,
+    network: Network,
+    transformation: optax.GradientTransformationExtraArgs,
+    steps_per_epoch: int,
+) -> step.StepConfig:
+    return step.StepConfig(
+        embedder=network.embedder,
+        loss=config.loss,
+        optimizer=transformation,
+        seed=config.seed,
+        steps_per_epoch=steps_per_epoch,
+        mixing_alpha=config.proxy_synthesis.alpha,
+        mixing_ratio=config.proxy_synthesis.ratio,
+        memory_warmup_steps=config.memvir.warmup_epochs * steps_per_epoch,
+        frozen_steps=config.optimizer.frozen_epochs * steps_per_epoch,
+        micro_batches=config.micro_batches,
+        images=_images(config, network.mesh),
+    )
+
+
+def _initial_state(
+    config: Config,
+    step_config: step.StepConfig,
+    num_classes: int,
+    shards: int,
+    backbone: PyTree | None = None,
+) -> state.TrainState:
+    """Returns the state before the first step, with pretrained variables if they are given."""
+    return state.create(
+        jax.random.key(config.seed),
+        embedder=step_config.embedder,
+        optimizer=step_config.optimizer,
+        image_size=config.data.image_size,
+        proxy_shape=config.loss.proxy_shape(num_classes, config.model.dim),
+        proxy_init=config.proxy_init,
+        memory=_memory(config, config.loss, num_classes, shards),
+        backbone=backbone,
     )
 
 

@@ -5,6 +5,7 @@ makes from the dataclasses. `parse` converts it back, once, and checks everythin
 """
 
 import dataclasses
+import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -195,8 +196,7 @@ def _config_dict(group_of_settings: Any) -> ConfigDict:
             made[field.name] = _config_dict(value)
         elif field.default is None:
             # A placeholder has a type, so that flags can set it.
-            kind = int if "int" in str(field.type) else float if "float" in str(field.type) else str
-            made[field.name] = config_dict.placeholder(kind)
+            made[field.name] = config_dict.placeholder(typing.get_args(field.type)[0])
             made[field.name] = value
         else:
             made[field.name] = value

@@ -75,7 +75,7 @@ class OptimizerConfig:
     schedule: str = setting(
         schedules.STEP_DECAY,
         Check(
-            lambda: f"choose {schedules.STEP_DECAY}, or {schedules.SCHEDULES.choices.lower()}",
+            lambda: schedules.SCHEDULES.choices.replace("of", f"of {schedules.STEP_DECAY},", 1),
             lambda name: (
                 name == schedules.STEP_DECAY or registered(schedules.SCHEDULES).holds(name)
             ),

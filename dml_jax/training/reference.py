@@ -30,7 +30,7 @@ def reference() -> str:
     """Returns the page of all settings as Markdown."""
     parts = [_HEAD, *_tables(Config, "config", "The run")]
     parts.append(
-        "## loss.*\n\nEach loss has its own hyper-parameters, the fields of its class. Masks and\n"
+        "## loss.*\n\nEach loss has its own hyper-parameters, the fields of its class. The\n"
         "formulas are in `dml_jax.losses`.\n"
     )
     for name in losses.names():

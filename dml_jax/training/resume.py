@@ -154,12 +154,13 @@ def claim(
         (workdir / FORK).unlink(missing_ok=True)
         if fork_from is not None:
             write_json(workdir / FORK, {"from": str(fork_from)})
-        (workdir / ORIGIN).unlink(missing_ok=True)
     # A resumed run has no result yet.
     (workdir / RESULT).unlink(missing_ok=True)
-    if origin is not None and (is_new or changed):
-        write_json(workdir / ORIGIN, origin.to_json())
     if is_new or changed:
+        # An earlier origin would be that of other settings.
+        (workdir / ORIGIN).unlink(missing_ok=True)
+        if origin is not None:
+            write_json(workdir / ORIGIN, origin.to_json())
         write_json(workdir / CONFIG, to_dict(config))
 
 

@@ -6,7 +6,7 @@ import pytest
 from dml_jax import data
 from dml_jax._utils import files
 from dml_jax.configs import folder, glyphs
-from dml_jax.training import fork, resume, run_directory
+from dml_jax.training import fork, resume, run_directory, variants
 from dml_jax.training.config import parse
 from dml_jax.training.trackers.jsonl import JsonlTracker
 from tests.helpers import tiny
@@ -220,3 +220,15 @@ def test_the_origin_of_a_fork_is_recorded(tmp_path):
     resume.claim(old, parse(glyphs.get_config()))
     with pytest.raises(ValueError, match="forked from None"):
         fork.forked_from(old, new)
+
+
+def test_the_origin_is_that_of_the_current_settings(tmp_path):
+    origin = variants.origin_of("folder", "ps", {}, {"epochs": 5})
+    resume.claim(tmp_path, parse(changed(epochs=5)), origin=origin)
+    resume.claim(tmp_path, parse(changed(epochs=5)))
+    assert run_directory.read_origin(tmp_path) == origin
+    longer = origin._replace(overrides={"epochs": 6})
+    resume.claim(tmp_path, parse(changed(epochs=6)), origin=longer)
+    assert run_directory.read_origin(tmp_path) == longer
+    resume.claim(tmp_path, parse(changed(epochs=7)))  # Not from a config file.
+    assert run_directory.read_origin(tmp_path) is None

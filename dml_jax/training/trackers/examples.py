@@ -66,7 +66,7 @@ def thumbnail(source: data.Source, index: int, side: int) -> UInt8[np.ndarray, "
         OSError: the image cannot be read.
         ValueError: the image cannot be decoded.
     """
-    # Not `source.picture`, which may keep what it decodes in memory.
+    # Not `source.image`, which may keep decoded images in memory.
     image = data.decode(source[index], source.where(index), min_side=side)
     return data.centre_view(image, size=side, resize_to=side)
 

@@ -48,7 +48,7 @@ class TensorBoardTracker(Tracker):
         """Writes all metrics and timings as scalars.
 
         Raises:
-            OSError: they cannot be written; the message has the run's folder.
+            OSError: they cannot be written; the message names the run's folder.
         """
         for name, value in {**metrics, **timings}.items():
             if name not in ("step", "epoch"):
@@ -64,7 +64,7 @@ class TensorBoardTracker(Tracker):
         """Writes an image per example query; see `examples.strips`.
 
         Raises:
-            OSError: they cannot be written; the message has the run's folder.
+            OSError: they cannot be written; the message names the run's folder.
         """
         try:
             strips = examples.strips(sources, embeddings)
