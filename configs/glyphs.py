@@ -7,7 +7,7 @@ python scripts/train.py --config=configs/glyphs.py:memvir --workdir=runs/glyphs_
 
 Expected R@1 / RP / MAP@R in percent at the last epoch, means of five seeds (docs/benchmarks.md):
 `baseline` 98.6 / 73.4 / 70.2, `ps` 98.9 / 76.7 / 74.0, `memvir` 98.7 / 75.0 / 72.1, `ps_memvir`
-99.0 / 76.8 / 74.1. A run takes about a minute on two CPU cores.
+99.0 / 76.8 / 74.1. A run takes one to two minutes on two CPU cores.
 
 The recipe is our choice. Learning rates, decay, ratio and alpha of PS, and N, M and warm-up of
 MemVir were tuned by MAP@R on held-out training classes, with equally many trials for each method
