@@ -80,7 +80,7 @@ def test_accelerators_compute_while_the_next_batch_is_decoded(monkeypatch, on_cp
 
 
 @pytest.mark.parametrize(
-    "count, message", [(4, "holds image 4, but there are 4"), (7, "hold 5 of 7 images")]
+    "count, message", [(4, "holds image 4, but there are 4"), (7, "2 of 7 images are missing")]
 )
 def test_embed_rejects_wrong_counts(count, message):
     images = np.zeros((5, 4, 4, 3), np.uint8)
