@@ -179,9 +179,7 @@ class _Step:
         self, built: builder.Experiment, batches: Iterator[Mapping[str, jax.Array]]
     ) -> None:
         self._batches, self._state = batches, built.init()
-        self._step = step.compile_step(
-            built.step_config, built.state_sharding, sharding.batch_sharding(built.mesh)
-        )
+        self._step = step.compile_step(built.step_config, built.abstract_state, built.mesh)
 
     def take(self) -> None:
         """Takes the steps of a turn, dispatched asynchronously as in a run."""
@@ -205,7 +203,7 @@ def _rates(turns: Mapping[str, Callable[[], None]]) -> dict[str, list[float]]:
 def _flops(built: builder.Experiment) -> float:
     batch = jax.eval_shape(lambda: next(_noise(built)))
     traced = jax.jit(lambda state, batch: step.train_step(built.step_config, state, batch))
-    cost = traced.lower(built.state_shape, batch).cost_analysis()
+    cost = traced.lower(built.abstract_state, batch).cost_analysis()
     return cost["flops"] if cost else np.nan
 
 

@@ -100,15 +100,16 @@ def _swapped_neighbours(labels: BatchLabels) -> Permutation:
     random as the order of the samples.
     """
     indices = jnp.arange(len(labels))
-    partner = jnp.roll(indices, -1)
-    for i in range(_SWAP_ROUNDS):
+
+    def swap(i: Int[Array, ""], partner: Permutation) -> Permutation:
         match = (i - indices) % len(labels)  # Symmetric: i - (i - index) = index.
         swapped = partner[match]
         same_before = (labels[partner] == labels).astype(jnp.int32)
         same_after = (labels[swapped] == labels).astype(jnp.int32)
         better = (same_after + same_after[match]) < (same_before + same_before[match])
-        partner = jnp.where(better, swapped, partner)
-    return partner
+        return jnp.where(better, swapped, partner)
+
+    return jax.lax.fori_loop(0, _SWAP_ROUNDS, swap, jnp.roll(indices, -1))
 
 
 def _shifted_by_class(labels: BatchLabels) -> Permutation:

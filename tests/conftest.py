@@ -1,6 +1,7 @@
 """Configures the tests: eight virtual CPU devices, and shapes checked at every call."""
 
 import functools
+import gc
 import os
 import tempfile
 from unittest import mock
@@ -9,6 +10,7 @@ import flax.linen as nn
 import hypothesis
 import jax
 import jaxtyping
+import pytest
 
 # CPU in this process and in the programs that tests start. Only this process has eight devices: a
 # test makes a mesh of 1, 2, 4 or 8 of them from jax.devices()[:n].
@@ -43,6 +45,10 @@ jaxtyping.install_import_hook("dml_jax", "beartype.beartype")
 from dml_jax.models import layers, registry, resnet  # noqa: E402
 from dml_jax.models.normalisation import IMAGENET, InputNormalisation  # noqa: E402
 
+# Tests make many objects that live long, such as compiled functions. With Python's thresholds,
+# garbage collection takes 5 % of the time.
+gc.set_threshold(50_000, 20, 50)
+
 # No deadline, since a first example compiles; the same examples in every run.
 hypothesis.settings.register_profile("dml_jax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("dml_jax")
@@ -53,24 +59,30 @@ registry.register_backbone("resnet6")(
 )
 
 
-class Colours(nn.Module):
-    """A minimal network: batch normalisation of the pixels."""
+@registry.register_backbone("conv1")
+class Conv1(nn.Module):
+    """One convolution and its batch normalisation."""
 
+    width: int = 4
     freeze_bn: bool = False
     dtype: str = "float32"
     input_normalisation: InputNormalisation = IMAGENET
 
     @nn.compact
     def __call__(self, images, *, train):
-        return layers.batch_norm(frozen=self.freeze_bn, train=train, dtype=self.dtype, name="bn")(
-            images
-        )
+        x = layers.convolution(self.width, 3, 2, dtype=self.dtype, name="conv1")(images)
+        bn = layers.batch_norm(frozen=self.freeze_bn, train=train, dtype=self.dtype, name="bn1")
+        return nn.relu(bn(x))
 
 
-registry.register_backbone("colours")(Colours)
-
-
+@pytest.hookimpl(tryfirst=True)  # Before pytest deselects by marker.
 def pytest_collection_modifyitems(items):
-    """Moves the slowest test files to the front, so that all workers finish at the same time."""
+    """Marks the tutorial as slow, and moves the slowest files to the front.
+
+    All workers then finish at the same time.
+    """
     long = ("test_kills.py", "test_programs.py", "test_whole_run.py")
     items.sort(key=lambda item: item.path.name not in long)
+    for item in items:
+        if item.path.name == "tutorial.md":
+            item.add_marker(pytest.mark.slow)

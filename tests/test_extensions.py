@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers import tiny
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
@@ -19,6 +21,7 @@ def run(folder, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_custom_parts_train_resume_and_are_evaluated(tmp_path):
     for name in ("my_parts.py", "my_config.py"):
         shutil.copy(EXAMPLES / name, tmp_path)

@@ -67,7 +67,7 @@ def build(images, weights, monkeypatch):
     ],
 )
 def test_a_run_equals_the_official_run(build, case):
-    run = whole_run.train(case, *build(case), whole_run.initial(case))
+    run = whole_run.train(case, build(case), whole_run.initial(case))
     errors = whole_run.errors(case, run)
     print(*(f"{kind}: {x:.1e}" for kind, x in errors.items()), sep="\n")
     assert errors.keys() == TOLERANCES.keys()
@@ -77,9 +77,9 @@ def test_a_run_equals_the_official_run(build, case):
 @pytest.mark.slow
 def test_the_distance_to_the_official_run_is_that_of_a_one_bit_change(build):
     case, start = "c", whole_run.initial("c")
-    built, compiled = build(case)
+    built = build(case)
     perturbed = {name: np.nextafter(x, np.float32(np.inf)) for name, x in start.items()}
-    run, perturbed_run = (whole_run.train(case, built, compiled, x) for x in (start, perturbed))
+    run, perturbed_run = (whole_run.train(case, built, x) for x in (start, perturbed))
     errors = whole_run.errors(case, run)
     embeddings, perturbed_embeddings = (
         whole_run.unit(x.eval_embeddings[-1]) for x in (run, perturbed_run)

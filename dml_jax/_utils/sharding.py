@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -29,6 +30,11 @@ def replicated_sharding(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of an array whose first axis is split over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def shardings_of(tree: PyTree) -> PyTree:
+    """Returns the shardings of arrays or of abstract arrays."""
+    return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def replicate(x: jax.Array) -> jax.Array:

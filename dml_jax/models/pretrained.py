@@ -62,13 +62,13 @@ def absolute(location: str) -> str:
     return str(Path(location).absolute())
 
 
-def load(name: str, location: str) -> dict[str, Any]:
-    """Returns the pretrained variables of a backbone.
+def load(name: str, location: str) -> dict[str, Any] | None:
+    """Returns the pretrained variables of a backbone; None for the location `none`.
 
     Args:
         name: a backbone of `create_backbone`, with its default options.
-        location: a local .safetensors file, or hf:OWNER/NAME for the file model.safetensors there;
-            its tensors have PyTorch's names.
+        location: `none`, a local .safetensors file, or hf:OWNER/NAME for the file
+            model.safetensors there; its tensors have PyTorch's names.
 
     Returns:
         {"params": ..., "batch_stats": ...}, float32.
@@ -77,6 +77,8 @@ def load(name: str, location: str) -> dict[str, Any]:
         FileNotFoundError: the file does not exist or cannot be downloaded.
         ValueError: it is not a safetensors file, or its tensors do not fit the backbone.
     """
+    if location == NONE:
+        return None
     hub = _HUB.fullmatch(location)
     path = _download(location, **hub.groupdict()) if hub else Path(location)
     if not path.is_file():

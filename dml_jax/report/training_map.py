@@ -121,7 +121,7 @@ def _restore(
     built: Experiment, folder: Path
 ) -> tuple[Any, np.ndarray, memvir.Memory | None] | None:
     """Returns network variables, proxies and memory of the last checkpoint, or None without one."""
-    everything = builder.abstract_state(built)
+    everything = built.abstract_state
     wanted = {name: getattr(everything, name) for name in ("params", "batch_stats", "memory")}
     try:
         found = everything._replace(**checkpoint.read(folder, "last", wanted)[1])

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
-import clu.parameter_overview
 import jax
 import jax.numpy as jnp
 import optax
@@ -20,7 +19,6 @@ from dml_jax.evaluation import network as networks
 from dml_jax.evaluation.network import Network
 from dml_jax.evaluation.scoring import Evaluator
 from dml_jax.models import pretrained
-from dml_jax.models.config import ModelConfig
 from dml_jax.training import optimizer, state, step
 from dml_jax.training.config import Config
 
@@ -43,10 +41,8 @@ class Experiment(NamedTuple):
     """Returns the learning rates of embedder and proxies at a step."""
     init: Callable[[], state.TrainState]
     """Returns the sharded state before the first step; reads pretrained weights, if any."""
-    state_shape: state.TrainState
-    """Shape and dtype of every array of the state."""
-    state_sharding: PyTree
-    """Sharding of every array of the state."""
+    abstract_state: state.TrainState
+    """Shape, dtype and sharding of every array of the state."""
     network: Network
     evaluator: Evaluator
     cache: Callable[[str], device_cache.Cache | None]
@@ -90,12 +86,8 @@ def build(
         return device_cache.load(sources[split], mesh, config.data.cache_size)
 
     initial_state = partial(_initial_state, config, step_config, len(train.class_names), mesh.size)
-    replicated = sharding.replicated_sharding(mesh)
-    state_shape = jax.eval_shape(initial_state)
-    state_sharding = jax.tree.map(lambda _: replicated, state_shape)
-    if state_shape.memory is not None:
-        state_sharding = state_sharding._replace(memory=memvir.shardings(state_shape.memory, mesh))
-    init = jax.jit(initial_state, out_shardings=state_sharding)
+    abstract_state = _with_shardings(jax.eval_shape(initial_state), mesh)
+    init = jax.jit(initial_state, out_shardings=sharding.shardings_of(abstract_state))
     return Experiment(
         config=config,
         sources=sources,
@@ -104,11 +96,10 @@ def build(
         mesh=mesh,
         steps_per_epoch=steps_per_epoch,
         step_config=step_config,
-        take_step=step.compile_step(step_config, state_sharding, sharding.batch_sharding(mesh)),
+        take_step=step.compile_step(step_config, abstract_state, mesh),
         learning_rate=learning_rate,
-        init=lambda: init(load_pretrained(config.model)),
-        state_shape=state_shape,
-        state_sharding=state_sharding,
+        init=lambda: init(pretrained.load(config.model.backbone, config.model.pretrained)),
+        abstract_state=abstract_state,
         network=network,
         evaluator=Evaluator(
             network=network,
@@ -178,18 +169,6 @@ def make_network(config: Config, mesh: jax.sharding.Mesh) -> Network:
     return networks.make(config.model, config.data, mesh, batch_size=-(-config.batch_size // parts))
 
 
-def load_pretrained(model: ModelConfig) -> dict[str, PyTree] | None:
-    """Returns the pretrained variables of the backbone; None if the settings name none.
-
-    Raises:
-        ValueError: the weights do not fit the backbone.
-        FileNotFoundError: the weights are not at the configured path.
-    """
-    if model.pretrained == pretrained.NONE:
-        return None
-    return pretrained.load(model.backbone, model.pretrained)
-
-
 def _images(
     config: Config, mesh: jax.sharding.Mesh
 ) -> Callable[[Mapping[str, Array], PRNGKeyArray], Array]:
@@ -241,12 +220,16 @@ def _memory(
     )
 
 
-def abstract_state(experiment: Experiment) -> state.TrainState:
-    """Returns shapes, dtypes and shardings of the state, for `Checkpoints.restore`."""
+def _with_shardings(shapes: state.TrainState, mesh: jax.sharding.Mesh) -> state.TrainState:
+    """Returns the shapes of the state with the shardings of a run on a mesh."""
+    replicated = sharding.replicated_sharding(mesh)
+    shardings = jax.tree.map(lambda _: replicated, shapes)
+    if shapes.memory is not None:
+        shardings = shardings._replace(memory=memvir.shardings(shapes.memory, mesh))
     return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        experiment.state_shape,
-        experiment.state_sharding,
+        lambda x, of_array: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of_array),
+        shapes,
+        shardings,
     )
 
 
@@ -268,10 +251,3 @@ def abstract_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=row_sharding)
         for name, (shape, dtype) in shapes.items()
     }
-
-
-def parameter_overview(experiment: Experiment) -> str:
-    """Returns a table of all parameters with their shapes and sizes."""
-    return clu.parameter_overview.get_parameter_overview(
-        experiment.state_shape.params, include_stats=False
-    )

@@ -10,7 +10,7 @@ import numpy as np
 from dml_jax._utils import processes, sharding
 from dml_jax.training import checkpoint, history, nonfinite, preemption, result, trackers
 from dml_jax.training.batches import device_batches
-from dml_jax.training.builder import Experiment, abstract_state
+from dml_jax.training.builder import Experiment
 from dml_jax.training.fork import forked_from, read_fork
 from dml_jax.training.state import TrainState, network_variables
 
@@ -97,7 +97,7 @@ def _start(
     """Returns the state to train from, and the number of steps done."""
     latest = checkpoints.latest
     if latest is not None:
-        return checkpoints.restore(latest, abstract_state(experiment)), latest
+        return checkpoints.restore(latest, experiment.abstract_state), latest
     state = experiment.init()
     fork = forked_from(workdir, None)
     if fork is not None:

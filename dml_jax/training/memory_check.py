@@ -104,7 +104,7 @@ def need(built: Experiment) -> Need:
     Args:
         built: the experiment of the run.
     """
-    state, batch = builder.abstract_state(built), builder.abstract_batch(built)
+    state, batch = built.abstract_state, builder.abstract_batch(built)
     step = built.take_step.compile(state, batch).memory_analysis()
     rows, size = built.network.rows, built.config.data.image_size
     images = jax.ShapeDtypeStruct(
@@ -129,7 +129,7 @@ def free_room(built: Experiment) -> Room:
     Args:
         built: the experiment of the run, whose images may be on the devices already.
     """
-    state = builder.abstract_state(built)
+    state = built.abstract_state
     shares = len(built.mesh.local_devices) if sharding.on_cpu(built.mesh) else 0
     sharing = processes.processes_on_this_host()
     program = _PROGRAM + sum(_on_device(x) for x in jax.tree.leaves(state))
@@ -186,9 +186,9 @@ def _fitting(built: Experiment, workdir: Path, needed: Need, room: int | float) 
 
 def _candidates(built: Experiment, needed: Need, room: int | float) -> Iterator[Mapping[str, Any]]:
     """Yields changes of settings that could make a run fit, ordered by their effect on results."""
-    config, memory = built.config, built.state_shape.memory
+    config, memory = built.config, built.abstract_state.memory
     if memory is not None and config.memvir.dtype == "float32":
-        arrays = jax.tree.leaves(builder.abstract_state(built).memory)
+        arrays = jax.tree.leaves(built.abstract_state.memory)
         if needed.total - sum(map(_on_device, arrays)) / 2 <= room:
             yield {"memvir.dtype": "bfloat16"}
     available = (room - needed.fixed) / _SLACK

@@ -39,7 +39,7 @@ def describe(experiment: Experiment, step: int, metrics: StepMetrics) -> dict[st
             {"gradient": float(gradient), "parameter": float(parameter)},
         )
         for (path, _), gradient, parameter in zip(
-            jax.tree.leaves_with_path(experiment.state_shape.params),
+            jax.tree.leaves_with_path(experiment.abstract_state.params),
             metrics.gradient_norms,
             metrics.parameter_norms,
             strict=True,

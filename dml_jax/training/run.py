@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from dml_jax._utils import processes, sharding
@@ -71,12 +72,13 @@ def train(
         inspection = run_directory.read_inspection(workdir)
         built = builder.build(settings, sharding.make_mesh(), inspection)
         if overview and processes.is_first_process():
-            print(builder.parameter_overview(built))
+            params = built.abstract_state.params
+            print(parameter_overview.get_parameter_overview(params, include_stats=False))
         images = run_directory.fingerprints(built.sources)
         resume.check_images(workdir, images)
         if not (workdir / run_directory.CONFIG).exists():
             # Errors in the weights are raised before anything is written.
-            builder.load_pretrained(settings.model)
+            pretrained.load(settings.model.backbone, settings.model.pretrained)
             if fork is not None:
                 read_fork(built.network, fork)
         memory_check.check(built, workdir)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Num, PRNGKeyArray, PyTree
 
 from dml_jax import losses, memvir, proxy_synthesis
@@ -238,22 +239,23 @@ class Step:
             return self._compiled.lower(state, batch).compile()
 
 
-def compile_step(config: StepConfig, state_sharding: Any, batch_sharding: Any) -> Step:
+def compile_step(config: StepConfig, abstract_state: TrainState, mesh: Mesh) -> Step:
     """Returns the jitted `train_step` of a step config.
 
     Args:
         config: the constants of the step.
-        state_sharding: shardings of the state, before and after the step.
-        batch_sharding: sharding of a batch.
+        abstract_state: shape, dtype and sharding of every array of the state.
+        mesh: the devices, which share each batch.
     """
 
     def step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, StepMetrics]:
         return train_step(config, state, batch)
 
+    state_sharding = sharding.shardings_of(abstract_state)
     compiled = jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(state_sharding, batch_sharding),
-        out_shardings=(state_sharding, sharding.replicated_sharding(batch_sharding.mesh)),
+        in_shardings=(state_sharding, sharding.batch_sharding(mesh)),
+        out_shardings=(state_sharding, sharding.replicated_sharding(mesh)),
     )
-    return Step(compiled, batch_sharding.mesh)
+    return Step(compiled, mesh)

@@ -182,8 +182,7 @@ def test_host_cache_changes_no_batch(images):
 def test_killed_and_resumed_run_equals_an_uninterrupted_one(images, tmp_path, monkeypatch):
     mesh = mesh_of(2)
     monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)
-    network = {"model__backbone": "colours", "model__width": None, "model__stem": None}
-    config = tiny.config(images, "ps", data__cache="device", epochs=2, **network)
+    config = tiny.config(images, "ps", data__cache="device", epochs=2)
     run.train(config, tmp_path / "uninterrupted")
 
     class Killed(BaseException):

@@ -52,8 +52,9 @@ SETTINGS = {
     "optimizer.eps": 1e-3,
     "evaluation.every_epochs": 1,
 }
-# The residual network of tests/conftest.py, which is registered in the test process only.
-RESNET = {"model.backbone": "resnet6", "model.stem": "small"}
+# Networks of tests/conftest.py, which are registered in the test process only.
+NETWORK = {"model.backbone": "conv1"}
+RESNET = {"model__backbone": "resnet6", "model__stem": "small"}
 MEMVIR_SETTINGS = {
     "memvir.num_steps": 2,
     "memvir.step_gap": 1,
@@ -67,7 +68,7 @@ def config(root, variant="baseline", **settings):
     made.data.root = str(root)
     memvir = MEMVIR_SETTINGS if "memvir" in variant else {}
     given = {name.replace("__", "."): value for name, value in settings.items()}
-    made.update_from_flattened_dict(SETTINGS | RESNET | memvir | given)
+    made.update_from_flattened_dict(SETTINGS | NETWORK | memvir | given)
     return made
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 
 from dml_jax._utils import sharding
 from dml_jax.configs import cars196
-from dml_jax.training import builder, step
+from dml_jax.training import builder
 from dml_jax.training.config import parse
 from dml_jax.training.state import network_variables
 
@@ -163,16 +163,13 @@ class Run(NamedTuple):
 
 
 def build(case, root, weights):
-    """Returns the experiment and its compiled step."""
+    """Returns the experiment of a case."""
     mesh = sharding.make_mesh(jax.devices()[:1])
     built = builder.build(parse(config(case, root, weights)), mesh)
     assert built.steps_per_epoch == ABOUT["steps_per_epoch"]
     for split, name in (("train", "labels"), ("test", "test_labels")):
         np.testing.assert_array_equal(built.sources[split].labels, REFERENCE[name])
-    compiled = step.compile_step(
-        built.step_config, built.state_sharding, sharding.batch_sharding(mesh)
-    )
-    return built, compiled
+    return built
 
 
 def initial(case):
@@ -184,7 +181,7 @@ def initial(case):
     }
 
 
-def train(case, built, compiled, start):
+def train(case, built, start):
     """Runs the recorded steps from some head and proxies, in the form of `initial`."""
     state = _with(built.init(), start)
     before, stats = jax.device_get((state.params, state.batch_stats))
@@ -197,7 +194,7 @@ def train(case, built, compiled, start):
             variables = network_variables(state)
             features[name] = _features(built.network.embed, variables, batch["image"])
             embeddings[name] = np.asarray(built.network.embed(variables, batch["image"]))
-        state, step_metrics = compiled(state, sharding.put_batch(built.mesh, batch))
+        state, step_metrics = built.take_step(state, sharding.put_batch(built.mesh, batch))
         losses.append(float(step_metrics.loss))
         norms.append(step_metrics.gradient_norms)
         if (t + 1) % built.steps_per_epoch == 0:

@@ -28,7 +28,9 @@ def start(config, folder):
     return built
 
 
-@pytest.mark.parametrize("settings", [{}, {"micro_batches": 2, "model__remat": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"micro_batches": 2, "model__remat": True, **tiny.RESNET}]
+)
 def test_a_run_writes_all_its_files(settings, images, tmp_path, monkeypatch):
     chex.clear_trace_counter()
     monkeypatch.setattr(step, "train_step", chex.assert_max_traces(n=1)(step.train_step))
@@ -105,7 +107,7 @@ def test_a_nonfinite_loss_stops_the_run_and_keeps_the_last_checkpoint(images, tm
     assert (report["learning_rate"], report["proxy_learning_rate"]) == built.learning_rate(6)
     assert [int(Path(name).parent.name[-1]) for name in report["images"]] == labels[7].tolist()
     assert len(set(report["images"])) == 8
-    assert len(report["norms"]) == len(jax.tree.leaves(built.state_shape.params))
+    assert len(report["norms"]) == len(jax.tree.leaves(built.abstract_state.params))
     gradients = [norms["gradient"] for norms in report["norms"].values()]
     assert gradients == sorted(gradients, reverse=True)
     np.testing.assert_allclose(report["gradient_norm"], np.linalg.norm(gradients), rtol=1e-5)

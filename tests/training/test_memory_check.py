@@ -156,7 +156,7 @@ def test_half_precision_is_proposed_if_the_memory_of_memvir_is_too_large(images,
     built = built_on(1, images, "memvir", epochs=9, **ring)
     host(0)
     needed, rest = memory_check.need(built), -memory_check.free_room(built).size
-    arrays = jax.tree.leaves(built.state_shape.memory)
+    arrays = jax.tree.leaves(built.abstract_state.memory)
     kept = sum(x.size * x.dtype.itemsize for x in arrays if x.ndim == 3)
     host(int(rest + needed.total - 0.45 * kept))
     with pytest.raises(ValueError, match=r"\n  --config.memvir.dtype=bfloat16(\n|$)"):

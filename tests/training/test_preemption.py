@@ -15,8 +15,6 @@ from dml_jax.training import builder, checkpoint, loop, preemption, resume, run_
 from dml_jax.training.config import parse
 from tests.helpers import tiny
 
-NETWORK = {"model__backbone": "colours", "model__width": None, "model__stem": None}
-
 
 def train(config, folder):
     built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
@@ -28,13 +26,13 @@ def train(config, folder):
 def final_state(config, folder):
     built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
     with checkpoint.Checkpoints(folder) as checkpoints:
-        return checkpoints.restore(checkpoints.find("last"), builder.abstract_state(built))
+        return checkpoints.restore(checkpoints.find("last"), built.abstract_state)
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     images = tiny.write_images(tmp_path_factory.mktemp("images"))
-    return tiny.config(images, "ps_memvir", epochs=3, **NETWORK)
+    return tiny.config(images, "ps_memvir", epochs=3)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,6 @@ from dml_jax.training.config import parse
 from dml_jax.training.state import network_variables
 from tests.helpers import tiny
 
-NETWORK = {"model__backbone": "colours", "model__width": None, "model__stem": None}
-
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
@@ -29,7 +27,7 @@ def images(tmp_path_factory):
 
 
 def test_a_finished_run_with_more_epochs_equals_the_longer_run(images, tmp_path):
-    short, long = (tiny.config(images, epochs=epochs, **NETWORK) for epochs in (1, 3))
+    short, long = (tiny.config(images, epochs=epochs) for epochs in (1, 3))
     folder, expected = tmp_path / "grown", tmp_path / "long"
     run.train(short, folder)
     assert run.train(long, folder) == run.train(long, expected)
@@ -64,7 +62,7 @@ def test_a_finished_run_with_more_epochs_equals_the_longer_run(images, tmp_path)
 
 
 def test_a_last_epoch_without_an_evaluation_is_refused(images, tmp_path):
-    config = tiny.config(images, epochs=2, evaluation__every_epochs=2, **NETWORK)
+    config = tiny.config(images, epochs=2, evaluation__every_epochs=2)
     run.train(config, tmp_path)
     (tmp_path / run_directory.RESULT).unlink()
     shutil.rmtree(tmp_path / run_directory.CHECKPOINTS / "8")
@@ -75,12 +73,12 @@ def test_a_last_epoch_without_an_evaluation_is_refused(images, tmp_path):
 
 def test_a_fork_starts_from_a_copy_of_the_network_of_another_run(images, tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
-    run.train(tiny.config(images, "ps_memvir", epochs=2, **NETWORK), old)
+    run.train(tiny.config(images, "ps_memvir", epochs=2), old)
     # Another loss, no MemVir and another seed: only the network is taken from the old run.
-    config = tiny.config(images, "proxy_nca", epochs=1, seed=3, checkpoint__keep_last=9, **NETWORK)
+    config = tiny.config(images, "proxy_nca", epochs=1, seed=3, checkpoint__keep_last=9)
     result = run.train(config, new, fork_from=old)
     built = builder.build(parse(config), sharding.make_mesh())
-    like = builder.abstract_state(built)
+    like = built.abstract_state
     with checkpoint.Checkpoints(new) as checkpoints:
         started = network_variables(checkpoints.restore(0, like))
     chex.assert_trees_all_equal(started, checkpoint.read_network(built.network, old, "last")[1])
@@ -94,18 +92,18 @@ def test_a_fork_starts_from_a_copy_of_the_network_of_another_run(images, tmp_pat
 
 def test_a_fork_from_a_different_network_is_refused_before_anything_is_written(images, tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
-    resume.claim(old, parse(tiny.config(images, **NETWORK)))
+    resume.claim(old, parse(tiny.config(images)))
     with pytest.raises(ValueError, match="config.model.dim is 8, but .* has 16"):
-        run.train(tiny.config(images, model__dim=8, **NETWORK), new, fork_from=old)
+        run.train(tiny.config(images, model__dim=8), new, fork_from=old)
     with pytest.raises(ValueError, match="config.model.channels is 'bgr', but .* has None"):
-        run.train(tiny.config(images, model__channels="bgr", **NETWORK), new, fork_from=old)
+        run.train(tiny.config(images, model__channels="bgr"), new, fork_from=old)
     with pytest.raises(FileNotFoundError, match="holds no run"):
-        run.train(tiny.config(images, **NETWORK), new, fork_from=tmp_path / "nowhere")
+        run.train(tiny.config(images), new, fork_from=tmp_path / "nowhere")
     assert not new.exists()
 
 
 def test_a_run_resumed_after_a_damaged_checkpoint_has_the_same_result(images, tmp_path, caplog):
-    config = tiny.config(images, "ps_memvir", epochs=3, **NETWORK)
+    config = tiny.config(images, "ps_memvir", epochs=3)
     expected = run.train(config, tmp_path)
     metrics = (tmp_path / run_directory.METRICS).read_bytes()
     (tmp_path / run_directory.RESULT).unlink()
@@ -152,7 +150,7 @@ def test_deterministic_sets_the_xla_flag_before_devices_are_initialised(
     monkeypatch.setattr(sharding, "make_mesh", make_mesh)
     for deterministic, flags in ((False, given), (True, expected)):
         monkeypatch.setenv("XLA_FLAGS", given)
-        config = tiny.config(images, deterministic=deterministic, **NETWORK)
+        config = tiny.config(images, deterministic=deterministic)
         with pytest.raises(DevicesInitialised, match=f"^{flags}$"):
             run.train(config, tmp_path / "run")
 

@@ -26,8 +26,7 @@ DISTRIBUTIONS = {
 
 @pytest.mark.parametrize("init", state.PROXY_INITS)
 def test_initial_proxies_have_the_configured_distribution(init, tmp_path):
-    network = {"model__backbone": "colours", "model__width": None, "model__stem": None}
-    config = tiny.config(tiny.write_images(tmp_path), proxy_init=init, model__dim=DIM, **network)
+    config = tiny.config(tiny.write_images(tmp_path), proxy_init=init, model__dim=DIM)
     built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
     proxies = np.asarray(built.init().params["proxies"])
     assert proxies.shape == (tiny.TRAIN_CLASSES, DIM)

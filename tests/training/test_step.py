@@ -23,12 +23,9 @@ def losses_of_run(config, devices, steps):
     mesh = sharding.make_mesh(jax.devices()[:devices])
     # An empty report saves the time of an inspection.
     built = builder.build(parse(config), mesh, data.InspectionReport({}, {}))
-    compiled = step.compile_step(
-        built.step_config, built.state_sharding, sharding.batch_sharding(mesh)
-    )
     state, losses = built.init(), []
     for _, batch in device_batches(built, 0, steps):
-        state, metrics = compiled(state, batch)
+        state, metrics = built.take_step(state, batch)
         losses.append(float(metrics.loss))
     return np.asarray(losses), state
 
@@ -88,9 +85,7 @@ def test_a_nonfinite_step_changes_nothing(images):
     mesh = sharding.make_mesh(jax.devices()[:2])
     config = tiny.config(images, "ps_memvir_proxy_anchor", optimizer__name="rmsprop")
     built = builder.build(parse(config), mesh)
-    compiled = step.compile_step(
-        built.step_config, built.state_sharding, sharding.batch_sharding(mesh)
-    )
+    compiled = built.take_step
 
     def as_float(batch):
         return batch | {"image": batch["image"].astype(np.float32)}
@@ -124,9 +119,6 @@ def test_skipped_steps_count_for_schedules_but_not_for_adam(images):
     """Epoch 2, from step 4 on, trains the backbone and nearly stops the proxies."""
     config = tiny.config(
         images,
-        model__backbone="colours",
-        model__width=None,
-        model__stem=None,
         optimizer__frozen_epochs=1,
         optimizer__decay_epochs=(2,),
         optimizer__decay_rate=1e-4,
@@ -137,9 +129,7 @@ def test_skipped_steps_count_for_schedules_but_not_for_adam(images):
     )
     mesh = sharding.make_mesh(jax.devices()[:1])
     built = builder.build(parse(config), mesh)
-    compiled = step.compile_step(
-        built.step_config, built.state_sharding, sharding.batch_sharding(mesh)
-    )
+    compiled = built.take_step
     states = [built.init()]
     for done, batch in device_batches(built, 0, 5):
         bad = np.nan if done in (1, 3) else 1.0
@@ -215,11 +205,15 @@ def masked_state(state):
 @pytest.mark.parametrize("name", ["adam", "adamw", "rmsprop", "sgd"])
 def test_a_frozen_backbone_and_its_optimizer_state_do_not_change(images, name):
     settings = {"optimizer__frozen_epochs": 1, "optimizer__name": name}
-    config = tiny.config(images, **settings, evaluation__every_epochs=1)
+    config = tiny.config(images, **settings)
     built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
-    start = jax.device_get(built.init())
+    state = built.init()
+    states = [jax.device_get(state)]
+    for _, batch in device_batches(built, 0, 5):
+        state, _ = built.take_step(state, batch)
+        states.append(jax.device_get(state))
     # An epoch has 4 steps.
-    _, frozen = losses_of_run(config, devices=1, steps=4)
+    start, frozen, thawed = states[0], states[4], states[5]
     chex.assert_trees_all_equal(
         frozen.params["embedder"]["backbone"], start.params["embedder"]["backbone"]
     )
@@ -230,7 +224,6 @@ def test_a_frozen_backbone_and_its_optimizer_state_do_not_change(images, name):
     assert (frozen.params["proxies"] != start.params["proxies"]).any()
     chex.assert_trees_all_equal(*(masked_state(state) for state in (frozen, start)))
 
-    _, thawed = losses_of_run(config, devices=1, steps=5)
     before, after = (
         state.params["embedder"]["backbone"]["conv1"]["kernel"] for state in (frozen, thawed)
     )
@@ -242,7 +235,6 @@ def test_a_frozen_backbone_and_its_optimizer_state_do_not_change(images, name):
 
 
 CONV4 = {"model__backbone": "conv4", "model__stem": None}
-COLOURS = {"model__backbone": "colours", "model__width": None, "model__stem": None}
 
 
 def compiled_on(config, devices, rows):
@@ -255,16 +247,16 @@ def compiled_on(config, devices, rows):
     }
     function = jax.jit(
         lambda state, batch: step.train_step(built.step_config, state, batch),
-        in_shardings=(built.state_sharding, sharding.batch_sharding(mesh)),
+        in_shardings=(sharding.shardings_of(built.abstract_state), sharding.batch_sharding(mesh)),
     )
     with jax.set_mesh(mesh):
-        return function.lower(built.state_shape, batch).compile()
+        return function.lower(built.abstract_state, batch).compile()
 
 
 def test_the_finite_check_of_a_step_is_computed_once(images):
     config = tiny.config(images)
     built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
-    arrays = len(jax.tree.leaves(built.state_shape.params))
+    arrays = len(jax.tree.leaves(built.abstract_state.params))
     conjunctions = compiled_on(config, devices=1, rows=8).as_text().count(" and(")
     # Recomputed for each array, they would be several times the square of the number of arrays.
     assert conjunctions < arrays**2 or jax.__version_info__ < (0, 12)
@@ -296,9 +288,7 @@ def test_micro_batches_have_the_gradients_of_the_whole_batch(images):
 
 
 def test_batch_statistics_are_updated_by_each_micro_batch(images):
-    built = builder.build(
-        parse(tiny.config(images, **COLOURS)), sharding.make_mesh(jax.devices()[:1])
-    )
+    built = builder.build(parse(tiny.config(images)), sharding.make_mesh(jax.devices()[:1]))
     state = built.init()
     batch_stats, params = state.batch_stats, state.params["embedder"]
     pixels = jax.random.randint(jax.random.key(0), (8, 4, 4, 3), 0, 256)
@@ -317,7 +307,7 @@ def test_batch_statistics_are_updated_by_each_micro_batch(images):
 
 
 def test_micro_batches_are_the_same_on_any_number_of_devices(images):
-    config = tiny.config(images, batch_size=16, micro_batches=2, **COLOURS)
+    config = tiny.config(images, batch_size=16, micro_batches=2)
     alone, _ = losses_of_run(config, devices=1, steps=3)
     together, _ = losses_of_run(config, devices=4, steps=3)
     np.testing.assert_allclose(together, alone, rtol=1e-5)

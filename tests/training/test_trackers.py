@@ -351,8 +351,7 @@ def test_the_projector_gets_evenly_spaced_images(images, tmp_path, monkeypatch):
 
 
 def test_a_run_shows_its_evaluations_and_its_last_embeddings(images, tmp_path):
-    network = {"model__backbone": "colours", "model__width": None, "model__stem": None}
-    config = tiny.config(images, evaluation__every_epochs=2, **network)
+    config = tiny.config(images, evaluation__every_epochs=2)
     run.train(config, tmp_path / "new")
     drawn = pictures(read_events(tmp_path / "new"))
     assert {step for step, _ in drawn} == {8, 12} and len(drawn) == 16

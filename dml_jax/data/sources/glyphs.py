@@ -4,6 +4,7 @@ Some letters of different scripts look the same, such as Latin A, Greek Alpha an
 class is a set of letters whose drawings coincide in some typeface, and belongs to one split only.
 """
 
+import functools
 import unicodedata
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -77,6 +78,7 @@ def load() -> Sources:
     return {split: from_classes(classes) for split, classes in draw_classes().items()}
 
 
+@functools.cache  # Drawing takes several seconds, and a comparison loads the letters for each run.
 def draw_classes() -> dict[str, _Classes]:
     """Draws the images of all classes.
 
