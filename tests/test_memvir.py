@@ -13,6 +13,7 @@ from tests.helpers.oracles import DenseMemVir, normalized
 
 GOLDEN = Path(__file__).parent / "golden"
 HYPERPARAMETERS = {"soft_triple": {"centers_per_class": 3}}
+KINDS = ("norm_softmax", "soft_triple", "proxy_anchor")  # One loss of each structure.
 
 
 def make_step(loss, ratio=0.0):
@@ -112,9 +113,15 @@ def run_against_dense(name, *, num_steps, step_gap, batch, classes, dim, steps, 
         proxies = proxies - 0.5 * gradients[1]
 
 
-# num_steps=0 is Proxy Synthesis alone.
 @pytest.mark.parametrize(
-    ("num_steps", "step_gap", "synthetic"), [(0, 0, 3), (4, 0, 0), (3, 2, 3), (5, 7, 0), (5, 7, 3)]
+    ("num_steps", "step_gap", "synthetic"),
+    [
+        (5, 7, 3),
+        pytest.param(5, 7, 0, marks=pytest.mark.slow),
+        pytest.param(3, 2, 3, marks=pytest.mark.slow),
+        pytest.param(4, 0, 0, marks=pytest.mark.slow),
+        pytest.param(0, 0, 3, marks=pytest.mark.slow),  # Proxy Synthesis alone.
+    ],
 )
 @pytest.mark.parametrize("name", losses.names())
 def test_equals_the_dense_form(name, num_steps, step_gap, synthetic):
@@ -149,6 +156,7 @@ def test_a_memory_made_without_a_loss_gives_the_same_values(name):
 
 
 # No shrinking: every example compiles twice, so it would take minutes.
+@pytest.mark.slow
 @settings(max_examples=6, phases=[Phase.explicit, Phase.generate])
 @given(
     num_steps=st.integers(1, 4),
@@ -224,7 +232,10 @@ def test_stores_unit_vectors_and_proxies_before_the_update():
     assert memory.pending.labels.tolist() == [1, 0, 1]
 
 
-@pytest.mark.parametrize("name", losses.names())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in KINDS)) for name in losses.names()],
+)
 def test_padded_classes_of_a_sharded_memory_have_no_effect(name):
     loss = losses.create(name, **HYPERPARAMETERS.get(name, {}))
 

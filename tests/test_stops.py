@@ -79,6 +79,7 @@ def test_a_signal_to_the_process_group_stops_a_run_and_only_one_process_trains(t
     assert "which read images, was ended by SIGKILL" in errors
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for signals in /proc")
 def test_a_signal_before_the_first_step_ends_a_run_at_once(tmp_path):
     images = tiny.write_images(tmp_path / "images")

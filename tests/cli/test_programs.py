@@ -182,6 +182,7 @@ def test_a_bad_setting_is_reported_before_anything_is_written(images, tmp_path, 
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_nonfinite_values_end_a_run_with_exit_code_3(images, tmp_path):
     folder = tmp_path / "run"
     # Loss and gradient are finite, but the update at this learning rate is not.

@@ -179,6 +179,7 @@ def test_host_cache_changes_no_batch(images):
         chex.assert_trees_all_equal(batches, read["none", 0])
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_run_equals_an_uninterrupted_one(images, tmp_path, monkeypatch):
     mesh = mesh_of(2)
     monkeypatch.setattr(sharding, "make_mesh", lambda: mesh)

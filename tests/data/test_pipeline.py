@@ -305,6 +305,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_worker_that_finishes_first_is_not_reported(tmp_path):
     (tmp_path / "program.py").write_text(SLOW_WORKER)
     program = subprocess.run(

@@ -148,8 +148,15 @@ def degenerate(name, embeddings, proxies, labels):
         yield "all huge", 1e38 * embeddings, 1e38 * proxies
 
 
-@pytest.mark.parametrize("with_memvir", [False, True], ids=["", "memvir"])
-@pytest.mark.parametrize("with_ps", [False, True], ids=["", "ps"])
+@pytest.mark.parametrize(
+    ("with_ps", "with_memvir"),
+    [
+        pytest.param(False, False, id="alone"),
+        pytest.param(True, False, id="ps", marks=pytest.mark.slow),
+        pytest.param(False, True, id="memvir", marks=pytest.mark.slow),
+        pytest.param(True, True, id="ps_memvir"),
+    ],
+)
 @pytest.mark.parametrize("name", losses.names())
 def test_degenerate_vectors_leave_loss_and_gradients_finite(name, with_ps, with_memvir, problem):
     loss = create(name)

@@ -13,7 +13,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["resnet", pytest.param("bninception", marks=pytest.mark.slow)])
 def test_rematerialisation_changes_only_the_memory_use(name, monkeypatch):
     # All blocks would take long to compile.
     monkeypatch.setattr(bninception, "BLOCKS", {"3a": bninception.BLOCKS["3a"]})

@@ -22,7 +22,11 @@ from dml_jax.training.state import network_variables
 from tests.helpers import tiny, weights
 from tests.helpers.fuzz import damaged
 
-NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "bninception")
+NAMES = (
+    "resnet18",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("resnet34", "resnet50", "resnet101")),
+    "bninception",
+)
 BACKBONE_DEFAULTS = {"model__width": None, "model__stem": None}
 
 

@@ -149,6 +149,7 @@ def test_the_program_writes_the_page(root, tmp_path):
     assert str(out) in done.stdout and len(content(out)["curves"]) == 2
 
 
+@pytest.mark.slow
 @chromium.needed
 def test_the_page_works_in_a_browser(written, tmp_path):
     with chromium.Page(tmp_path / "profile") as browser:
@@ -212,6 +213,7 @@ def test_the_page_works_in_a_browser(written, tmp_path):
         assert browser.problems == []
 
 
+@pytest.mark.slow
 @chromium.needed
 def test_the_page_fits_a_phone(written, tmp_path):
     with chromium.Page(tmp_path / "profile", width=390, dark=True, touch=True) as browser:

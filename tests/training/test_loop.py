@@ -29,7 +29,13 @@ def start(config, folder):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"micro_batches": 2, "model__remat": True, **tiny.RESNET}]
+    "settings",
+    [
+        {},
+        pytest.param(
+            {"micro_batches": 2, "model__remat": True} | tiny.RESNET, marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_a_run_writes_all_its_files(settings, images, tmp_path, monkeypatch):
     chex.clear_trace_counter()

@@ -50,6 +50,7 @@ def built_on(devices, images, variant="baseline", **settings):
     return builder.build(parse(config), sharding.make_mesh(jax.devices()[:devices]))
 
 
+@pytest.mark.slow
 def test_a_run_compiles_and_traces_its_step_once(images, tmp_path, monkeypatch, caplog, one_device):
     chex.clear_trace_counter()
     monkeypatch.setattr(step, "train_step", chex.assert_max_traces(n=1)(step.train_step))
@@ -163,6 +164,7 @@ def test_half_precision_is_proposed_if_the_memory_of_memvir_is_too_large(images,
         memory_check.check(built, Path("nowhere"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_offered_only_settings_that_may_change(images, host, tmp_path, one_device):
     workdir = tmp_path / "run"
     size = {"batch_size": 32, "data__image_size": 64, "data__resize": 80}
@@ -179,6 +181,7 @@ def test_a_resumed_run_is_offered_only_settings_that_may_change(images, host, tm
     assert run_directory.read_result(workdir)["last"]["epoch"] == 1
 
 
+@pytest.mark.slow
 def test_the_defaults_of_the_folder_config_fit_into_6_gb(host, tmp_path):
     for number in range(64):
         path = tmp_path / "images" / "train" / f"class{number % 8}" / f"{number}.png"

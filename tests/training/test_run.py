@@ -102,6 +102,7 @@ def test_a_fork_from_a_different_network_is_refused_before_anything_is_written(i
     assert not new.exists()
 
 
+@pytest.mark.slow
 def test_a_run_resumed_after_a_damaged_checkpoint_has_the_same_result(images, tmp_path, caplog):
     config = tiny.config(images, "ps_memvir", epochs=3)
     expected = run.train(config, tmp_path)

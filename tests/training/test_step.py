@@ -313,6 +313,7 @@ def test_micro_batches_are_the_same_on_any_number_of_devices(images):
     np.testing.assert_allclose(together, alone, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_micro_batches_need_less_memory_and_move_no_images(images):
     whole, parts = (
         compiled_on(tiny.config(images, batch_size=16, micro_batches=count, **CONV4), 4, rows=256)
