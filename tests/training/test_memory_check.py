@@ -115,7 +115,7 @@ def test_a_run_that_does_not_fit_is_refused_with_settings_that_fit(
 ):
     workdir = tmp_path / "run"
     size = {"batch_size": 32, "data__image_size": 64, "data__resize": 80}
-    config = tiny.config(images, **size, epochs=1, memvir__warmup_epochs=0)
+    config = tiny.config(images, **size, epochs=1, **tiny.RESNET)
     built = builder.build(parse(config), sharding.make_mesh())
     host(0)
     needed, rest = memory_check.need(built), -memory_check.free_room(built).size

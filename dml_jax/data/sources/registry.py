@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dml_jax._utils.errors import UserError
 from dml_jax._utils.registry import Registry
-from dml_jax.data.sources import folder, glyphs, orl_faces, prepared
+from dml_jax.data.sources import folder, orl_faces, prepared
 from dml_jax.data.sources.source import Sources
 
 REGISTRY: Registry[Callable[[str], Sources]] = Registry("data set")
@@ -33,6 +33,9 @@ def _load_folder(root: str) -> Sources:
 
 @register("glyphs")
 def _load_glyphs(root: str) -> Sources:
+    # Its graph and tree modules of SciPy would take a tenth of the start of every program.
+    from dml_jax.data.sources import glyphs
+
     del root
     return glyphs.load()
 
