@@ -85,8 +85,9 @@ class Config:
     micro_batches: int = setting(
         1,
         integer(1),
-        help="Equal parts in which a batch is embedded, one after another, to save memory. The "
-        "loss is that of the whole batch; batch statistics that train are those of a part.",
+        help="Number of equal micro-batches that embed a batch, one after another, to save memory. "
+        "The loss is that of the whole batch; unless frozen, batch normalisation uses the "
+        "statistics of each micro-batch.",
         resumable=_frozen_statistics,
     )
     data: DataConfig = group(DataConfig, help="The images.")
@@ -135,7 +136,7 @@ class Config:
         )
 
     @together("batch_size", "micro_batches")
-    def _parts(self) -> str | None:
+    def _micro_batches(self) -> str | None:
         if self.batch_size % self.micro_batches == 0:
             return None
         return (
