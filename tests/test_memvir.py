@@ -117,6 +117,8 @@ def run_against_dense(name, *, num_steps, step_gap, batch, classes, dim, steps, 
     ("num_steps", "step_gap", "synthetic"),
     [
         (5, 7, 3),
+        pytest.param(5, 7, 0, marks=pytest.mark.slow),
+        pytest.param(3, 2, 3, marks=pytest.mark.slow),
         pytest.param(4, 0, 0, marks=pytest.mark.slow),
         pytest.param(0, 0, 3, marks=pytest.mark.slow),  # Proxy Synthesis alone.
     ],

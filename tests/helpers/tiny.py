@@ -52,7 +52,8 @@ SETTINGS = {
     "optimizer.eps": 1e-3,
     "evaluation.every_epochs": 1,
 }
-# Networks of tests/conftest.py, which are registered in the test process only.
+# Networks of tests/conftest.py, which are registered in the test process only: the default of
+# `config`, and one with residual blocks as keywords for it.
 NETWORK = {"model.backbone": "conv1"}
 RESNET = {"model__backbone": "resnet6", "model__stem": "small"}
 MEMVIR_SETTINGS = {
