@@ -203,6 +203,14 @@ def test_the_page_works_in_a_browser(written, tmp_path):
         browser.click("#class-table thead th:nth-child(2) button")
         assert browser.get(column) == names[::-1]
 
+        # No chart is wider than its place.
+        overflow = (
+            "[...document.querySelectorAll('.chart')].map(x => "
+            "x.querySelector('.main-svg').getBoundingClientRect().right"
+            " - x.getBoundingClientRect().right)"
+        )
+        assert max(browser.get(overflow)) <= 1
+
         # Curves over time, the other run, and no errors in the console.
         browser.get("document.querySelector('input[name=axis][value=\"1\"]').click()")
         assert (

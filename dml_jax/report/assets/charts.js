@@ -20,9 +20,11 @@ function chartLayout(x, suffix) {
 function addChart(parent, title, traces, layout) {
   const plot = element("div");
   parent.append(element("div", { className: "chart" }, element("h3", {}, title), plot));
-  const draw = () => Plotly.react(plot, traces(), layout(), { displayModeBar: false, responsive: true });
+  const draw = () => Plotly.react(plot, traces(), layout(), { displayModeBar: false });
   charts.push(draw);
   draw();
+  // The place of a chart changes when further charts are added, not only with the window.
+  new ResizeObserver(() => Plotly.Plots.resize(plot)).observe(plot);
 }
 
 const axis = () => Number(document.querySelector("input[name=axis]:checked").value);
