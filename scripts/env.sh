@@ -50,7 +50,9 @@ find_python() {
 
 install_project() {
   local venv="$1" extras="$2" pip
-  pip=("$venv/bin/python" -m pip --disable-pip-version-check install --constraint constraints.txt)
+  # Python compiles the modules that it imports, a small part of all that are installed.
+  pip=("$venv/bin/python" -m pip --disable-pip-version-check install --no-compile)
+  pip+=(--constraint constraints.txt)
   [[ -t 1 ]] || pip+=(--quiet)
   # Without build isolation, pip builds with the pinned setuptools and does not fetch it each time.
   "${pip[@]}" setuptools && "${pip[@]}" --no-build-isolation --editable ".[$extras]"

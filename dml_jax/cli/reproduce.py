@@ -65,6 +65,8 @@ def main() -> None:
                 settings = overrides | {"seed": seed}
                 config.update_from_flattened_dict(settings)
                 origin = origins[name]._replace(overrides=settings)
+                if config.data.cache == "features" and not config.data.features:
+                    config.data.features = str(Path(_ROOT.value) / "features")
                 workdir = Path(_ROOT.value) / name / f"seed{seed}"
                 print(f"\n{name}, seed {seed}: {workdir}")
                 results[name].append(run.train(config, workdir, origin=origin))

@@ -11,6 +11,7 @@ from dml_jax.data.pipeline import (
     test_indices,
     train_batches,
     train_indices,
+    view_batches,
 )
 from dml_jax.data.previews import check_upload, preview
 from dml_jax.data.sampling import Order, epoch_order, steps_per_epoch
@@ -19,6 +20,7 @@ from dml_jax.data.sources import (
     Source,
     create,
     images_below,
+    merge,
     register,
     split_classes,
 )
@@ -42,6 +44,7 @@ __all__ = [
     "epoch_order",
     "images_below",
     "inspect",
+    "merge",
     "preview",
     "register",
     "report",
@@ -51,4 +54,5 @@ __all__ = [
     "test_indices",
     "train_batches",
     "train_indices",
+    "view_batches",
 ]

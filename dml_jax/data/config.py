@@ -20,8 +20,8 @@ from dml_jax.settings import (
 
 
 def _same_crops(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Returns whether a change of the cache keeps the crops: the device cache draws others."""
-    return "device" not in (there.get("cache"), here["cache"])
+    """Returns whether a change of the cache keeps the crops: the other caches draw others."""
+    return {there.get("cache"), here["cache"]} <= {"none", "host"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +71,10 @@ class DataConfig:
     )
     cache: str = setting(
         "none",
-        choice(("none", "host", "device")),
-        help="Cache of decoded images: `none`, `host` (in memory, with unchanged results) or "
-        "`device` (resized in device memory, and cropped inside the training step).",
+        choice(("none", "host", "device", "features")),
+        help="Cache: `none`, `host` (decoded images in memory, with unchanged results), `device` "
+        "(resized in device memory, and cropped inside the training step), or `features` (on disk, "
+        "the results of the part of the network below `model.train_from`).",
         resumable=_same_crops,
     )
     cache_size: int = setting(
@@ -82,6 +83,18 @@ class DataConfig:
         help="Shorter side of images in the device cache, pixels; images that are all smaller are "
         "not enlarged.",
         resumable=_same_crops,
+    )
+
+    feature_views: int = setting(
+        4,
+        integer(1, 2**16),
+        help="Random views of each training image in the feature cache.",
+    )
+    features: str = setting(
+        "",
+        text("it must be the path of a directory"),
+        help="Folder of feature caches, which runs share; empty for `features` beside the run.",
+        resumable=True,
     )
 
     @together("resize", "image_size")

@@ -276,6 +276,7 @@ def test_batches(
     image_size: int,
     resize: int,
     num_workers: int,
+    start_batch: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches[TestBatch]:
@@ -290,6 +291,7 @@ def test_batches(
         resize: length of an image's shorter side before the crop, at least `image_size`.
         num_workers: number of worker processes, or of threads if the source caches its images; 0
             means a few threads.
+        start_batch: number of batches to leave out.
         process_index: index of the share of every batch to read.
         process_count: number of shares into which the rows of a batch are split, in order.
 
@@ -306,7 +308,46 @@ def test_batches(
     rows = _rows(batch_size, process_index, process_count)
     load = _TestLoader(source, batch_size, rows, image_size, resize)
     steps = -(-len(source) // batch_size)
-    return _read(grain.MapDataset.range(steps).map(load), num_workers, source)
+    return _read(grain.MapDataset.range(start_batch, steps).map(load), num_workers, source)
+
+
+def view_batches(
+    source: Source,
+    *,
+    views: int,
+    batch_size: int,
+    image_size: int,
+    augmentation: images.Augmentation,
+    start_batch: int,
+    num_workers: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches[TestBatch]:
+    """Returns random views of all images: the first view of each, in order, then the second, ...
+
+    The views are the same in every run. The iterator's `close()` ends the workers.
+
+    Args:
+        source: the images.
+        views: number of views of each image.
+        batch_size: views in a global batch.
+        image_size: side of a view, pixels.
+        augmentation: ranges of the random augmentation.
+        start_batch: number of batches to leave out.
+        num_workers: see `test_batches`.
+        process_index: index of the share of every batch to read.
+        process_count: number of shares into which the rows of a batch are split, in order.
+
+    Returns:
+        An iterator like that of `test_batches`; view v of image i of n has the index v n + i.
+
+    Raises:
+        ValueError: an argument is out of range, or an image cannot be decoded.
+    """
+    rows = _rows(batch_size, process_index, process_count)
+    load = _ViewLoader(source, views, batch_size, rows, image_size, augmentation)
+    steps = -(-views * len(source) // batch_size)
+    return _read(grain.MapDataset.range(start_batch, steps).map(load), num_workers, source)
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> range:
@@ -364,6 +405,34 @@ class _TestLoader:
             if i >= 0:
                 decoded = self.source.image(i).pixels()
                 view[:] = images.centre_view(decoded, size=self.image_size, resize_to=self.resize)
+        return {"image": image, "index": index}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ViewLoader:
+    """Loads one process's share of a batch of `view_batches`."""
+
+    source: Source
+    views: int
+    batch_size: int
+    rows: range
+    image_size: int
+    augmentation: images.Augmentation
+
+    def __call__(self, step: int) -> TestBatch:
+        image = np.zeros((len(self.rows), self.image_size, self.image_size, 3), np.uint8)
+        count = self.views * len(self.source)
+        index = _test_index(count, self.rows, step * self.batch_size)
+        for view, i in zip(image, index.tolist(), strict=True):
+            if i >= 0:
+                number, of_image = divmod(i, len(self.source))
+                key = np.array([number, of_image], np.uint64)
+                images.random_view(
+                    self.source.image(of_image),
+                    np.random.Generator(np.random.Philox(key=key)),
+                    augmentation=self.augmentation,
+                    out=view,
+                )
         return {"image": image, "index": index}
 
 

@@ -45,7 +45,7 @@ def embed(
     """
     seen = np.zeros(count, dtype=bool)
     result = np.zeros((count, 0), dtype=np.float32)
-    for rows, index in _outputs(embed_fn, variables, batches, mesh):
+    for rows, index in outputs(embed_fn, variables, batches, mesh):
         if index.max() >= count:
             raise ValueError(f"a batch holds image {index.max()}, but there are {count} images")
         if result.shape[1] == 0:
@@ -66,13 +66,20 @@ def in_flight(mesh: Mesh) -> int:
     return 1 if on_cpu(mesh) else 2
 
 
-def _outputs(
+def outputs(
     embed_fn: Callable[[Any, jax.Array], jax.Array],
     variables: Any,
     batches: Iterable[Mapping[str, Any]],
     mesh: Mesh,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the embeddings [B, d] and indices [B] of each global batch, `in_flight` - 1 behind."""
+    """Yields the results and indices [B] of each global batch, in order, on the host.
+
+    Args:
+        embed_fn: jitted function of the variables and the images of a batch.
+        variables: variables of the network.
+        batches: see `embed`.
+        mesh: device mesh with the axis "data".
+    """
     replicated = replicated_sharding(mesh)
     variables = jax.device_put(variables, replicated)
     # Not device_put, which would block and transfer by way of the host.

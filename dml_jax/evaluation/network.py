@@ -1,8 +1,10 @@
 """The network of a run, jitted for embedding, without its variables."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
@@ -11,6 +13,8 @@ from dml_jax._utils import sharding
 from dml_jax.data.config import DataConfig
 from dml_jax.models import BACKBONES, Embedder, create_embedder
 from dml_jax.models.config import ModelConfig
+
+VariablePath = tuple[str, ...]
 
 
 class Network(NamedTuple):
@@ -24,8 +28,18 @@ class Network(NamedTuple):
     embedder: Embedder
     variables_shape: dict[str, PyTree]
     """Shape, dtype and sharding of every variable."""
+    frozen: frozenset[VariablePath]
+    """Paths of the variables of the frozen part, in `variables_shape`."""
+    fixed: frozenset[VariablePath]
+    """Paths of the parameters that never change, below `variables_shape["params"]`."""
+    features_shape: jax.ShapeDtypeStruct
+    """Shape and dtype of the result of the frozen part for one image."""
     embed: jax.stages.Wrapped
     """Jitted function of the variables and images `[batch, ...]` that returns embeddings."""
+    freeze: jax.stages.Wrapped
+    """Jitted function of the variables and images that returns the results of the frozen part."""
+    embed_features: jax.stages.Wrapped
+    """Jitted function of the variables and results of the frozen part that returns embeddings."""
 
 
 def make(
@@ -44,18 +58,34 @@ def make(
         pooling=model.pooling,
         dim=model.dim,
         head_init=model.head_init,
+        train_from=model.train_from,
         channels=model.channels,
         **_backbone_options(model),
     )
 
+    replicated = sharding.replicated_sharding(mesh)
+
+    def jitted(function: Callable[..., PyTree]) -> jax.stages.Wrapped:
+        return jax.jit(function, in_shardings=(replicated, sharding.batch_sharding(mesh)))
+
     def embed_batch(variables: PyTree, images: Array) -> PyTree:
         return embedder.apply(variables, images, train=False)
 
-    replicated = sharding.replicated_sharding(mesh)
+    def freeze_batch(variables: PyTree, images: Array) -> PyTree:
+        return embedder.apply(variables, images, method="frozen")
+
+    def embed_features(variables: PyTree, x: Array) -> PyTree:
+        x = x.astype(features.dtype)
+        return embedder.apply(variables, x, train=False, method="trained")
+
     image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
     init = partial(embedder.init, train=False)
     # A network without batch normalisation has no statistics.
     shapes = {"batch_stats": {}, **jax.eval_shape(init, jax.random.key(0), image)}
+    frozen_init = partial(embedder.init_with_output, method="frozen")
+    features, frozen = jax.eval_shape(frozen_init, jax.random.key(0), image)
+    frozen_paths = frozenset(flax.traverse_util.flatten_dict(frozen))
+    fixed = {path[1:] for path in frozen_paths if path[0] == "params"}
     return Network(
         model=model,
         data=data,
@@ -65,8 +95,21 @@ def make(
         variables_shape=jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes
         ),
-        embed=jax.jit(embed_batch, in_shardings=(replicated, sharding.batch_sharding(mesh))),
+        frozen=frozen_paths,
+        fixed=frozenset(fixed) | (_affine(shapes) if model.freeze_bn_affine else frozenset()),
+        features_shape=jax.ShapeDtypeStruct(features.shape[1:], features.dtype),
+        embed=jitted(embed_batch),
+        freeze=jitted(freeze_batch),
+        embed_features=jitted(embed_features),
     )
+
+
+def _affine(shapes: dict[str, PyTree]) -> frozenset[VariablePath]:
+    """Returns the paths of scale and bias of all batch normalisations."""
+    flat = flax.traverse_util.flatten_dict(shapes["params"])
+    # Batch normalisation is the only layer with a parameter named scale.
+    batch_norms = {path[:-1] for path in flat if path[-1] == "scale"}
+    return frozenset(path for path in flat if path[:-1] in batch_norms)
 
 
 def _backbone_options(model: ModelConfig) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Embeds the images of a split and scores them by retrieval."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from dml_jax._utils import processes
 from dml_jax.data import device_cache
 from dml_jax.data.splits import gallery_of
 from dml_jax.evaluation.embedding import embed_images
+from dml_jax.evaluation.features import Features, embed_features
 from dml_jax.evaluation.network import Network
 
 
@@ -26,6 +28,8 @@ class Evaluator(NamedTuple):
     """The values of k in Recall@k."""
     nmi: bool
     """Whether to compute NMI too."""
+    features: Mapping[str, Features] = MappingProxyType({})
+    """Cached features by split; without them the whole network is applied to the images."""
 
     def embed(
         self, variables: dict[str, PyTree], split: str
@@ -37,10 +41,12 @@ class Evaluator(NamedTuple):
             split: `test` or `validation`.
         """
         names = [split] if gallery_of(self.sources, split) is None else [split, "gallery"]
-        return {
-            name: embed_images(self.network, variables, self.sources[name], self.cache(name))
-            for name in names
-        }
+        return {name: self._embed(variables, name) for name in names}
+
+    def _embed(self, variables: dict[str, PyTree], name: str) -> Float32[np.ndarray, "images dim"]:
+        if name in self.features:
+            return embed_features(self.network, variables, self.features[name])
+        return embed_images(self.network, variables, self.sources[name], self.cache(name))
 
     def score(
         self, embeddings: Mapping[str, Float32[np.ndarray, "images dim"]]

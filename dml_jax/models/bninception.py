@@ -4,7 +4,7 @@ Source: Ioffe and Szegedy, Batch Normalization, ICML 2015, arXiv 1502.03167, fig
 variant of the Caffe model and its port: each convolution has a bias and a batch normalisation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -83,17 +83,29 @@ class BNInception(nn.Module):
                 "choose multiples of 32"
             )
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The consecutive parts of the network: the stem and the blocks."""
+        return ("stem", *(f"inception_{name}" for name in BLOCKS))
+
     @nn.compact
-    def __call__(self, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b y x f"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], *, train: bool, parts: Sequence[str] | None = None
+    ) -> Float[Array, "b y x f"]:
         """Returns the last feature map [B, H/32, W/32, 1024] of normalised images [B, H, W, 3].
 
         With `train`, uses batch statistics (unless frozen) and updates the collection
         "batch_stats", which must then be mutable.
 
+        Args:
+            x: normalised images, or the feature map that the previous part returned.
+            train: whether the network is being trained.
+            parts: consecutive parts to apply; all by default.
+
         Raises:
             ValueError: a block cannot halve its feature map. Multiples of 32 are always valid.
         """
-        self.check_image_size(*images.shape[1:3])
+        parts = self.parts if parts is None else parts
         conv = partial(layers.convolution, use_bias=True, dtype=self.dtype)
         norm = partial(layers.batch_norm, frozen=self.freeze_bn, train=train, dtype=self.dtype)
 
@@ -107,10 +119,13 @@ class BNInception(nn.Module):
             x = unit(x, 64, 1, "conv2_3x3_reduce")
             return _halve(unit(x, 192, 3, "conv2_3x3"))
 
-        x = layers.block(self, stem, images)
+        if "stem" in parts:
+            self.check_image_size(*x.shape[1:3])
+            x = layers.block(self, stem, x)
         for name, block in BLOCKS.items():
-            inception = partial(_inception, block=block, name=f"inception_{name}", unit=unit)
-            x = layers.block(self, inception, x)
+            if f"inception_{name}" in parts:
+                inception = partial(_inception, block=block, name=f"inception_{name}", unit=unit)
+                x = layers.block(self, inception, x)
         return x
 
 

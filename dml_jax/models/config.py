@@ -3,9 +3,9 @@
 import dataclasses
 
 from dml_jax.models import pretrained
-from dml_jax.models.embedder import HEAD_INITS, POOLINGS
+from dml_jax.models.embedder import ALL, HEAD, HEAD_INITS, POOLINGS, trainable_from
 from dml_jax.models.normalisation import CHANNELS
-from dml_jax.models.registry import BACKBONES
+from dml_jax.models.registry import BACKBONES, create_backbone
 from dml_jax.models.resnet import STEMS
 from dml_jax.settings import (
     choice,
@@ -59,6 +59,12 @@ class ModelConfig:
         choice(HEAD_INITS),
         help="Initial values of the linear head: PyTorch's, or those of Proxy-Anchor's authors.",
     )
+    train_from: str = setting(
+        ALL,
+        text(f"it must be {ALL}, a part of the backbone such as layer4, or {HEAD}"),
+        help=f"First part of the network that trains: `{ALL}`, a part of the backbone such as "
+        f"`layer4`, or `{HEAD}`. What lies below is frozen, batch statistics too.",
+    )
     freeze_bn: bool = setting(
         True,
         flag(),
@@ -99,6 +105,16 @@ class ModelConfig:
         return (
             f"config.model.{option} is {value}, but {self.backbone} was pretrained with "
             f"{defaults[option]}; leave it out, or set config.model.pretrained to none"
+        )
+
+    @together("train_from", "backbone")
+    def _train_from(self) -> str | None:
+        allowed = trainable_from(create_backbone(self.backbone))
+        if self.train_from in allowed:
+            return None
+        return (
+            f"config.model.train_from is {self.train_from!r}; with {self.backbone} choose one of "
+            f"{', '.join(allowed)}"
         )
 
     @together("remat", "backbone")

@@ -4,6 +4,7 @@ Source: Vinyals et al., Matching networks for one shot learning, NeurIPS 2016, s
 """
 
 import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -41,18 +42,33 @@ class ConvNet(nn.Module):
                 "more"
             )
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The consecutive parts of the network: the blocks."""
+        return ("block1", "block2", "block3", "block4")
+
     @nn.compact
-    def __call__(self, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b y x f"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], *, train: bool, parts: Sequence[str] | None = None
+    ) -> Float[Array, "b y x f"]:
         """Returns the feature map [B, H/16, W/16, width] of normalised images [B, H, W, 3].
 
         With `train`, the collection "batch_stats" must be mutable, as in `resnet.ResNet`.
 
+        Args:
+            x: normalised images, or the feature map that the previous part returned.
+            train: whether the network is being trained.
+            parts: consecutive parts to apply; all by default.
+
         Raises:
             ValueError: images have fewer than 16 pixels a side.
         """
-        self.check_image_size(*images.shape[1:3])
-        x = images
+        parts = self.parts if parts is None else parts
+        if "block1" in parts:
+            self.check_image_size(*x.shape[1:3])
         for block in range(1, 5):
+            if f"block{block}" not in parts:
+                continue
             x = layers.convolution(
                 self.width, 3, kernel_init=_pytorch_uniform, dtype=self.dtype, name=f"conv{block}"
             )(x)

@@ -10,28 +10,36 @@ from dml_jax._utils.errors import UserError
 
 POOLINGS = ("gap", "gmp", "gap+gmp")
 HEAD_INITS = ("uniform", "kaiming_fan_out")
+ALL, HEAD = "all", "head"
+"""Values of `train_from`: the whole network trains, or the linear head alone."""
 
 
 class Embedder(nn.Module):
-    """A backbone with pooling and a linear head.
+    """A backbone with pooling and a linear head, split into a frozen and a trained part.
+
+    The embedding of images is `trained(frozen(images))`.
 
     Attributes:
         backbone: module with an attribute `input_normalisation`, from normalised images
-            [B, H, W, 3] to a feature map [B, h, w, F].
+            [B, H, W, 3] to a feature map [B, h, w, F]. To be split, it needs an attribute `parts`,
+            names of consecutive parts, and must accept some of them as the argument `parts`.
         pooling: over space: "gap" is the mean, "gmp" the maximum, "gap+gmp" their sum.
         dim: size of an embedding.
         head_init: initial values of the head, for F pooled features. "uniform" draws kernel and
             bias from U(-1/sqrt(F), 1/sqrt(F)), like PyTorch's nn.Linear; "kaiming_fan_out" draws
             the kernel from N(0, 2/dim) and sets the bias to zero, like the code of Proxy-Anchor.
+        train_from: the first part that trains: "all", a part of the backbone, or "head". Everything
+            below it is frozen, its batch statistics too.
 
     Raises:
-        ValueError: the pooling or head_init is unknown.
+        ValueError: the pooling, head_init or train_from is unknown.
     """
 
     backbone: nn.Module
     pooling: str
     dim: int
     head_init: str = "uniform"
+    train_from: str = ALL
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
@@ -42,18 +50,48 @@ class Embedder(nn.Module):
             raise UserError(
                 f"unknown head_init {self.head_init!r}: choose one of {', '.join(HEAD_INITS)}"
             )
+        if self.train_from not in trainable_from(self.backbone):
+            raise UserError(
+                f"unknown train_from {self.train_from!r}: choose one of "
+                f"{', '.join(trainable_from(self.backbone))}"
+            )
         super().__post_init__()
 
-    @nn.compact
     def __call__(self, images: Num[Array, "b h w 3"], *, train: bool) -> Float[Array, "b d"]:
         """Returns raw float32 embeddings [B, dim] of RGB images in 0..255, uint8 or float.
 
         With `train`, the collection "batch_stats" must be mutable.
         """
+        return self.trained(self.frozen(images), train=train)
+
+    def frozen(self, images: Num[Array, "b h w 3"]) -> Num[Array, "b *features"]:
+        """Returns the result of the frozen part, which is not differentiated.
+
+        It is the images themselves if everything trains, a feature map [B, h, w, C], or pooled
+        features [B, F] if the head alone trains.
+        """
+        if self.train_from == ALL:
+            return images
         x = self.backbone.input_normalisation.normalise(images)
-        x = self.backbone(x, train=train).astype(jnp.float32)
-        average, maximum = x.mean((1, 2)), _maximum(x)
-        x = {"gap": average, "gmp": maximum, "gap+gmp": average + maximum}[self.pooling]
+        if self.train_from == HEAD:
+            x = self._pool(self.backbone(x, train=False))
+        else:
+            below = self.backbone.parts[: self.backbone.parts.index(self.train_from)]
+            x = self.backbone(x, train=False, parts=below)
+        return jax.lax.stop_gradient(x)
+
+    @nn.compact
+    def trained(self, x: Num[Array, "b *features"], *, train: bool) -> Float[Array, "b d"]:
+        """Returns the embeddings [B, dim] of the results of `frozen`.
+
+        With `train`, the collection "batch_stats" must be mutable.
+        """
+        if self.train_from == ALL:
+            x = self.backbone.input_normalisation.normalise(x)
+            x = self._pool(self.backbone(x, train=train))
+        elif self.train_from != HEAD:
+            above = self.backbone.parts[self.backbone.parts.index(self.train_from) :]
+            x = self._pool(self.backbone(x, train=train, parts=above))
         # By default accelerators round the operands of a float32 product to bfloat16 or TF32.
         kernel_init, bias_init = _head_inits(self.head_init, features=x.shape[-1])
         return nn.Dense(
@@ -63,6 +101,17 @@ class Embedder(nn.Module):
             bias_init=bias_init,
             name="head",
         )(x)
+
+    def _pool(self, x: Float[Array, "b h w f"]) -> Float[Array, "b f"]:
+        x = x.astype(jnp.float32)
+        average, maximum = x.mean((1, 2)), _maximum(x)
+        return {"gap": average, "gmp": maximum, "gap+gmp": average + maximum}[self.pooling]
+
+
+def trainable_from(backbone: nn.Module) -> tuple[str, ...]:
+    """Returns the values of `train_from` for a backbone."""
+    # The first part stands for the whole network, which is ALL.
+    return (ALL, *getattr(backbone, "parts", ())[1:], HEAD)
 
 
 def _head_inits(

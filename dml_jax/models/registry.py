@@ -7,7 +7,7 @@ import flax.linen as nn
 
 from dml_jax._utils.registry import Registry
 from dml_jax.models import bninception, convnet, resnet
-from dml_jax.models.embedder import Embedder
+from dml_jax.models.embedder import ALL, Embedder
 
 BACKBONES: Registry[Callable[..., nn.Module]] = Registry("backbone", nn.Module)
 """Modules by name. `register_backbone` adds one, also from outside the package."""
@@ -56,6 +56,7 @@ def create_embedder(
     pooling: str,
     dim: int,
     head_init: str = "uniform",
+    train_from: str = ALL,
     channels: str | None = None,
     **options: Any,
 ) -> Embedder:
@@ -66,6 +67,7 @@ def create_embedder(
         pooling: "gap", "gmp" or "gap+gmp".
         dim: size of an embedding.
         head_init: "uniform" or "kaiming_fan_out"; see `Embedder`.
+        train_from: "all", a part of the backbone, or "head"; see `Embedder`.
         channels: "rgb" or "bgr", the order of the backbone's input channels; by default that of its
             pretrained weights. The order of its means and standard deviations does not change: the
             first ones apply to the first channel, red or blue.
@@ -75,7 +77,7 @@ def create_embedder(
         A module from RGB images in 0..255 [B, H, W, 3] to raw float32 embeddings [B, dim].
 
     Raises:
-        ValueError: the backbone, pooling or head_init is unknown.
+        ValueError: the backbone, pooling, head_init or train_from is unknown.
         TypeError: the backbone does not have an option.
     """
     given = {option: value for option, value in options.items() if value is not None}
@@ -83,4 +85,6 @@ def create_embedder(
     if channels is not None:
         normalisation = module.input_normalisation._replace(channels=channels)
         module = module.clone(input_normalisation=normalisation)
-    return Embedder(backbone=module, pooling=pooling, dim=dim, head_init=head_init)
+    return Embedder(
+        backbone=module, pooling=pooling, dim=dim, head_init=head_init, train_from=train_from
+    )

@@ -4,7 +4,7 @@ Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, arXi
 torchvision, the 3x3 convolution of a bottleneck has the stride.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import flax.linen as nn
@@ -89,13 +89,26 @@ class ResNet(nn.Module):
             raise UserError(f"unknown stem {self.stem!r}: choose one of {', '.join(STEMS)}")
         super().__post_init__()
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The consecutive parts of the network: the stem and the stages."""
+        return ("stem", *(f"layer{stage}" for stage in range(1, len(self.stage_sizes) + 1)))
+
     @nn.compact
-    def __call__(self, images: Float[Array, "b h w 3"], *, train: bool) -> Float[Array, "b y x f"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], *, train: bool, parts: Sequence[str] | None = None
+    ) -> Float[Array, "b y x f"]:
         """Returns the last feature map [B, h, w, F] of normalised images [B, H, W, 3].
 
         With `train`, uses batch statistics (unless frozen) and updates the collection
         "batch_stats", which must then be mutable.
+
+        Args:
+            x: normalised images, or the feature map that the previous part returned.
+            train: whether the network is being trained.
+            parts: consecutive parts to apply; all by default.
         """
+        parts = self.parts if parts is None else parts
         conv = partial(layers.convolution, dtype=self.dtype)
         norm = partial(layers.batch_norm, frozen=self.freeze_bn, train=train, dtype=self.dtype)
 
@@ -116,9 +129,10 @@ class ResNet(nn.Module):
                 name=f"layer{stage + 1}.{number}",
             )(x)
 
-        x = layers.block(self, stem, images)
+        if "stem" in parts:
+            x = layers.block(self, stem, x)
         for stage, size in enumerate(self.stage_sizes):
-            for number in range(size):
+            for number in range(size if f"layer{stage + 1}" in parts else 0):
                 x = layers.block(self, partial(residual, stage=stage, number=number), x)
         return x
 

@@ -4,11 +4,14 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
 from dml_jax import data
 from dml_jax._utils import sharding
 from dml_jax.training.builder import Experiment
+
+_VIEWS = 1  # Distinguishes the random numbers of views from those of the order of an epoch.
 
 
 def device_batches(
@@ -16,7 +19,7 @@ def device_batches(
 ) -> Iterator[tuple[int, dict[str, Array]]]:
     """Yields the number of steps done after each batch, and the batch on the devices.
 
-    A batch holds labels, and either images or the device cache with indices into it.
+    A batch holds labels, and images, cached features, or the device cache with indices into it.
 
     Args:
         experiment: the experiment that provides images and settings.
@@ -52,6 +55,8 @@ def _reader(
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
     }
+    if config.data.cache == "features":
+        return _feature_batches(experiment, start, data.train_indices(source, **order)), {}
     if cache is not None:
         indices = data.train_indices(source, **order)
         rows = (batch | {"sides": cache.sides[batch["index"]]} for batch in indices)
@@ -64,3 +69,16 @@ def _reader(
         **order,
     )
     return reader, {}
+
+
+def _feature_batches(
+    experiment: Experiment, start: int, indices: Iterator[data.IndexBatch]
+) -> Generator[dict[str, Any]]:
+    """Yields batches with a random view of each image; the views depend on seed and step alone."""
+    features, config = experiment.features["train"], experiment.config
+    for step, batch in enumerate(indices, start):
+        count = len(batch["index"])
+        rng = np.random.default_rng([config.seed, step, _VIEWS])
+        drawn = rng.integers(features.views, size=config.batch_size)
+        views = drawn[jax.process_index() * count :][:count]
+        yield {"features": features.take(batch["index"], views), "label": batch["label"]}

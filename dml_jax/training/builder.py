@@ -3,6 +3,8 @@
 import functools
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -15,7 +17,9 @@ from dml_jax._utils import sharding
 from dml_jax._utils.errors import UserError
 from dml_jax.data import device_cache
 from dml_jax.data.splits import load_splits
+from dml_jax.evaluation import features
 from dml_jax.evaluation import network as networks
+from dml_jax.evaluation.features import Features
 from dml_jax.evaluation.network import Network
 from dml_jax.evaluation.scoring import Evaluator
 from dml_jax.models import pretrained
@@ -48,6 +52,8 @@ class Experiment(NamedTuple):
     cache: Callable[[str], device_cache.Cache | None]
     """Returns the images of a split on the devices, loaded by the first call; None if the config
     does not cache images there."""
+    features: Mapping[str, Features] = MappingProxyType({})
+    """Cached features by split, if the config caches them; see `with_features`."""
 
 
 def build(
@@ -73,9 +79,7 @@ def build(
     _check_lengths(config, steps_per_epoch)
     network = make_network(config, mesh)
     transformation, learning_rate = optimizer.create(
-        config.optimizer,
-        steps_per_epoch=steps_per_epoch,
-        freeze_bn_affine=config.model.freeze_bn_affine,
+        config.optimizer, steps_per_epoch=steps_per_epoch
     )
     step_config = _step_config(config, network, transformation, steps_per_epoch)
 
@@ -139,7 +143,9 @@ def _step_config(
         memory_warmup_steps=config.memvir.warmup_epochs * steps_per_epoch,
         frozen_steps=config.optimizer.frozen_epochs * steps_per_epoch,
         micro_batches=config.micro_batches,
-        images=_images(config, network.mesh),
+        fixed=network.fixed,
+        images=_images(config, network),
+        cached_features=config.data.cache == "features",
     )
 
 
@@ -159,6 +165,7 @@ def _initial_state(
         proxy_shape=config.loss.proxy_shape(num_classes, config.model.dim),
         proxy_init=config.proxy_init,
         memory=_memory(config, config.loss, num_classes, shards),
+        fixed=step_config.fixed,
         backbone=backbone,
     )
 
@@ -170,14 +177,16 @@ def make_network(config: Config, mesh: jax.sharding.Mesh) -> Network:
 
 
 def _images(
-    config: Config, mesh: jax.sharding.Mesh
+    config: Config, network: Network
 ) -> Callable[[Mapping[str, Array], PRNGKeyArray], Array]:
-    """Returns the function that makes the images of a step from its batch."""
+    """Returns the function that makes the images of a step, or their features, from its batch."""
+    if config.data.cache == "features":
+        return partial(step.features_of_batch, dtype=network.features_shape.dtype)
     if config.data.cache != "device":
         return step.images_of_batch
     return partial(
         device_cache.train_views,
-        mesh=mesh,
+        mesh=network.mesh,
         size=config.data.image_size,
         augmentation=config.data.augmentation,
     )
@@ -233,11 +242,40 @@ def _with_shardings(shapes: state.TrainState, mesh: jax.sharding.Mesh) -> state.
     )
 
 
+def with_features(
+    experiment: Experiment,
+    variables: dict[str, PyTree],
+    workdir: Path,
+    interrupt: Callable[[], None],
+) -> Experiment:
+    """Returns the experiment with cached features, if the config caches them.
+
+    Args:
+        experiment: the experiment.
+        variables: variables of its network.
+        workdir: directory of the run.
+        interrupt: see `features.load`.
+
+    Raises:
+        ValueError: see `features.load`.
+    """
+    config = experiment.config.data
+    if config.cache != "features":
+        return experiment
+    folder = Path(config.features) if config.features else workdir.absolute().parent / "features"
+    loaded = features.load(experiment.network, variables, experiment.sources, folder, interrupt)
+    evaluator = experiment.evaluator._replace(features=loaded)
+    return experiment._replace(features=loaded, evaluator=evaluator)
+
+
 def abstract_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes, dtypes and shardings of a batch; loads the device cache, if there is one."""
     rows, size = experiment.config.batch_size, experiment.config.data.image_size
     cache = experiment.cache("train")
-    if cache is None:
+    if experiment.config.data.cache == "features":
+        shape = (rows, *experiment.network.features_shape.shape)
+        shapes = {"features": (shape, features.DTYPE), "label": ((rows,), jnp.int32)}
+    elif cache is None:
         shapes = {"image": ((rows, size, size, 3), jnp.uint8), "label": ((rows,), jnp.int32)}
     else:
         shapes = {

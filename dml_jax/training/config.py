@@ -18,6 +18,7 @@ from dml_jax.evaluation.config import EvaluationConfig
 from dml_jax.memvir import MemVirConfig
 from dml_jax.models import check_image_size
 from dml_jax.models.config import ModelConfig
+from dml_jax.models.embedder import ALL
 from dml_jax.proxy_synthesis import ProxySynthesisConfig
 from dml_jax.settings import choice, flag, group, integer, setting, text, together
 from dml_jax.training.checkpoint import CheckpointConfig
@@ -151,6 +152,15 @@ class Config:
         except ValueError as error:
             return f"config.data.image_size is {self.data.image_size}: {error}"
         return None
+
+    @together("data.cache", "model.train_from", "model.backbone")
+    def _features(self) -> str | None:
+        if self.data.cache != "features" or self.model.train_from != ALL:
+            return None
+        return (
+            "config.data.cache is 'features', but config.model.train_from is 'all', so nothing of "
+            "the network is frozen; set it to 'head' or to a part of the backbone"
+        )
 
     @together("memvir.warmup_epochs", "epochs", "memvir.num_steps")
     def _warmup(self) -> str | None:

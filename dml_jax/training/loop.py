@@ -10,7 +10,7 @@ import numpy as np
 from dml_jax._utils import processes, sharding
 from dml_jax.training import checkpoint, history, nonfinite, preemption, result, trackers
 from dml_jax.training.batches import device_batches
-from dml_jax.training.builder import Experiment
+from dml_jax.training.builder import Experiment, with_features
 from dml_jax.training.fork import forked_from, read_fork
 from dml_jax.training.state import TrainState, network_variables
 
@@ -48,6 +48,9 @@ def train(
             epochs=config.epochs,
             patience=config.evaluation.patience,
         )
+        experiment = with_features(
+            experiment, network_variables(state), workdir, lambda: _interrupt(stop)
+        )
         with trackers.create(workdir, config, steps_per_epoch, start) as writer:
             epochs = _Epochs(experiment, done, writer, checkpoints, start)
             watch = nonfinite.Watch(
@@ -80,6 +83,12 @@ def train(
     if embeddings is None or experiment.selection_split != "test":
         embeddings = experiment.evaluator.embed(network_variables(state), "test")
     return result.write(experiment, workdir, done.evaluated, embeddings)
+
+
+def _interrupt(stop: preemption.StopRequest) -> None:
+    """Raises Stopped if any process was asked to stop before the first step."""
+    if processes.any_process(stop.is_set()):
+        raise preemption.Stopped("stopped while computing features: start again to resume")
 
 
 def _steps_late(experiment: Experiment) -> int:

@@ -14,6 +14,7 @@ from dml_jax._utils.files import write_json
 from dml_jax.training import run_directory
 from dml_jax.training.builder import Experiment
 from dml_jax.training.checkpoint import Checkpoints
+from dml_jax.training.state import split
 from dml_jax.training.step import StepMetrics
 from dml_jax.training.trackers import Tracker
 
@@ -33,13 +34,14 @@ def describe(experiment: Experiment, step: int, metrics: StepMetrics) -> dict[st
     config, train = experiment.config, experiment.sources["train"]
     order = data.Order(train.labels, config.batch_size, config.data.n_instance, config.seed)
     rate, proxy_rate = experiment.learning_rate(step - 1)
+    trained, _ = split(experiment.abstract_state.params, experiment.step_config.fixed)
     arrays = [
         (
             jax.tree_util.keystr(path, simple=True, separator="/"),
             {"gradient": float(gradient), "parameter": float(parameter)},
         )
         for (path, _), gradient, parameter in zip(
-            jax.tree.leaves_with_path(experiment.abstract_state.params),
+            jax.tree.leaves_with_path(trained),
             metrics.gradient_norms,
             metrics.parameter_norms,
             strict=True,

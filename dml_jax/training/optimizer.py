@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import flax
 import jax
 import optax
 from jaxtyping import Array, Int, PyTree
@@ -134,7 +133,7 @@ class OptimizerConfig:
 
 
 def create(
-    config: OptimizerConfig, *, steps_per_epoch: int, freeze_bn_affine: bool = False
+    config: OptimizerConfig, *, steps_per_epoch: int
 ) -> tuple[optax.GradientTransformationExtraArgs, Callable[[int], tuple[float, float]]]:
     """Returns the optimizer of parameters `{"embedder": ..., "proxies": ...}` and its schedule.
 
@@ -145,8 +144,6 @@ def create(
     Args:
         config: settings of the optimizer.
         steps_per_epoch: optimizer steps in an epoch.
-        freeze_bn_affine: whether scale and bias of batch normalisation are frozen in all epochs,
-            without gradient, decay or optimizer state.
 
     Returns:
         The gradient transformation, and a function that returns the learning rates of (embedder,
@@ -169,15 +166,11 @@ def create(
 
     direction = _direction(config.name, config.eps, config.weight_decay)
     frozen_steps = config.frozen_epochs * steps_per_epoch
-    parts: dict[str, optax.GradientTransformation] = {"other": direction}
     if frozen_steps:
-        parts["backbone"] = optax.conditionally_mask(
+        late = optax.conditionally_mask(
             direction, lambda _, *, step: step >= frozen_steps, forward_extra_args=True
         )
-    if freeze_bn_affine:
-        parts["affine"] = optax.set_to_zero()
-    if len(parts) > 1:
-        direction = optax.partition(parts, lambda params: _labels(params, parts.keys()))
+        direction = optax.partition({"backbone": late, "other": direction}, _labels)
     groups = {
         "embedder": _descend(lambda step: config.learning_rate * factor(step)),
         "proxies": _descend(lambda step: config.proxy_learning_rate * factor(step)),
@@ -218,18 +211,10 @@ def _descend(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def _labels(params: Mapping[str, Any], parts: Collection[str]) -> dict[str, Any]:
-    """Returns the label of each parameter: "affine", "backbone" or "other".
-
-    Batch normalisation is the only layer with a parameter named scale.
-    """
-    flat = flax.traverse_util.flatten_dict(params["embedder"])
-    batch_norms = {path[:-1] for path in flat if path[-1] == "scale"}
-
-    def label(path: tuple[str, ...]) -> str:
-        if "affine" in parts and path[:-1] in batch_norms:
-            return "affine"
-        return "backbone" if "backbone" in parts and path[0] == "backbone" else "other"
-
-    labels = {path: label(path) for path in flat}
-    return {"embedder": flax.traverse_util.unflatten_dict(labels), "proxies": "other"}
+def _labels(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the label of each parameter: "backbone" or "other"."""
+    labels = {
+        name: jax.tree.map(lambda _, name=name: "backbone" if name == "backbone" else "other", tree)
+        for name, tree in params["embedder"].items()
+    }
+    return {"embedder": labels, "proxies": "other"}

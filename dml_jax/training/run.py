@@ -96,9 +96,15 @@ def train(
 def _resolved(config: Config, *, forked: bool) -> Config:
     """Returns the config with absolute paths, and without pretrained weights for a fork."""
     weights = pretrained.NONE if forked else pretrained.absolute(config.model.pretrained)
-    root = str(Path(config.data.root).absolute()) if config.data.root else ""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).absolute()) if path else ""
+
+    data = dataclasses.replace(
+        config.data, root=absolute(config.data.root), features=absolute(config.data.features)
+    )
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, pretrained=weights),
-        data=dataclasses.replace(config.data, root=root),
+        data=data,
     )

@@ -1,5 +1,6 @@
 """The train state, which a checkpoint holds: everything that the next step depends on."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import flax
@@ -69,6 +70,28 @@ def initial_proxies(
     return jax.random.uniform(key, shape, minval=-(fan**-0.5), maxval=fan**-0.5)
 
 
+def split(params: PyTree, fixed: Collection[tuple[str, ...]]) -> tuple[PyTree, PyTree]:
+    """Splits parameters into those that train and those that never change.
+
+    Args:
+        params: `{"embedder": ..., "proxies": ...}`.
+        fixed: paths of the embedder's parameters that never change.
+
+    Returns:
+        The parameters without the fixed ones, and the fixed ones by path.
+    """
+    flat = flax.traverse_util.flatten_dict(params["embedder"])
+    trained = {path: x for path, x in flat.items() if path not in fixed}
+    unchanged = {path: x for path, x in flat.items() if path in fixed}
+    return {**params, "embedder": flax.traverse_util.unflatten_dict(trained)}, unchanged
+
+
+def merge(trained: PyTree, fixed: PyTree) -> PyTree:
+    """Returns all parameters; the inverse of `split`."""
+    flat = flax.traverse_util.flatten_dict(trained["embedder"])
+    return {**trained, "embedder": flax.traverse_util.unflatten_dict(flat | fixed)}
+
+
 def create(
     key: PRNGKeyArray,
     *,
@@ -78,6 +101,7 @@ def create(
     proxy_shape: tuple[int, int],
     proxy_init: str,
     memory: memvir.Memory | None,
+    fixed: Collection[tuple[str, ...]] = (),
     backbone: PyTree | None = None,
 ) -> TrainState:
     """Returns the state before the first step.
@@ -90,6 +114,7 @@ def create(
         proxy_shape: number and dimension of the proxies.
         proxy_init: see `initial_proxies`.
         memory: the empty memory of MemVir; None without MemVir.
+        fixed: paths of the embedder's parameters that never change; see `split`.
         backbone: pretrained variables of the backbone; None for random ones.
 
     Returns:
@@ -107,7 +132,7 @@ def create(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables["batch_stats"],
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(split(params, fixed)[0]),
         memory=memory,
         metrics=EpochMetrics.empty(),
         skipped=Skipped(total=jnp.zeros((), jnp.int32), in_a_row=jnp.zeros((), jnp.int32)),

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num, PRNGKeyArray, PyTree
 
 from dml_jax import losses, memvir, proxy_synthesis
 from dml_jax._utils import sharding
 from dml_jax.models import Embedder
-from dml_jax.training.state import EpochMetrics, Skipped, TrainState
+from dml_jax.training.state import EpochMetrics, Skipped, TrainState, merge, split
 
 _VIEWS = 2**32 - 1  # Folded into the key of a step for the random views of its images.
 
@@ -21,6 +22,12 @@ def images_of_batch(batch: Mapping[str, Array], key: PRNGKeyArray) -> Array:
     """Returns the images of a batch, which the input pipeline has already augmented."""
     del key
     return batch["image"]
+
+
+def features_of_batch(batch: Mapping[str, Array], key: PRNGKeyArray, *, dtype: DTypeLike) -> Array:
+    """Returns the cached results of the frozen part of the network for the images of a batch."""
+    del key
+    return batch["features"].astype(dtype)
 
 
 class StepConfig(NamedTuple):
@@ -41,12 +48,16 @@ class StepConfig(NamedTuple):
     """First steps, in which the backbone and its batch statistics do not change."""
     micro_batches: int
     """Number of equal parts in which a batch is embedded, one after another; see `embed`."""
+    fixed: frozenset[tuple[str, ...]] = frozenset()
+    """Paths of the embedder's parameters that never change; see `state.split`."""
     images: Callable[[Mapping[str, Array], PRNGKeyArray], Array] = images_of_batch
     """Function of a batch and a key that returns the images, `[batch, height, width, 3]`."""
+    cached_features: bool = False
+    """Whether `images` returns the results of the frozen part of the network instead."""
 
 
 def embed(
-    config: StepConfig, params: PyTree, batch_stats: PyTree, images: Num[Array, "batch h w 3"]
+    config: StepConfig, params: PyTree, batch_stats: PyTree, images: Num[Array, "batch *image"]
 ) -> tuple[Float[Array, "batch dim"], PyTree]:
     """Embeds a batch in training mode, one micro-batch after another.
 
@@ -58,32 +69,40 @@ def embed(
         config: embedder and number of micro-batches.
         params: parameters of the embedder.
         batch_stats: batch statistics before the batch.
-        images: sharded by row; each micro-batch takes equally many rows from every device.
+        images: images, or cached features; sharded by row. Each micro-batch takes equally many
+            rows from every device.
 
     Returns:
         The embeddings, and the batch statistics after the batch.
     """
 
-    def embed_micro_batch(
-        params: PyTree, batch_stats: PyTree, images: Array
-    ) -> tuple[Array, PyTree]:
+    def frozen(images: Array) -> Any:
+        if config.cached_features:
+            return images
+        variables = {"params": params, "batch_stats": batch_stats}
+        return config.embedder.apply(variables, images, method="frozen")
+
+    def trained(params: PyTree, batch_stats: PyTree, x: Array) -> tuple[Array, PyTree]:
         embeddings, updates = config.embedder.apply(
             {"params": params, "batch_stats": batch_stats},
-            images,
+            x,
             train=True,
             mutable=["batch_stats"],
+            method="trained",
         )
         return embeddings, updates.get("batch_stats", {})
 
     count = config.micro_batches
     if count == 1:
-        return embed_micro_batch(params, batch_stats, images)
+        return trained(params, batch_stats, frozen(images))
     # A micro-batch is every count-th row: the same rows on any number of devices, without transfer.
     parts = images.reshape(-1, count, *images.shape[1:])
     # Unrolled: in an XLA loop, gradients of convolutions are many times slower on the CPU.
     embeddings = []
     for part in range(count):
-        made, batch_stats = jax.checkpoint(embed_micro_batch)(params, batch_stats, parts[:, part])
+        # The frozen part is not differentiated, so nothing of it is rematerialised.
+        x = frozen(parts[:, part])
+        made, batch_stats = jax.checkpoint(trained)(params, batch_stats, x)
         # Keeps micro-batches in sequence, in the backward pass too.
         params, batch_stats, made = jax.lax.optimization_barrier((params, batch_stats, made))
         embeddings.append(made)
@@ -103,7 +122,7 @@ def objective(
         config: the constants of the step.
         params: parameters of the embedder, and proxies.
         state: provides batch statistics, memory and step.
-        batch: `image` `[batch, height, width, 3]` and `label` `[batch]`.
+        batch: `image` `[batch, height, width, 3]`, or cached features, and `label` `[batch]`.
         key: random key of the step.
 
     Returns:
@@ -135,9 +154,9 @@ class StepMetrics(NamedTuple):
     skipped: Skipped
     """Skipped steps, up to and including this one."""
     gradient_norms: Float[Array, " arrays"]
-    """Norm of the gradient of each parameter array, in the order of `jax.tree.leaves`."""
+    """Norm of the gradient of each array that trains, in the order of `jax.tree.leaves`."""
     parameter_norms: Float[Array, " arrays"]
-    """Norm of each parameter array before the step, in the same order."""
+    """Norm of each such array before the step, in the same order."""
 
 
 def train_step(
@@ -160,17 +179,18 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     images = config.images(batch, jax.random.fold_in(key, _VIEWS))
     batch = {"image": images, "label": batch["label"]}
+    trained, fixed = split(state.params, config.fixed)
     (loss, (batch_stats, memory)), gradients = jax.value_and_grad(
-        lambda params: objective(config, params, state, batch, key), has_aux=True
-    )(state.params)
+        lambda params: objective(config, merge(params, fixed), state, batch, key), has_aux=True
+    )(trained)
     if config.frozen_steps:
         frozen = state.step < config.frozen_steps
         batch_stats = _where(frozen, state.batch_stats, batch_stats)
     updates, opt_state = config.optimizer.update(
-        gradients, state.opt_state, state.params, step=state.step
+        gradients, state.opt_state, trained, step=state.step
     )
-    params = optax.apply_updates(state.params, updates)
-    gradient_norms, parameter_norms = _norms(gradients), _norms(state.params)
+    params = optax.apply_updates(trained, updates)
+    gradient_norms, parameter_norms = _norms(gradients), _norms(trained)
     gradient_norm = jnp.linalg.norm(gradient_norms)
     # Optimizer state and memory need no check: they follow from the gradient and the loss's inputs.
     taken = _all_finite((loss, gradient_norm, params, batch_stats))
@@ -185,7 +205,7 @@ def train_step(
     now = EpochMetrics.single_from_model_output(loss=loss, gradient_norm=gradient_norm)
     new_state = TrainState(
         step=state.step + 1,
-        params=_where(taken, params, state.params),
+        params=merge(_where(taken, params, trained), fixed),
         batch_stats=_where(taken, batch_stats, state.batch_stats),
         opt_state=_where(taken, opt_state, state.opt_state),
         memory=memory,

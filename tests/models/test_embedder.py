@@ -1,11 +1,15 @@
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 
-from dml_jax.models import Embedder, create_embedder, resnet
+from dml_jax.models import Embedder, create_backbone, create_embedder, resnet
 from dml_jax.models import embedder as embedder_module
+from dml_jax.models.embedder import trainable_from
 from dml_jax.models.normalisation import InputNormalisation
 
 
@@ -170,3 +174,51 @@ def test_options_reach_the_backbone():
     assert embeddings.shape == (2, 5)
     assert variables["params"]["head"]["kernel"].shape == (64, 5)
     assert (embedder.backbone.freeze_bn, embedder.backbone.dtype) == (True, "bfloat16")
+
+
+@pytest.mark.parametrize("backbone", ["resnet6", "conv4", "conv1"])
+def test_the_frozen_and_the_trained_part_make_the_whole_network(backbone, images):
+    options = {"backbone": backbone, "pooling": "gap+gmp", "dim": 8, "width": 4}
+    whole = create_embedder(**options)
+    variables = jax.jit(lambda x: whole.init(jax.random.key(0), x, train=False))(images)
+    expected = jax.jit(lambda v, x: whole.apply(v, x, train=False))(variables, images)
+    choices = trainable_from(whole.backbone)
+    assert choices[0] == "all" and choices[-1] == "head"
+    assert len(choices) == {"resnet6": 4, "conv4": 5, "conv1": 2}[backbone]
+    for train_from in choices:
+        split = create_embedder(**options, train_from=train_from)
+        chex.assert_trees_all_equal(
+            jax.jit(lambda x, split=split: split.init(jax.random.key(0), x, train=False))(images),
+            variables,
+        )
+
+        @jax.jit
+        def parts(v, x, split=split):
+            features = split.apply(v, x, method="frozen")
+            return features, split.apply(v, features, train=False, method="trained")
+
+        features, ours = parts(variables, images)
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+        assert features.ndim == (2 if train_from == "head" else 4)
+
+
+def test_every_part_of_a_backbone_has_its_own_parameters():
+    for name in ("resnet50", "bninception", "conv4"):
+        backbone = create_backbone(name)
+        image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+        init = functools.partial(backbone.init, train=False)
+        whole = jax.eval_shape(init, jax.random.key(0), image)["params"]
+        x, found = image, []
+        for part in backbone.parts:
+            x, variables = jax.eval_shape(
+                functools.partial(backbone.init_with_output, train=False, parts=[part]),
+                jax.random.key(0),
+                x,
+            )
+            found += list(variables["params"])
+        assert sorted(found) == sorted(whole)
+
+
+def test_a_part_that_the_backbone_lacks_is_an_error():
+    with pytest.raises(ValueError, match="unknown train_from 'layer9': choose one of all"):
+        create_embedder(backbone="resnet6", pooling="gap", dim=8, train_from="layer9")

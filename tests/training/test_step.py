@@ -11,6 +11,7 @@ from dml_jax.configs import glyphs
 from dml_jax.training import builder, step
 from dml_jax.training.batches import device_batches
 from dml_jax.training.config import parse
+from dml_jax.training.state import split
 from tests.helpers import tiny
 
 
@@ -176,6 +177,57 @@ def test_only_frozen_scales_and_biases_do_not_train(images, epochs):
     unchanged = {path for path in first if (first[path] == last[path]).all()}
     norms = {f"embedder/backbone/bn{i}/{x}" for i in range(1, 5) for x in ("scale", "bias")}
     assert unchanged == norms
+
+
+FROM_LAYER2 = {"model__train_from": "layer2", **tiny.RESNET}
+
+
+def test_what_lies_below_train_from_is_frozen(images):
+    config = tiny.config(images, optimizer__weight_decay=0.1, **FROM_LAYER2)
+    before = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1])).init()
+    _, after = losses_of_run(config, devices=1, steps=3)
+    params, statistics = (
+        [flax.traverse_util.flatten_dict(tree, sep="/") for tree in trees]
+        for trees in zip(
+            (before.params["embedder"], before.batch_stats),
+            (after.params["embedder"], after.batch_stats),
+            strict=True,
+        )
+    )
+    for first, last in (params, statistics):
+        changed = {path for path in first if (first[path] != last[path]).any()}
+        assert changed == {x for x in first if x.startswith(("backbone/layer2", "head"))}
+    kept = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(after.opt_state)]
+    assert any("layer2.0" in path for path in kept)
+    assert not any("layer1.0" in path or "conv1'" in path.split("layer")[0] for path in kept)
+
+
+def test_the_first_step_of_the_trained_part_is_that_of_the_whole_network(images):
+    settings = tiny.RESNET | {"model__freeze_bn": True, "micro_batches": 2}
+    _, whole = losses_of_run(tiny.config(images, "ps", **settings), devices=1, steps=1)
+    for train_from in ("layer1", "head"):
+        config = tiny.config(images, "ps", model__train_from=train_from, **settings)
+        _, part = losses_of_run(config, devices=1, steps=1)
+        built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
+        trained, fixed = split(part.params, built.network.fixed)
+        expected, _ = split(whole.params, fixed)
+        assert fixed
+        chex.assert_trees_all_close(trained, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_frozen_part_has_no_backward_pass(images):
+    def operations(train_from):
+        config = tiny.config(images, model__train_from=train_from, **CONV4, model__width=16)
+        built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
+        step_program = built.take_step.compile(built.abstract_state, builder.abstract_batch(built))
+        embed = built.network.embed.lower(
+            built.network.variables_shape,
+            jax.ShapeDtypeStruct((8, tiny.SIZE, tiny.SIZE, 3), np.uint8),
+        ).compile()
+        return step_program.cost_analysis()["flops"] / embed.cost_analysis()["flops"]
+
+    assert operations("all") > 2
+    assert operations("head") < 1.5
 
 
 def test_bfloat16_computes_losses_near_those_of_float32(images):

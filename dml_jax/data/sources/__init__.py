@@ -2,7 +2,7 @@
 
 from dml_jax.data.sources.folder import images_below
 from dml_jax.data.sources.registry import REGISTRY, WITH_IMAGES, create, register
-from dml_jax.data.sources.source import Source, Sources, leave_out, split_classes
+from dml_jax.data.sources.source import Source, Sources, leave_out, merge, split_classes
 
 __all__ = [
     "REGISTRY",
@@ -12,6 +12,7 @@ __all__ = [
     "create",
     "images_below",
     "leave_out",
+    "merge",
     "register",
     "split_classes",
 ]

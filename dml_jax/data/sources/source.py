@@ -117,6 +117,23 @@ def split_classes(source: Source, fraction: float, seed: int) -> tuple[Source, S
     return _select_classes(source, ~held_out), _select_classes(source, held_out)
 
 
+def merge(sources: Sequence[Source]) -> Source:
+    """Returns the images of several sources, ordered by name and without classes.
+
+    The result does not depend on how a set of images is distributed over the sources.
+
+    Args:
+        sources: images whose names differ.
+    """
+    order = sorted((name, s, i) for s, x in enumerate(sources) for i, name in enumerate(x.names))
+    return Source(
+        records=_Merged(sources, [(s, i) for _, s, i in order]),
+        labels=np.zeros(len(order), np.int32),
+        class_names=("",),
+        names=tuple(name for name, _, _ in order),
+    )
+
+
 def leave_out(sources: Mapping[str, Source], names: Mapping[str, Collection[str]]) -> Sources:
     """Removes images from splits, and classes that have no image left.
 
@@ -178,3 +195,17 @@ class _Subset(Sequence[bytes | str]):
 
     def __getitem__(self, index: int) -> bytes | str:  # type: ignore[override]  # No slices.
         return self._records[int(self._indices[index])]
+
+
+class _Merged(Sequence[bytes | str]):
+    """Records of several sources, read on access."""
+
+    def __init__(self, sources: Sequence[Source], places: Sequence[tuple[int, int]]):
+        self._records, self._places = [source.records for source in sources], places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> bytes | str:  # type: ignore[override]  # No slices.
+        source, position = self._places[index]
+        return self._records[source][position]
