@@ -89,6 +89,7 @@ def write(
         without=[name for name, one in training_maps if one is None],
         score_names=list(retrieval.SCORES),
         comparison=tables.scores(groups),
+        zero_shot=tables.zero_shot(groups),
         published=any(run.published for group in groups for run in group.runs),
         costs=tables.costs(groups),
         settings=tables.settings(groups),

@@ -32,6 +32,7 @@ class Run:
         queries: embeddings of the test images.
         gallery: embeddings of the gallery, or None if the test images are their own gallery.
         origin: config file and variant, or None if the run was not started from a config file.
+        zero_shot: the scores of the backbone before training, or None if its weights were random.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Run:
     queries: Embeddings
     gallery: Embeddings | None
     origin: Origin | None = None
+    zero_shot: dict[str, Any] | None = None
 
     @property
     def published(self) -> tuple[Reference, ...]:
@@ -92,6 +94,7 @@ def read(folder: Path) -> Run:
         queries=embedding_files.load_embeddings(folder / run_directory.EMBEDDINGS),
         gallery=embedding_files.load_embeddings(gallery) if gallery.exists() else None,
         origin=run_directory.read_origin(folder),
+        zero_shot=result.get("zero_shot"),
     )
 
 

@@ -59,6 +59,25 @@ def scores(groups: Sequence[Group]) -> list[dict[str, Any]]:
     return rows
 
 
+def zero_shot(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Returns the scores of the backbones before training, one row per backbone and its input.
+
+    Each row has the `name` of the backbone and the `values` in percent.
+    """
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for group in groups:
+        model, data, scores = (
+            group.first.config.model,
+            group.first.config.data,
+            group.first.zero_shot,
+        )
+        if scores is not None:
+            key = (model.backbone, model.pretrained, model.pooling, data.image_size, data.resize)
+            values = [f"{100 * scores[metric]:.2f}" for metric in retrieval.SCORES.values()]
+            rows.setdefault(key, {"name": model.backbone, "values": values})
+    return list(rows.values())
+
+
 def _percents(group: Group, metric: str) -> list[float]:
     return [100 * run.scores[metric] for run in group.runs]
 

@@ -51,6 +51,8 @@ def train(
         experiment = with_features(
             experiment, network_variables(state), workdir, lambda: _interrupt(stop)
         )
+        if start == 0:
+            result.score_backbone(experiment, workdir, network_variables(state))
         with trackers.create(workdir, config, steps_per_epoch, start) as writer:
             epochs = _Epochs(experiment, done, writer, checkpoints, start)
             watch = nonfinite.Watch(

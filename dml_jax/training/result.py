@@ -1,17 +1,40 @@
-"""The result of a finished run: scores of the last and best epochs, and exported embeddings."""
+"""The result of a run: scores before the first step and after the last, and embeddings."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
+from jaxtyping import PyTree
 
 from dml_jax._utils import processes
-from dml_jax._utils.files import write_json
-from dml_jax.evaluation import embedding_files
+from dml_jax._utils.files import read_json, write_json
+from dml_jax.evaluation import embedding_files, zero_shot
+from dml_jax.models import pretrained
 from dml_jax.training import checkpoint, run_directory
 from dml_jax.training.builder import Experiment
+from dml_jax.training.fork import forked_from
 from dml_jax.training.trackers import projector
+
+
+def score_backbone(experiment: Experiment, workdir: Path, variables: dict[str, PyTree]) -> None:
+    """Scores the features of the backbone on the test images, and writes `zero_shot.json`.
+
+    A backbone with random weights that is no fork of another run is not scored.
+
+    Args:
+        experiment: experiment of the run.
+        workdir: directory of the run.
+        variables: variables of the network before the first step.
+    """
+    weights = experiment.config.model.pretrained
+    if weights == pretrained.NONE and forked_from(workdir, None) is None:
+        return
+    evaluator = experiment.evaluator
+    scores = evaluator.score(zero_shot.pooled_features(evaluator, variables, "test"))
+    if processes.is_first_process():
+        write_json(workdir / run_directory.ZERO_SHOT, scores)
 
 
 def write(
@@ -46,11 +69,28 @@ def write(
         "classes": {split: len(source.class_names) for split, source in experiment.sources.items()},
         **experiment.inspection.counts(),
     }
+    untrained = read_json(workdir / run_directory.ZERO_SHOT)
+    if untrained is not None:
+        result["zero_shot"] = untrained
+        _compare(last, untrained)
     if processes.is_first_process():
         _export(experiment, workdir, embeddings)
         write_json(workdir / run_directory.RESULT, result)
     processes.wait_for_all("result written")
     return result
+
+
+def _compare(trained: Mapping[str, Any], untrained: Mapping[str, float]) -> None:
+    """Warns if the trained embedding is worse than the features of the backbone alone."""
+    ours, theirs = (100 * scores["map@r"] for scores in (trained, untrained))
+    if ours < theirs:
+        logging.warning(
+            "the trained embedding has a MAP@R of %.2f, less than the %.2f of the pooled features "
+            "of the backbone that it started from; see config.optimizer.learning_rate and "
+            "config.model.train_from",
+            ours,
+            theirs,
+        )
 
 
 def _best_on_test(

@@ -84,6 +84,16 @@ def test_evaluate_scores_checkpoints_and_exported_embeddings(finished):
     assert 0 <= exported["nmi"] <= 1 and "recall@2" not in exported
 
 
+def test_evaluate_scores_a_backbone_that_was_not_trained(images):
+    config = tiny.arguments(images)
+    scores = json.loads(succeed("evaluate.py", *config, "--backbone=conv4", "--recall_at=1,2"))
+    assert scores.keys() == {"features", "whitened"}
+    for found in scores.values():
+        assert {"recall@2", "map@r"} < found.keys() and 0 < found["map@r"] <= 1
+    done = run("evaluate.py", *config, "--checkpoint=last")
+    assert done.returncode == 2 and "give one of --workdir" in done.stderr
+
+
 def test_embed_needs_only_config_and_checkpoint_of_the_run(images, finished, tmp_path):
     out, moved = tmp_path / "mine.npz", tmp_path / "moved"
     images.rename(moved)

@@ -1,3 +1,4 @@
+import dataclasses
 import shlex
 from pathlib import Path
 
@@ -89,6 +90,20 @@ def test_each_row_is_compared_with_the_baseline_on_its_schedule():
         name = row["name"].removesuffix(", seed 0")
         assert f"--config=configs/cars196.py:{name} " in row["command"]
         assert "--config." not in row["command"]
+
+
+def test_backbones_before_training_have_one_row_each():
+    scores = {"recall@1": 0.5, "r_precision": 0.25, "map@r": 0.125}
+    small = {"data.image_size": 96, "data.resize": 112}
+    found = [
+        make("a/0", seeded(cars196, "ps", 0)),
+        make("a/1", seeded(cars196, "baseline", 0)),
+        make("a/2", seeded(cars196, "memvir", 0, **small)),
+        make("a/3", seeded(folder, "ps", 0)),
+    ]
+    measured = [dataclasses.replace(run, zero_shot=scores) for run in found[:3]] + found[3:]
+    values = ["50.00", "25.00", "12.50"]
+    assert tables.zero_shot(runs.group(measured)) == 2 * [{"name": "bninception", "values": values}]
 
 
 @pytest.mark.parametrize("loss", ["", "_proxy_nca", "_softmax"])
