@@ -70,6 +70,7 @@ LISTS = {
     "cub200": ("images.txt", "classes.txt", "image_class_labels.txt"),
     "sop": ("Ebay_train.txt", "Ebay_test.txt"),
     "inshop": ("list_eval_partition.txt",),
+    "grocery": ("classes.csv", "train.txt", "val.txt"),
 }
 
 

@@ -30,6 +30,7 @@ LAYOUTS = {
     "sop": ("sop", public_data.sop, public_data.SOP_COUNTS),
     "inshop": ("inshop", public_data.inshop, public_data.INSHOP_COUNTS),
     "omniglot": ("omniglot", public_data.omniglot, public_data.OMNIGLOT_COUNTS),
+    "grocery": ("grocery", public_data.grocery, public_data.GROCERY_COUNTS),
     "folder": ("folder", public_data.folder, public_data.FOLDER_COUNTS),
 }
 
@@ -63,6 +64,8 @@ def test_every_layout_is_prepared_with_disjoint_classes(layout, tmp_path):
         assert len(set(source.names)) == images
     assert not set(found["train"].class_names) & set(found["test"].class_names)
 
+    if layout == "grocery":
+        assert found["train"].class_names == ("Apple", "Banana")
     numbers = {"cars196_numbers": ["1", "2"], "cars196_prepared": ["1", "98"]}
     if layout in numbers:
         assert list(found["train"].class_names) == numbers[layout]
@@ -368,6 +371,7 @@ print([name for name in sys.modules if name.startswith("tensorflow")])
         ("sop", "no Ebay_train.txt"),
         ("inshop", "no list_eval_partition.txt"),
         ("omniglot", "no dataset_info.json .* or images_background_small1"),
+        ("grocery", "no classes.csv"),
         ("folder", "no train/"),
     ],
 )

@@ -241,6 +241,29 @@ def omniglot(root: Path) -> Path:
 OMNIGLOT_COUNTS = {"train": (5, 10), "test": (2, 4)}
 
 
+def grocery(root: Path) -> Path:
+    """Writes `dataset/` with its lists; numbers and names of the classes have different orders."""
+    names = ("Pear", "Apple", "Zucchini", "Banana", "Leek")
+    header = "Class Name (str),Class ID (int),Coarse Class Name (str),Coarse Class ID (int),a,b\n"
+    rows = [
+        f"{name},{number},Fruit,{number // 2},/i.jpg,/d.txt\n" for number, name in enumerate(names)
+    ]
+    put(root / "G-main/dataset/classes.csv", header + "".join(rows))
+    for part, count in (("train", 2), ("val", 1), ("test", 1)):
+        lines = []
+        for number in range(len(names)):
+            for i in range(count):
+                # The name of the folder does not decide.
+                name = f"{part}/Fruit/{names[0]}/{number}_{i:03}.jpg"
+                put(root / "G-main/dataset" / name, jpeg(10 * number + i + 5 * len(part)))
+                lines.append(f"{name}, {number}, {number // 2}\n")
+        put(root / f"G-main/dataset/{part}.txt", "".join(lines))
+    return root
+
+
+GROCERY_COUNTS = {"train": (2, 8), "test": (3, 12)}
+
+
 def folder(root: Path) -> Path:
     """Writes `train/CLASS/*` and `test/CLASS/*`."""
     for number, name in enumerate(("train/b/1", "train/b/2", "train/a/1", "test/c/1", "test/c/2")):

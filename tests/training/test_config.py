@@ -32,6 +32,7 @@ LAYOUTS = {
     "sop": (public_data.sop, public_data.SOP_COUNTS),
     "inshop": (public_data.inshop, public_data.INSHOP_COUNTS),
     "omniglot": (public_data.omniglot, public_data.OMNIGLOT_COUNTS),
+    "grocery": (public_data.grocery, public_data.GROCERY_COUNTS),
     "folder": (public_data.folder, public_data.FOLDER_COUNTS),
 }
 

@@ -1,6 +1,7 @@
 """Download and safe unpacking of archives.
 
-Downloads are atomic and verified by checksum. Unpacking never writes outside the target directory.
+Downloads are atomic and verified by checksum, if one is published. Unpacking never writes outside
+the target directory.
 """
 
 import errno
@@ -40,12 +41,13 @@ class Address(NamedTuple):
     Attributes:
         url: its URL (https or ftp).
         file_name: name of the downloaded file.
-        sha256: its checksum, in hexadecimal.
+        sha256: its checksum, in hexadecimal; None if none is published. (GitHub does not promise
+            that the archive of a commit always has the same bytes.)
     """
 
     url: str
     file_name: str
-    sha256: str
+    sha256: str | None
 
 
 def is_archive(path: Path) -> bool:
@@ -84,7 +86,7 @@ def download(address: Address, directory: Path, progress: Progress) -> Path:
                     progress.advance(task, len(chunk))
             if size and part.stat().st_size != size:
                 raise OSError(f"the connection ended after {part.stat().st_size} of {size} bytes")
-            if digest.hexdigest() != address.sha256:
+            if address.sha256 not in (None, digest.hexdigest()):
                 raise UserError(
                     f"{address.url} is not the published file: its SHA-256 is "
                     f"{digest.hexdigest()}, not {address.sha256}; the download is kept in {part}"

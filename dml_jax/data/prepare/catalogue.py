@@ -86,6 +86,19 @@ DATA_SETS = {
             )
         ),
     ),
+    "grocery": DataSet(
+        layouts.grocery,
+        {"train": (40, 2493), "test": (41, 2928)},
+        "its author publishes it on GitHub, marcusklasson/GroceryStoreDataset (--download)",
+        (
+            Address(
+                "https://github.com/marcusklasson/GroceryStoreDataset/archive/"
+                "fc80ba90f803d79d0383df52c5a4ac5de99ff6fc.zip",
+                "GroceryStoreDataset.zip",
+                None,
+            ),
+        ),
+    ),
     "folder": DataSet(layouts.folder, {}, "any images, in train/CLASS/* and test/CLASS/*"),
 }
 """The data sets by name."""

@@ -207,6 +207,28 @@ def omniglot(source: Path) -> Contents:
     return Contents(_unique(entry.class_name for entry in entries), entries)
 
 
+def grocery(source: Path) -> Contents:
+    """Lists the Grocery Store data set: photographs in shops, of fine-grained classes of groceries.
+
+    Its three lists, `train.txt`, `val.txt` and `test.txt`, are those of a classification, and are
+    joined. In the alphabetical order of the classes, the first half is for training and the second
+    for testing. (In the order of their numbers, fruit would be for training, vegetables for
+    testing.)
+
+    Raises:
+        FileNotFoundError: the source does not hold these lists.
+        ValueError: a line of a list is damaged.
+    """
+    root = _find_or_raise(source, "classes.csv")
+    names = {row[1]: row[0] for row in _comma_rows(root / "classes.csv", 6, header=1)}
+    entries = [
+        ImageEntry("", names[number], name, _inside(root, name))
+        for part in ("train", "val", "test")
+        for name, number, _ in _comma_rows(root / f"{part}.txt", 3)
+    ]
+    return _split_in_halves(Contents(tuple(sorted(names.values())), entries))
+
+
 def _list_characters(source: Path, name: str) -> Contents:
     """Lists one of the small sets, in `name`/ALPHABET/CHARACTER/*."""
     directory = _find_or_raise(source, f"{name}/*/character*", "dataset_info.json (of TFDS)")
@@ -293,8 +315,23 @@ def _find_or_raise(source: Path, pattern: str, others: str = "") -> Path:
 
 def _rows(path: Path, columns: int, header: int = 0) -> Iterator[list[str]]:
     """Yields the rows of a table, split at white space, after `header` lines."""
+    return _split_rows(path, columns, header, str.split)
+
+
+def _comma_rows(path: Path, columns: int, header: int = 0) -> Iterator[list[str]]:
+    """Yields the rows of a table, split at commas, after `header` lines."""
+
+    def split(line: str) -> list[str]:
+        return [cell.strip() for cell in line.split(",")] if line.strip() else []
+
+    return _split_rows(path, columns, header, split)
+
+
+def _split_rows(
+    path: Path, columns: int, header: int, split: Callable[[str], list[str]]
+) -> Iterator[list[str]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        row = line.split()
+        row = split(line)
         if number <= header or not row:
             continue
         if len(row) != columns:

@@ -9,7 +9,7 @@ from dml_jax._utils.errors import UserError
 from dml_jax.data.records import MANIFEST, EncodedImages, read_manifest
 from dml_jax.data.sources.source import Source, Sources
 
-PUBLIC = ("cars196", "cub200", "sop", "inshop", "omniglot")
+PUBLIC = ("cars196", "cub200", "sop", "inshop", "omniglot", "grocery")
 """Public data sets that `scripts/prepare_data.py` prepares from the published files."""
 
 
