@@ -20,6 +20,7 @@ from dml_jax.data import splits
 from dml_jax.data.prepare import DATA_SETS, prepare
 from dml_jax.training import builder, config, resume, run, run_directory, variants
 from dml_jax.training.batches import device_batches
+from dml_jax.training.state import network_variables
 from tests.helpers import public_data
 
 ROOT = Path(__file__).parents[2]
@@ -144,7 +145,7 @@ def test_every_variant_of_every_file_is_valid(file, roots):
 
 
 @pytest.mark.parametrize(("file", "variant"), STEPS)
-def test_variants_take_two_steps(file, variant, roots):
+def test_variants_take_two_steps(file, variant, roots, tmp_path):
     made = load(ROOT / "configs" / f"{file}.py").get_config(variant)
     made.update_from_flattened_dict(SMALL | {"data.root": roots[file]})
     has_memory = "memvir" in variant
@@ -153,6 +154,8 @@ def test_variants_take_two_steps(file, variant, roots):
     mesh = sharding.make_mesh(jax.devices()[:1])
     built = builder.build(config.parse(made), mesh)
     state = built.init()
+    variables = network_variables(state)
+    built = builder.with_features(built, variables, tmp_path / "run", lambda: None)
     before = jax.device_get(state.params)
     for _, batch in device_batches(built, 0, 2):
         state, metrics = built.take_step(state, batch)
