@@ -3,7 +3,6 @@
 from dml_jax.data.images import Augmentation, centre_view, decode
 from dml_jax.data.inspection import POLICIES, InspectionReport, accept, inspect, report
 from dml_jax.data.pipeline import (
-    Batches,
     IndexBatch,
     TestBatch,
     TrainBatch,
@@ -14,6 +13,7 @@ from dml_jax.data.pipeline import (
     view_batches,
 )
 from dml_jax.data.previews import check_upload, preview
+from dml_jax.data.reading import Batches
 from dml_jax.data.sampling import Order, epoch_order, steps_per_epoch
 from dml_jax.data.sources import (
     WITH_IMAGES,

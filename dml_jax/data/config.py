@@ -84,7 +84,6 @@ class DataConfig:
         "not enlarged.",
         resumable=_same_crops,
     )
-
     feature_views: int = setting(
         4,
         integer(1, 2**16),

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dml_jax._utils import progress
 from dml_jax._utils.errors import UserError
 from dml_jax.data import images
 from dml_jax.data.sources import Source, Sources, leave_out
@@ -77,28 +77,19 @@ def inspect(sources: Mapping[str, Source]) -> InspectionReport:
     Returns:
         The report. Two images are copies if all their encoded bytes are equal.
     """
-    console = Console(stderr=True)
     unreadable: dict[str, dict[str, str]] = {split: {} for split in sources}
     locations = defaultdict(list)
     with (
-        Progress(
-            TextColumn("{task.description}"),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        ) as progress,
+        progress.shown("check every image", sum(map(len, sources.values()))) as advance,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
-        task = progress.add_task("check every image", total=sum(map(len, sources.values())))
         for split, source in sources.items():
             for index, (digest, problem) in enumerate(_check_images(pool, source)):
                 if problem:
                     unreadable[split][source.names[index]] = problem
                 else:
                     locations[digest].append((split, index))
-                progress.advance(task)
+                advance(1)
     groups = [group for group in locations.values() if len(group) > 1]
     return InspectionReport(unreadable, {kind: _copies(sources, groups, kind) for kind in _KINDS})
 

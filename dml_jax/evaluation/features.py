@@ -21,11 +21,9 @@ import jax
 import numpy as np
 from absl import logging
 from jaxtyping import Float16, Float32, Int, PyTree
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dml_jax import data
-from dml_jax._utils import processes
+from dml_jax._utils import processes, progress
 from dml_jax._utils.errors import UserError
 from dml_jax._utils.files import errors_with_path, read_json, write_json
 from dml_jax.data import Source
@@ -163,10 +161,11 @@ class _Cache:
 
     def _compute(self, place: Path, source: Source, views: int | None) -> None:
         """Computes the features of one cache, or the rest of them, and writes them."""
-        network, first = self._network, processes.is_first_process()
-        total = (views or 1) * len(source)
+        network, total = self._network, (views or 1) * len(source)
         shape = (views or 1, len(source), *network.features_shape.shape)
-        values, done = _open(place, shape, network.rows) if first else (None, 0)
+        values, done = None, 0
+        if processes.is_first_process():
+            values, done = _open(place, shape, network.rows)
         done = int(processes.from_first_process({"done": float(done)})["done"])
 
         def save(batches: int) -> None:
@@ -176,24 +175,21 @@ class _Cache:
 
         batches = self._batches(source, views, done)
         computed = outputs(network.freeze, self._variables, batches, network.mesh)
-        with contextlib.closing(batches), errors_with_path(place), _progress(total) as advance:
+        with (
+            contextlib.closing(batches),
+            progress.shown("compute features", total) as advance,
+        ):
             advance(min(total, done * network.rows))
-            for number, (rows, index) in enumerate(computed, done + 1):
+            for rows, index in computed:
+                done += 1
                 if values is not None:
-                    with np.errstate(over="ignore"):
-                        stored = rows[index >= 0].astype(DTYPE)
-                    if not np.isfinite(stored).all():
-                        raise UserError(
-                            "the results of the frozen part of the network are not finite in "
-                            f"float16 (the largest is {np.abs(rows).max():g}), so "
-                            "config.data.cache cannot be 'features'"
-                        )
-                    values.reshape(total, *shape[2:])[index[index >= 0]] = stored
+                    is_image = index >= 0
+                    values.reshape(total, *shape[2:])[index[is_image]] = _rounded(rows[is_image])
                 advance(len(index))
-                if number % _SAVE_EVERY == 0:
-                    save(number)
+                if done % _SAVE_EVERY == 0:
+                    save(done)
                     self._interrupt()
-            save(number)
+            save(done)
 
     def _batches(self, source: Source, views: int | None, start: int) -> data.Batches:
         config = self._network.data
@@ -258,13 +254,32 @@ def _open(place: Path, shape: tuple[int, ...], rows: int) -> tuple[np.memmap, in
 
     Returns:
         The features, and the number of batches that an interrupted computation has written.
+
+    Raises:
+        OSError: there is not enough space for them.
     """
-    progress, file = read_json(place / _PROGRESS) or {}, place / _FEATURES
+    recorded, file = read_json(place / _PROGRESS) or {}, place / _FEATURES
     # With another batch size, as on other devices, the batches are others.
-    if progress.get("rows") == rows and file.exists():
-        return np.lib.format.open_memmap(file, mode="r+"), progress["batches"]
+    if recorded.get("rows") == rows and file.exists():
+        return np.lib.format.open_memmap(file, mode="r+"), recorded["batches"]
     (place / _PROGRESS).unlink(missing_ok=True)
-    return np.lib.format.open_memmap(file, mode="w+", dtype=DTYPE, shape=shape), 0
+    with errors_with_path(file):
+        values = np.lib.format.open_memmap(file, mode="w+", dtype=DTYPE, shape=shape)
+        # Otherwise, a write to the map of a file on a full disk would kill the process.
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    return values, 0
+
+
+def _rounded(features: Float32[np.ndarray, "b *shape"]) -> Float16[np.ndarray, "b *shape"]:
+    with np.errstate(over="ignore"):
+        rounded = features.astype(DTYPE)
+    if not np.isfinite(rounded).all():
+        raise UserError(
+            "the results of the frozen part of the network are not finite in float16 (the largest "
+            f"is {np.abs(features).max():g}), so config.data.cache cannot be 'features'"
+        )
+    return rounded
 
 
 def _finish(place: Path, about: Mapping[str, Any]) -> None:
@@ -288,19 +303,3 @@ def _check(place: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Shows the progress on a terminal; yields a function that advances it."""
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal or not processes.is_first_process(),
-    ) as progress:
-        task = progress.add_task("compute features", total=total)
-        yield lambda count: progress.advance(task, count)

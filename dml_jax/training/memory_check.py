@@ -133,7 +133,8 @@ def free_room(built: Experiment) -> Room:
     shares = len(built.mesh.local_devices) if sharding.on_cpu(built.mesh) else 0
     sharing = processes.processes_on_this_host()
     program = _PROGRAM + sum(_on_device(x) for x in jax.tree.leaves(state))
-    workers = _WORKER * built.config.data.num_workers * (built.config.data.cache == "none")
+    reads_images = built.config.data.cache in ("none", "features")
+    workers = _WORKER * built.config.data.num_workers * reads_images
     rooms = [
         *(
             _room(where, free, shares * sharing, (program + workers) * sharing)

@@ -248,10 +248,10 @@ DYING_WORKER = """
 import gc, multiprocessing, os, signal, sys, time, traceback
 import numpy as np
 from dml_jax import data
-from dml_jax.data import pipeline
+from dml_jax.data import reading
 
 if sys.argv[1] == "exits":
-    pipeline._CLEAN_EXIT_SECONDS = 3
+    reading._CLEAN_EXIT_SECONDS = 3
 
 class Records(tuple):
     def __getitem__(self, index):
@@ -292,16 +292,16 @@ import time
 import grain
 import numpy as np
 from dml_jax import data
-from dml_jax.data import pipeline
+from dml_jax.data import reading
 
 def load(index):
-    time.sleep(2.5 * pipeline._POLL_SECONDS * (index == 1))
+    time.sleep(2.5 * reading._POLL_SECONDS * (index == 1))
     return {"index": index}
 
 if __name__ == "__main__":
     batches = grain.MapDataset.source(range(3)).map(load)
     empty = data.Source((), np.zeros(0, np.int32), (), ())
-    print(len(list(pipeline._read(batches, 2, empty))))
+    print(len(list(reading.read(batches, 2, empty))))
 """
 
 

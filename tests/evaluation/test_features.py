@@ -176,6 +176,28 @@ def test_an_interrupted_computation_is_resumed(images, tmp_path, monkeypatch):
     assert not embedded
 
 
+def test_a_computation_interrupted_after_its_last_batch_is_resumed(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "_SAVE_EVERY", 6 * 6 * 4 // 8)
+    built = build(images)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load(built, tmp_path, interrupt=interrupt)
+    (cache,) = tmp_path.iterdir()
+    assert (cache / "progress.json").exists() and not (cache / "complete.json").exists()
+    load(built, tmp_path)
+    assert (cache / "complete.json").exists() and not (cache / "progress.json").exists()
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(images, tmp_path):
+    built = build(images)
+    with tiny.full_disk(1000), pytest.raises(OSError, match=r"features\.npy"):
+        load(built, tmp_path)
+    load(built, tmp_path)
+
+
 def test_a_damaged_cache_is_an_error(images, tmp_path):
     built = build(images)
     load(built, tmp_path)
