@@ -9,5 +9,9 @@ class UserError(ValueError):
     """
 
 
+class LockedError(UserError):
+    """Another process works in the folder."""
+
+
 class MissingExtraError(ModuleNotFoundError):
     """A package of an extra that is not installed; the message has the command that installs it."""

@@ -14,13 +14,14 @@ PROGRAMS = {
     "report": "report",
     "export": "export",
     "reproduce": "reproduce",
+    "study": "study",
     "prepare": "prepare_data",
     "convert": "convert_weights",
     "quickstart": "quickstart",
 }
 """By program: its module in this package."""
 
-_STOPPABLE = ("train", "reproduce", "quickstart")
+_STOPPABLE = ("train", "reproduce", "study", "quickstart")
 
 
 def launch(module: str, program: str) -> None:

@@ -1,6 +1,7 @@
 """Settings of the images: data set, batches, crops, augmentation and cache."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +50,11 @@ class DataConfig:
         number(least=0.0, below=1.0),
         help="Share of the training classes held out as the selection split; 0 selects on test.",
     )
+    validation_fold: int = setting(
+        0,
+        integer(0),
+        help="Which of the disjoint shares of the training classes is held out, from 0.",
+    )
     n_instance: int = setting(
         1,
         integer(1),
@@ -95,6 +101,17 @@ class DataConfig:
         help="Folder of feature caches, which runs share; empty for `features` beside the run.",
         resumable=True,
     )
+
+    @together("validation_fold", "validation_classes")
+    def _validation_fold(self) -> str | None:
+        share = self.validation_classes
+        folds = math.floor(1 / share + 1e-6) if share else 1
+        if self.validation_fold < folds:
+            return None
+        return (
+            f"config.data.validation_fold is {self.validation_fold}; with "
+            f"config.data.validation_classes={share} it must be below {folds}"
+        )
 
     @together("resize", "image_size")
     def _resize(self) -> str | None:

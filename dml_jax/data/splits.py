@@ -37,7 +37,7 @@ def load_splits(
     if config.validation_classes:
         # The same classes for every seed of the run, so that runs can be compared.
         sources["train"], sources["validation"] = data.split_classes(
-            sources["train"], config.validation_classes, seed=0
+            sources["train"], config.validation_classes, seed=0, fold=config.validation_fold
         )
     if config.cache == "host":
         sources = {k: dataclasses.replace(source, cache={}) for k, source in sources.items()}

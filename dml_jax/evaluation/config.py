@@ -20,6 +20,12 @@ class EvaluationConfig:
     nmi: bool = setting(
         False, flag(), help="Whether to cluster the embeddings and compute NMI too."
     )
+    test: bool = setting(
+        True,
+        flag(),
+        help="Whether to embed and score the test images at the end; without, there must be "
+        "validation classes, whose scores are the result.",
+    )
     patience: int = setting(
         0,
         integer(0),

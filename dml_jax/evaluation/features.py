@@ -7,7 +7,6 @@ seed or validation classes, and a change makes another cache.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ from absl import logging
 from jaxtyping import Float16, Float32, Int, PyTree
 
 from dml_jax import data
-from dml_jax._utils import processes, progress
+from dml_jax._utils import locks, processes, progress
 from dml_jax._utils.errors import UserError
 from dml_jax._utils.files import errors_with_path, read_json, write_json
 from dml_jax.data import Source
@@ -232,15 +231,9 @@ def _locked(place: Path) -> Iterator[None]:
     """Locks a cache against other processes, and waits while another one computes it."""
     place.mkdir(parents=True, exist_ok=True)
     with (place / _LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locks.acquire(file, place):
             logging.warning("another process computes the features in %s; waiting for it", place)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            logging.warning(
-                "%s cannot be locked (%s): do not start another process with it", place, error
-            )
+            locks.wait(file)
         yield
 
 

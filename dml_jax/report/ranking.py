@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
+from dml_jax.evaluation.embedding_files import Embeddings
 from dml_jax.report.runs import Run
 from dml_jax.retrieval import exact, metrics
 
@@ -38,19 +39,25 @@ class Ranking(NamedTuple):
     average_precision: Float64[np.ndarray, " q"]
 
 
-def rank(run: Run) -> Ranking:
-    """Returns the nearest neighbours of a run's test images; a query is never its own neighbour."""
-    queries, labels = exact.unit_rows(run.queries.embeddings), run.queries.labels
-    alone = run.gallery is None
-    gallery = queries if run.gallery is None else exact.unit_rows(run.gallery.embeddings)
-    gallery_labels = labels if run.gallery is None else run.gallery.labels
+def rank(queries: Embeddings, gallery: Embeddings | None) -> Ranking:
+    """Returns the nearest neighbours of queries in a gallery.
+
+    Args:
+        queries: the queries.
+        gallery: the gallery; None for the queries themselves, of which none is its own neighbour.
+    """
+    alone = gallery is None
+    found = queries if gallery is None else gallery
+    labels, gallery_labels = queries.labels, found.labels
+    vectors = exact.unit_rows(queries.embeddings)
+    gallery_vectors = vectors if gallery is None else exact.unit_rows(found.embeddings)
     relevant = np.bincount(gallery_labels, minlength=labels.max() + 1)[labels] - alone
-    count = min(max(SHOWN, int(relevant.max())), len(gallery) - alone)
-    searcher = exact.make(gallery, exact.choose("auto"))
+    count = min(max(SHOWN, int(relevant.max())), len(gallery_vectors) - alone)
+    searcher = exact.make(gallery_vectors, exact.choose("auto"))
     parts = []
-    for start in range(0, len(queries), _BLOCK):
-        rows = np.arange(start, min(start + _BLOCK, len(queries)))
-        ids = searcher.nearest(queries[rows], count, own=rows if alone else None)
+    for start in range(0, len(vectors), _BLOCK):
+        rows = np.arange(start, min(start + _BLOCK, len(vectors)))
+        ids = searcher.nearest(vectors[rows], count, own=rows if alone else None)
         correct = gallery_labels[ids] == labels[rows, None]
         precision = np.zeros(len(rows))
         has_match = relevant[rows] > 0
@@ -58,7 +65,7 @@ def rank(run: Run) -> Ranking:
             correct[has_match], relevant[rows][has_match]
         )
         near = ids[:, :SHOWN]
-        similarities = np.einsum("qd,qkd->qk", queries[rows], gallery[near])
+        similarities = np.einsum("qd,qkd->qk", vectors[rows], gallery_vectors[near])
         parts.append((near, similarities, correct[:, :SHOWN], precision))
     near, similarities, correct, precision = map(np.concatenate, zip(*parts, strict=True))
     return Ranking(near, similarities, correct, relevant, precision)

@@ -57,7 +57,7 @@ def write(
     first = groups[0].first
     sources = _sources(first)
     log("searching neighbours")
-    rankings = [ranking.rank(group.first) for group in groups]
+    rankings = [ranking.rank(group.first.queries, group.first.gallery) for group in groups]
     queries, shown = _choose(first, rankings)
     log(f"computing {len(groups)} maps of {len(shown)} images")
     maps = _maps(groups, shown)

@@ -162,6 +162,15 @@ class Config:
             "the network is frozen; set it to 'head' or to a part of the backbone"
         )
 
+    @together("evaluation.test", "data.validation_classes")
+    def _result(self) -> str | None:
+        if self.evaluation.test or self.data.validation_classes:
+            return None
+        return (
+            "config.evaluation.test is False, but config.data.validation_classes is 0, so the run "
+            "would have no scores; set one of them"
+        )
+
     @together("memvir.warmup_epochs", "epochs", "memvir.num_steps")
     def _warmup(self) -> str | None:
         if not self.memvir.num_steps or self.memvir.warmup_epochs < self.epochs:

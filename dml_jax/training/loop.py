@@ -18,7 +18,10 @@ _STEPS_IN_FLIGHT = 4
 
 
 def train(
-    experiment: Experiment, workdir: Path, stop: preemption.StopRequest | None = None
+    experiment: Experiment,
+    workdir: Path,
+    stop: preemption.StopRequest | None = None,
+    tracker: trackers.Tracker | None = None,
 ) -> dict[str, Any]:
     """Trains to the last epoch, from the beginning or from the latest checkpoint in the workdir.
 
@@ -26,6 +29,7 @@ def train(
         experiment: the experiment to train.
         workdir: directory of the run, claimed for this experiment.
         stop: set when this process is asked to stop; see `preemption.listening`.
+        tracker: records the run too.
 
     Returns:
         The contents of `result.json`.
@@ -53,7 +57,7 @@ def train(
         )
         if start == 0:
             result.score_backbone(experiment, workdir, network_variables(state))
-        with trackers.create(workdir, config, steps_per_epoch, start) as writer:
+        with trackers.create(workdir, config, steps_per_epoch, start, tracker) as writer:
             epochs = _Epochs(experiment, done, writer, checkpoints, start)
             watch = nonfinite.Watch(
                 experiment, workdir, writer, checkpoints, _steps_late(experiment)
@@ -81,8 +85,8 @@ def train(
     stop.unsaved = jax.process_count() > 1  # Other processes would wait for one that exits alone.
     if processes.any_process(stop.is_set()):
         raise preemption.Stopped("stopped after training: start again for the result")
-    embeddings = epochs.embeddings
-    if embeddings is None or experiment.selection_split != "test":
+    embeddings = epochs.embeddings if experiment.selection_split == "test" else None
+    if embeddings is None and config.evaluation.test:
         embeddings = experiment.evaluator.embed(network_variables(state), "test")
     return result.write(experiment, workdir, done.evaluated, embeddings)
 

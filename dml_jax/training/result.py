@@ -21,15 +21,17 @@ from dml_jax.training.trackers import projector
 def score_backbone(experiment: Experiment, workdir: Path, variables: dict[str, PyTree]) -> None:
     """Scores the features of the backbone on the test images, and writes `zero_shot.json`.
 
-    A backbone with random weights that is no fork of another run is not scored.
+    A backbone with random weights that is no fork of another run is not scored, and none if the
+    run does not score the test images.
 
     Args:
         experiment: experiment of the run.
         workdir: directory of the run.
         variables: variables of the network before the first step.
     """
-    weights = experiment.config.model.pretrained
-    if weights == pretrained.NONE and forked_from(workdir, None) is None:
+    config = experiment.config
+    is_random = config.model.pretrained == pretrained.NONE and forked_from(workdir, None) is None
+    if is_random or not config.evaluation.test:
         return
     evaluator = experiment.evaluator
     scores = evaluator.score(zero_shot.pooled_features(evaluator, variables, "test"))
@@ -41,7 +43,7 @@ def write(
     experiment: Experiment,
     workdir: Path,
     evaluated: Sequence[Mapping[str, Any]],
-    embeddings: Mapping[str, np.ndarray],
+    embeddings: Mapping[str, np.ndarray] | None,
 ) -> dict[str, Any]:
     """Exports the last embeddings of the test images, and writes and returns `result.json`.
 
@@ -49,14 +51,15 @@ def write(
         experiment: experiment of the run.
         workdir: directory of the run.
         evaluated: metrics of the evaluated epochs.
-        embeddings: embeddings of the test images after the last epoch; see `Evaluator.embed`.
+        embeddings: embeddings of the test images after the last epoch; see `Evaluator.embed`. None
+            if the test images are not scored.
     """
     last: Mapping[str, Any] = evaluated[-1]
     best: dict[str, Mapping[str, Any]] = {
         metric: max(evaluated, key=lambda line: (line[metric], line["step"]))
         for metric in checkpoint.BEST.values()
     }
-    if experiment.selection_split != "test":
+    if embeddings is not None and experiment.selection_split != "test":
         last = _position(last) | experiment.evaluator.score(embeddings)
         best = _best_on_test(experiment, workdir, evaluated)
     result = {
@@ -64,6 +67,7 @@ def write(
         "best": best["map@r"],
         "best_of": best,
         "best_chosen_on": experiment.selection_split,
+        "scored_on": experiment.selection_split if embeddings is None else "test",
         "skipped_steps": evaluated[-1]["skipped_steps"],
         "images": {split: len(source) for split, source in experiment.sources.items()},
         "classes": {split: len(source.class_names) for split, source in experiment.sources.items()},
@@ -73,8 +77,9 @@ def write(
     if untrained is not None:
         result["zero_shot"] = untrained
         _compare(last, untrained)
-    if processes.is_first_process():
+    if processes.is_first_process() and embeddings is not None:
         _export(experiment, workdir, embeddings)
+    if processes.is_first_process():
         write_json(workdir / run_directory.RESULT, result)
     processes.wait_for_all("result written")
     return result

@@ -33,6 +33,7 @@ def train(
     overview: bool = False,
     fork_from: Path | None = None,
     origin: Origin | None = None,
+    tracker: trackers.Tracker | None = None,
 ) -> dict[str, Any]:
     """Trains a run to its end, or resumes it, and returns its result.
 
@@ -43,6 +44,8 @@ def train(
         fork_from: directory of another run. A new run starts with the network of its last
             checkpoint; nothing else is taken from it.
         origin: config file and variant of the configuration, recorded for the report.
+        tracker: records the run in addition to the trackers of the configuration. An error that it
+            raises ends the run, which can be resumed.
 
     Returns:
         The contents of `result.json`.
@@ -90,7 +93,7 @@ def train(
             resume.claim(workdir, settings, images, built.inspection, fork, origin)
 
         processes.in_first_process(claim)
-        return loop.train(built, workdir, stop)
+        return loop.train(built, workdir, stop, tracker)
 
 
 def _resolved(config: Config, *, forked: bool) -> Config:

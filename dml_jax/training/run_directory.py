@@ -1,7 +1,6 @@
 """The files of a run, and the lock of its workdir."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -10,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from absl import logging
 from ml_collections import ConfigDict
 
 from dml_jax import data
-from dml_jax._utils.errors import UserError
+from dml_jax._utils import locks
+from dml_jax._utils.errors import LockedError, UserError
 from dml_jax._utils.files import errors_with_path, read_json, read_json_lines
 from dml_jax.training.origin import Origin
 
@@ -90,21 +89,15 @@ def locked(workdir: Path) -> Iterator[None]:
         workdir: directory of the run.
 
     Raises:
-        ValueError: another process holds the lock.
+        LockedError: another process holds the lock.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / LOCK).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locks.acquire(file, workdir):
             file.seek(0)
-            raise UserError(
+            raise LockedError(
                 f"another process is training in {workdir} ({file.read().strip()}); wait until "
                 "it ends, or choose another --workdir"
-            ) from None
-        except OSError as error:
-            logging.warning(
-                "%s cannot be locked (%s): do not start another process in it", workdir, error
             )
         with errors_with_path(workdir / LOCK):
             file.truncate(0)

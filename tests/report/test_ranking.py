@@ -48,7 +48,7 @@ def expected(run):
 
 
 def test_rank_agrees_with_evaluate(run):
-    ranked, scores = ranking.rank(run), expected(run)
+    ranked, scores = ranking.rank(run.queries, run.gallery), expected(run)
     counted = ranked.relevant > 0
     assert 0 < scores["recall@1"] < 1
     np.testing.assert_allclose(ranked.correct[counted, 0].mean(), scores["recall@1"])
@@ -59,14 +59,14 @@ def test_rank_agrees_with_evaluate(run):
 
 
 def test_the_weighted_mean_over_classes_is_the_score(run):
-    classes, scores = ranking.by_class(run, ranking.rank(run)), expected(run)
+    classes, scores = ranking.by_class(run, ranking.rank(run.queries, run.gallery)), expected(run)
     weights = classes.queries / classes.queries.sum()
     np.testing.assert_allclose(weights @ classes.recall, scores["recall@1"])
     np.testing.assert_allclose(weights @ classes.precision, scores["map@r"])
 
 
 def test_confused_pairs_count_every_wrong_first_neighbour_once(run):
-    ranked = ranking.rank(run)
+    ranked = ranking.rank(run.queries, run.gallery)
     labels = (run.gallery or run.queries).labels
     counts = collections.Counter()
     for i, near in enumerate(ranked.neighbours[:, 0]):

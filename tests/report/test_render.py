@@ -116,7 +116,7 @@ def test_thumbnails_show_the_images(root, groups, written):
 
 def test_a_large_test_set_shows_a_subset_of_queries_with_all_neighbours(groups, monkeypatch):
     first = groups[0].first
-    ranked = [ranking.rank(group.first) for group in groups]
+    ranked = [ranking.rank(group.first.queries, group.first.gallery) for group in groups]
     monkeypatch.setattr(render, "MOST_IMAGES", 20)
     queries, shown = render._choose(first, ranked)
     assert 0 < len(queries) < len(first.queries.labels) and len(shown) <= 20

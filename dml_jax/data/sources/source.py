@@ -90,7 +90,9 @@ def from_classes(classes: Mapping[str, Sequence[tuple[str, bytes | str]]]) -> So
     )
 
 
-def split_classes(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
+def split_classes(
+    source: Source, fraction: float, seed: int, *, fold: int = 0
+) -> tuple[Source, Source]:
     """Holds out some classes with all their images, for example for validation.
 
     Args:
@@ -98,22 +100,31 @@ def split_classes(source: Source, fraction: float, seed: int) -> tuple[Source, S
         fraction: share of the classes to hold out, above 0 and below 1; at least one class is held
             out and at least one remains.
         seed: seed of the random choice of classes, non-negative.
+        fold: number of the share to hold out. The shares of one seed are disjoint.
 
     Returns:
         The remaining and the held-out images, each in the order of the source and with labels
         numbered from 0.
 
     Raises:
-        ValueError: there is only one class, or `fraction` or `seed` is out of range.
+        ValueError: there is only one class, `fraction` or `seed` is out of range, or there are too
+            few classes for the fold.
     """
     count = len(source.class_names)
     if count < 2:
         raise UserError(f"{count} class cannot be split; there must be at least two")
     if not 0 < fraction < 1:
         raise UserError(f"fraction is {fraction}; it must be above 0 and below 1")
+    first, end = round(fold * fraction * count), round((fold + 1) * fraction * count)
+    if fold == 0:
+        end = min(max(end, 1), count - 1)
+    if not first < end <= count or (fold and fraction * count < 1):
+        raise UserError(
+            f"{count} classes are too few for a fold {fold} of {fraction:g} of them; hold out more"
+        )
     held_out = np.zeros(count, bool)
     order = np.random.default_rng(seed).permutation(count)
-    held_out[order[: min(max(round(fraction * count), 1), count - 1)]] = True
+    held_out[order[first:end]] = True
     return _select_classes(source, ~held_out), _select_classes(source, held_out)
 
 

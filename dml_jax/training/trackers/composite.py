@@ -76,7 +76,13 @@ def _closing(tracker: Tracker) -> Callable[..., None]:
     return close
 
 
-def create(folder: Path, config: Config, steps_per_epoch: int, step: int) -> Trackers:
+def create(
+    folder: Path,
+    config: Config,
+    steps_per_epoch: int,
+    step: int,
+    other: Tracker | None = None,
+) -> Trackers:
     """Opens the trackers of a run in the first process, and none in the others.
 
     Records of a later step than `step`, which an interrupted run has left, are dropped.
@@ -86,6 +92,7 @@ def create(folder: Path, config: Config, steps_per_epoch: int, step: int) -> Tra
         config: the run's.
         steps_per_epoch: the run's.
         step: steps done.
+        other: a tracker that is called after all others.
 
     Raises:
         ValueError: Weights & Biases or MLflow refuses the run.
@@ -108,6 +115,8 @@ def create(folder: Path, config: Config, steps_per_epoch: int, step: int) -> Tra
             batch_size=config.batch_size,
         )
     )
+    if other is not None:
+        openers.append(lambda: other)
     return Trackers(openers)
 
 

@@ -1,0 +1,1 @@
+"""Studies: equal searches for every method, then many seeds and statistics."""

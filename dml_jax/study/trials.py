@@ -1,0 +1,224 @@
+"""The search: trials of settings, scored on class-disjoint folds of the training classes."""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from dml_jax._utils import extras, locks
+from dml_jax._utils.errors import UserError
+from dml_jax._utils.files import read_json_lines
+from dml_jax.study.space import Space, with_settings
+from dml_jax.training import run, run_directory, trackers
+
+with extras.required_by("study"):
+    import optuna
+    from optuna.storages import journal
+    from optuna.trial import TrialState
+
+Storage = optuna.storages.BaseStorage
+
+METRIC = "map@r"
+"""The metric that a search maximises, on the validation classes of each fold."""
+
+_DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+class Variant(NamedTuple):
+    """A method with a loss, and what is searched for it."""
+
+    name: str
+    config: ConfigDict
+    space: Space
+
+
+def of_fold(config: ConfigDict, fold: int, folds: int, settings: Mapping[str, Any]) -> ConfigDict:
+    """Returns the config of a fold: a share of the training classes is for validation.
+
+    Args:
+        config: config of the variant.
+        fold: number of the fold.
+        folds: number of folds, each the same share of the classes.
+        settings: other settings to change, by path.
+    """
+    held_out = {"data.validation_classes": 1 / folds, "data.validation_fold": fold}
+    return with_settings(config, {**settings, **held_out})
+
+
+def open_storage(url: str | None, root: Path) -> Storage:
+    """Returns the storage of a study's trials.
+
+    Args:
+        url: URL of a database; None for a journal file in the folder of the study.
+        root: folder of the study.
+
+    Raises:
+        ValueError: the database cannot be opened.
+    """
+    if url is None:
+        root.mkdir(parents=True, exist_ok=True)
+        file = str(root / "journal.log")
+        return optuna.storages.JournalStorage(journal.JournalFileBackend(file))
+    try:
+        return optuna.storages.get_storage(url)
+    except Exception as error:  # Of any kind of database.
+        raise UserError(f"--storage={url} cannot be opened: {error}") from error
+
+
+def search(
+    variant: Variant, storage: Storage, root: Path, *, trials: int, folds: int
+) -> optuna.Study:
+    """Searches the settings of a variant, or continues, until enough trials are done.
+
+    A trial trains a run on each fold; its value is the mean of `METRIC` of their last epochs. While
+    it trains on its first fold, Hyperband may prune it. Trials that were interrupted are repeated
+    with their settings, without the folds that were finished. Several processes, also on several
+    machines that share the root and the storage, may search at the same time.
+
+    Args:
+        variant: the variant.
+        storage: storage of the trials.
+        root: folder of the study.
+        trials: number of completed and pruned trials.
+        folds: number of folds.
+
+    Raises:
+        Stopped: the process was asked to stop.
+        ValueError: a setting or an image is invalid.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    epochs, every = variant.config.epochs, variant.config.evaluation.every_epochs
+    pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
+    if 3 * every <= epochs:
+        pruner = optuna.pruners.HyperbandPruner(every, epochs, reduction_factor=3)
+    study = optuna.create_study(
+        study_name=variant.name,
+        storage=storage,
+        sampler=optuna.samplers.TPESampler(),
+        pruner=pruner,
+        direction="maximize",
+        load_if_exists=True,
+    )
+    _repeat_interrupted(study, root / "locks")
+
+    def objective(trial: optuna.Trial) -> float:
+        settings = _suggest(trial, variant.space)
+        with _locked(root / "locks", study, trial.number):
+            return _evaluate(trial, variant, settings, root / "trials" / variant.name, folds)
+
+    if _count(study) < trials:
+        study.optimize(objective, callbacks=[optuna.study.MaxTrialsCallback(trials, _DONE)])
+    if not study.get_trials(states=(TrialState.COMPLETE,)):
+        raise UserError(
+            f"none of the {trials} trials of {variant.name} was completed; give more trials, or "
+            "search lower learning rates"
+        )
+    return study
+
+
+def best_settings(study: optuna.Study) -> dict[str, Any]:
+    """Returns the settings of the best trial, by path."""
+    return dict(study.best_trial.params)
+
+
+def _count(study: optuna.Study) -> int:
+    return len(study.get_trials(deepcopy=False, states=_DONE))
+
+
+def _suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for path, bounds in sorted(space.items()):
+        if bounds.integer:
+            low, high = int(bounds.low), int(bounds.high)
+            settings[path] = trial.suggest_int(path, low, high, log=bounds.log)
+        else:
+            settings[path] = trial.suggest_float(path, bounds.low, bounds.high, log=bounds.log)
+    return settings
+
+
+def _evaluate(
+    trial: optuna.Trial, variant: Variant, settings: Mapping[str, Any], root: Path, folds: int
+) -> float:
+    """Trains the runs of a trial and returns its value."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    scores = []
+    for fold in range(folds):
+        # The settings name the folder, so that a repeated trial finds its finished runs.
+        workdir = root / digest / f"fold{fold}"
+        config = of_fold(variant.config, fold, folds, {**settings, "evaluation.test": False})
+        tracker = _Reporter(trial, workdir) if fold == 0 else None
+        print(f"\n{variant.name}, trial {trial.number}, fold {fold}: {workdir}")
+        try:
+            result = run.train(config, workdir, tracker=tracker)
+        except FloatingPointError as error:
+            logging.warning("trial %d of %s is pruned: %s", trial.number, variant.name, error)
+            raise optuna.TrialPruned from None
+        # Nothing reads the checkpoints of a trial, and many trials would fill a disk with them.
+        shutil.rmtree(workdir / run_directory.CHECKPOINTS, ignore_errors=True)
+        scores.append(result["last"][METRIC])
+    trial.set_user_attr("folds", scores)
+    return sum(scores) / len(scores)
+
+
+class _Reporter(trackers.Tracker):
+    """Reports the evaluations of a run to its trial, and prunes it."""
+
+    def __init__(self, trial: optuna.Trial, workdir: Path) -> None:
+        self._trial = trial
+        for line in read_json_lines(workdir / run_directory.METRICS):
+            self._report(line)
+
+    def epoch(self, metrics: Mapping[str, Any], timings: Mapping[str, Any]) -> None:
+        """Reports an epoch.
+
+        Raises:
+            TrialPruned: the trial is worse than others at this epoch.
+        """
+        del timings
+        self._report(metrics)
+        if METRIC in metrics and self._trial.should_prune():
+            raise optuna.TrialPruned
+
+    def _report(self, metrics: Mapping[str, Any]) -> None:
+        if METRIC in metrics:
+            self._trial.report(metrics[METRIC], metrics["epoch"])
+
+
+def _repeat_interrupted(study: optuna.Study, folder: Path) -> None:
+    """Enqueues the settings of trials whose process was interrupted, once each."""
+    repeated = {trial.user_attrs.get("repeats") for trial in study.trials}
+    for trial in study.trials:
+        if trial.state == TrialState.RUNNING and not _is_locked(folder, study, trial.number):
+            study.tell(trial.number, state=TrialState.FAIL)
+        elif trial.state != TrialState.FAIL:
+            continue
+        if trial.number not in repeated and trial.params:
+            study.enqueue_trial(trial.params, user_attrs={"repeats": trial.number})
+
+
+def _lock_file(folder: Path, study: optuna.Study, number: int) -> Path:
+    return folder / f"{study.study_name}-{number}"
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, study: optuna.Study, number: int) -> Iterator[None]:
+    """Marks a trial as being worked on until the process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = _lock_file(folder, study, number)
+    with path.open("a") as file:
+        locks.acquire(file, path)
+        yield
+
+
+def _is_locked(folder: Path, study: optuna.Study, number: int) -> bool:
+    path = _lock_file(folder, study, number)
+    if not path.exists():
+        return False
+    with path.open("a") as file:
+        return not locks.acquire(file, path)
