@@ -28,7 +28,6 @@ ALLOWED = {
     # Only for the class of the error that torch.load raises.
     "dml_jax/cli/convert_weights.py": {"pickle"},
     # A config is a Python file: the user names it, or it is a packaged one.
-    "dml_jax/cli/reproduce.py": {"runpy"},
     "dml_jax/cli/config_flag.py": {"runpy"},
 }
 

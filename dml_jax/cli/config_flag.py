@@ -17,6 +17,11 @@ def file_and_variant() -> tuple[str, str]:
     return file, variant
 
 
+def config_globals() -> dict[str, Any]:
+    """Returns the globals of the config file, among them `get_config`."""
+    return runpy.run_path(file_and_variant()[0])
+
+
 def overrides() -> dict[str, Any]:
     """Returns the settings given as `--config.PATH=VALUE`, by path."""
     return dict(config_flags.get_override_values(flags.FLAGS["config"]))
@@ -26,4 +31,4 @@ def origin() -> Origin:
     """Returns the origin of the configuration that the flags define."""
     file, variant = file_and_variant()
     shortened = packaged_configs.shortened(file)
-    return variants.origin_of(shortened, variant, runpy.run_path(file), overrides())
+    return variants.origin_of(shortened, variant, config_globals(), overrides())

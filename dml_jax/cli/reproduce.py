@@ -14,7 +14,6 @@ as in the official programs: selected on the test classes, unless validation cla
 Published scores appear with their sources; see dml_jax/published.py.
 """
 
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def main() -> None:
     """Runs the program."""
     with command_line.user_errors():
         file, variant = config_flag.file_and_variant()
-        config_globals, overrides = runpy.run_path(file), config_flag.overrides()
+        config_globals, overrides = config_flag.config_globals(), config_flag.overrides()
         requested = _VARIANTS.value or ([variant] if variant else ["ps", "memvir", "ps_memvir"])
         get_config = config_globals["get_config"]
         baselines = {name: comparison.baseline(name, get_config) for name in requested}

@@ -11,7 +11,6 @@ study; several machines may run it at the same time, on one file system.
 Protocol: Musgrave, Belongie and Lim, A metric learning reality check, ECCV 2020.
 """
 
-import runpy
 from pathlib import Path
 
 from absl import flags
@@ -41,8 +40,7 @@ def main() -> None:
     """Runs the program."""
     root = Path(_ROOT.value)
     with command_line.user_errors():
-        file, _ = config_flag.file_and_variant()
-        config_globals = runpy.run_path(file)
+        config_globals = config_flag.config_globals()
         planned = protocol.plan(
             config_globals["get_config"],
             config_flag.overrides(),

@@ -149,7 +149,7 @@ class _Cache:
             else:
                 processes.in_first_process(lambda: _check(place))
             processes.wait_for_all("features")
-        return np.load(place / _FEATURES, mmap_mode="r")
+        return np.load(place / _FEATURES, mmap_mode="r", allow_pickle=False)
 
     def _crops(self, views: int | None) -> dict[str, Any]:
         config = self._network.data

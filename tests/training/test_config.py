@@ -214,6 +214,7 @@ OFFICIAL = {
     "data.name": "cars196",
     "data.unreadable": "fail",
     "data.validation_classes": 0.0,
+    "data.validation_fold": 0,
     "data.n_instance": 1,
     "data.image_size": 224,
     "data.resize": 256,
@@ -257,6 +258,7 @@ OFFICIAL = {
     "evaluation.every_epochs": 5,
     "evaluation.recall_at": (1, 2, 4, 8),
     "evaluation.nmi": False,
+    "evaluation.test": True,
     "evaluation.patience": 0,
 }
 # Settings without an official counterpart.
@@ -445,6 +447,11 @@ BAD = {
     "data.cache_size": (0, "config.data.cache_size is 0; it must be an integer from 1 to"),
     "model.channels": ("RGB", "config.model.channels is 'RGB'; choose one of rgb, bgr, or None"),
     "model.freeze_bn_affine": (True, "freeze_bn_affine is True, but config.model.freeze_bn is"),
+    "data.validation_fold": (1, "validation_fold is 1; with .*validation_classes=0.0 .* below 1"),
+    "evaluation.test": (
+        False,
+        "evaluation.test is False, but .*validation_classes is 0",
+    ),
     "model.train_from": ("layer4", "train_from is 'layer4'; with conv4 choose one of all, block2"),
     "model.pooling": ("max", "config.model.pooling is 'max'; choose one of gap, gmp"),
     "model.backbone": ("bninception", "config.model.width is 48, but bninception has no width"),
