@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pytest
 
 from dml_jax._utils import files
 from dml_jax.training import preemption, run_directory
-from tests.helpers import tiny
+from tests.helpers import marked, tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,3 +102,30 @@ def handles_signals(process):
     status = Path(f"/proc/{process.pid}/status").read_text()
     caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
     return caught >> (signal.SIGTERM - 1) & 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.skipif(
+    len(os.sched_getaffinity(0)) < 2, reason="one core trains one variant at a time"
+)
+def test_a_signal_stops_the_quickstart_and_all_its_runs(tmp_path):
+    mark = f"MARK_{uuid.uuid4().hex}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dml_jax", "quickstart", f"--root={tmp_path}", "--epochs=50"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {mark: "1"},
+    )
+    for variant in ("baseline", "ps"):
+        wait_for_lines(tmp_path / variant, process)
+    os.kill(process.pid, signal.SIGTERM)
+    printed, errors = process.communicate(timeout=600)
+    assert process.returncode == preemption.EXIT_CODE, errors
+    assert errors.rstrip().endswith("start again to resume") and "Traceback" not in errors
+    assert not marked.processes(mark)
+    for variant in ("baseline", "ps"):
+        assert re.search(rf"^{variant}: stopped after step \d+, which is saved", printed, re.M)
+        assert any((tmp_path / variant / run_directory.CHECKPOINTS).iterdir())

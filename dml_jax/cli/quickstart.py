@@ -1,13 +1,22 @@
 """Trains a baseline, Proxy Synthesis, MemVir and both together on the embedded letters.
 
 Prints a comparison and writes a report. Started again, it resumes; finished runs are not repeated.
+On CPUs, the variants are trained at the same time, each with its share of the cores, which is
+faster than one after another with all cores.
 
 dml-jax quickstart --root=runs/quickstart
 """
 
-from collections.abc import Mapping
+import concurrent.futures
+import os
+import queue
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
@@ -19,7 +28,7 @@ from dml_jax._utils import sharding
 from dml_jax.cli import command_line
 from dml_jax.configs import glyphs
 from dml_jax.report import render, runs
-from dml_jax.training import builder, run, run_directory
+from dml_jax.training import builder, preemption, resume, run, run_directory
 from dml_jax.training.config import parse
 from dml_jax.training.state import network_variables
 from dml_jax.training.variants import origin_of
@@ -41,6 +50,7 @@ def main() -> None:
     root = Path(_ROOT.value)
     with command_line.user_errors():
         rows = _untrained(_config("baseline"))
+        _train_in_parallel(root)
         for variant in _VARIANTS:
             print(f"\n{variant}: {root / variant}")
             origin = origin_of("glyphs", variant, vars(glyphs), _overrides(variant))
@@ -55,6 +65,60 @@ def main() -> None:
         if not out.exists() or out.stat().st_mtime < newest:
             render.write(groups, out)
     print(f"Report, to open in a browser: {out.absolute()}")
+
+
+def _train_in_parallel(root: Path) -> None:
+    """Trains the unfinished variants in processes of their own, if the devices are CPUs.
+
+    A variant whose process fails is left to the caller, which then meets the same error.
+
+    Raises:
+        Stopped: this process was asked to stop; the others have saved their state.
+    """
+    if jax.default_backend() != "cpu" or not hasattr(os, "sched_getaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    unfinished = [x for x in _VARIANTS if resume.finished(root / x, parse(_config(x))) is None]
+    count = min(len(cores), len(unfinished))
+    if count < 2:
+        return
+    shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+    for i in range(count):
+        shares.put(cores[i::count])
+    started: list[subprocess.Popen] = []
+
+    def train(variant: str) -> None:
+        share = shares.get()
+        # A process has the cores of the thread that starts it.
+        os.sched_setaffinity(0, share)
+        with subprocess.Popen(
+            _command(variant, root), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            started.append(process)
+            for line in process.stdout or ():
+                print(f"{variant}: {line}", end="", flush=True)
+        shares.put(share)
+
+    with (
+        preemption.listening() as stop,
+        concurrent.futures.ThreadPoolExecutor(count) as pool,
+    ):
+        stop.unsaved = True
+        futures = [pool.submit(train, variant) for variant in unfinished]
+        while not stop.is_set() and concurrent.futures.wait(futures, timeout=0.2).not_done:
+            pass
+        if stop.is_set():
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in started:
+                process.send_signal(signal.SIGTERM)
+    if stop.is_set():
+        raise preemption.Stopped("stopped: start again to resume")
+
+
+def _command(variant: str, root: Path) -> Sequence[str]:
+    settings = [f"--config.{path}={value}" for path, value in _overrides(variant).items()]
+    program = [sys.executable, "-m", "dml_jax", "train", f"--config=glyphs:{variant}"]
+    return [*program, f"--workdir={root / variant}", *settings]
 
 
 def _config(variant: str) -> ConfigDict:
