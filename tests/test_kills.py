@@ -18,6 +18,7 @@ from dml_jax._utils import sharding
 from dml_jax.training import builder, checkpoint, run_directory
 from dml_jax.training.config import parse
 from tests.helpers import tiny
+from tests.helpers.processes import marked
 
 ROOT = Path(__file__).parents[1]
 SHARED_MEMORY = Path("/dev/shm")
@@ -37,18 +38,6 @@ def training(images, folder, program=("scripts/train.py",)):
     settings = {"epochs": 24, "evaluation__every_epochs": 8, "data__num_workers": 2}
     arguments = tiny.arguments(images, "ps_memvir", deterministic=True, **settings)
     return [sys.executable, *program, f"--workdir={folder}", *arguments]
-
-
-def marked(mark):
-    """Returns the processes with a mark in their environment: a run and all its children."""
-    found = []
-    for process in Path("/proc").iterdir():
-        try:
-            if process.name.isdecimal() and mark.encode() in (process / "environ").read_bytes():
-                found.append(int(process.name))
-        except OSError:
-            continue  # The process has ended.
-    return found
 
 
 def changed_since(path, start):

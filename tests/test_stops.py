@@ -13,7 +13,8 @@ import pytest
 
 from dml_jax._utils import files
 from dml_jax.training import preemption, run_directory
-from tests.helpers import marked, tiny
+from tests.helpers import tiny
+from tests.helpers.processes import marked
 
 ROOT = Path(__file__).parents[1]
 
@@ -106,9 +107,7 @@ def handles_signals(process):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-@pytest.mark.skipif(
-    len(os.sched_getaffinity(0)) < 2, reason="one core trains one variant at a time"
-)
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core trains one at a time")
 def test_a_signal_stops_the_quickstart_and_all_its_runs(tmp_path):
     mark = f"MARK_{uuid.uuid4().hex}"
     process = subprocess.Popen(
@@ -125,7 +124,7 @@ def test_a_signal_stops_the_quickstart_and_all_its_runs(tmp_path):
     printed, errors = process.communicate(timeout=600)
     assert process.returncode == preemption.EXIT_CODE, errors
     assert errors.rstrip().endswith("start again to resume") and "Traceback" not in errors
-    assert not marked.processes(mark)
+    assert not marked(mark)
     for variant in ("baseline", "ps"):
         assert re.search(rf"^{variant}: stopped after step \d+, which is saved", printed, re.M)
         assert any((tmp_path / variant / run_directory.CHECKPOINTS).iterdir())
