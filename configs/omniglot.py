@@ -42,12 +42,13 @@ def get_config(variant: str = "baseline") -> ConfigDict:
         num_workers=0,
     )
     config.model.update(backbone="conv4", width=48, pretrained="none", dim=128, freeze_bn=False)
-    config.optimizer.update(learning_rate=1e-3, eps=1e-3, decay_epochs=(120, 170))
+    config.optimizer.update(learning_rate=2e-3, eps=1e-3, decay_epochs=(183,))
     config.evaluation.every_epochs = 10
     config.checkpoint.every_epochs = 10
     return variants.with_variant(
         config,
         variant,
         proxy_synthesis={"ratio": 1.0, "alpha": 0.4},
-        memvir={"num_steps": 5, "step_gap": 20, "warmup_epochs": 40},
+        memvir={"num_steps": 1, "step_gap": 21, "warmup_epochs": 40},
+        loss_settings={"norm_softmax": {"scale": 8.0}},
     )

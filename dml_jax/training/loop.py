@@ -52,11 +52,7 @@ def train(
             epochs=config.epochs,
             patience=config.evaluation.patience,
         )
-        experiment = with_features(
-            experiment, network_variables(state), workdir, lambda: _interrupt(stop)
-        )
-        if start == 0:
-            result.score_backbone(experiment, workdir, network_variables(state))
+        experiment = _prepared(experiment, workdir, state, start, stop)
         with trackers.create(workdir, config, steps_per_epoch, start, tracker) as writer:
             epochs = _Epochs(experiment, done, writer, checkpoints, start)
             watch = nonfinite.Watch(
@@ -83,18 +79,44 @@ def train(
                     if done.out_of_patience:
                         break
     stop.unsaved = jax.process_count() > 1  # Other processes would wait for one that exits alone.
-    if processes.any_process(stop.is_set()):
-        raise preemption.Stopped("stopped after training: start again for the result")
-    embeddings = epochs.embeddings if experiment.selection_split == "test" else None
-    if embeddings is None and config.evaluation.test:
-        embeddings = experiment.evaluator.embed(network_variables(state), "test")
+    _stop_if_asked(stop, "stopped after training: start again for the result")
+    embeddings = _test_embeddings(experiment, state, epochs)
     return result.write(experiment, workdir, done.evaluated, embeddings)
 
 
-def _interrupt(stop: preemption.StopRequest) -> None:
-    """Raises Stopped if any process was asked to stop before the first step."""
+def _stop_if_asked(stop: preemption.StopRequest, message: str) -> None:
+    """Raises Stopped if any process was asked to stop."""
     if processes.any_process(stop.is_set()):
-        raise preemption.Stopped("stopped while computing features: start again to resume")
+        raise preemption.Stopped(message)
+
+
+def _prepared(
+    experiment: Experiment,
+    workdir: Path,
+    state: TrainState,
+    start: int,
+    stop: preemption.StopRequest,
+) -> Experiment:
+    """Returns the experiment with cached features, if any; scores the backbone of a new run."""
+    variables = network_variables(state)
+    message = "stopped while computing features: start again to resume"
+    experiment = with_features(
+        experiment, variables, workdir, lambda: _stop_if_asked(stop, message)
+    )
+    if start == 0:
+        result.score_backbone(experiment, workdir, variables)
+    return experiment
+
+
+def _test_embeddings(
+    experiment: Experiment, state: TrainState, epochs: "_Epochs"
+) -> dict[str, np.ndarray] | None:
+    """Returns the embeddings of the test images after the last step; None without scores."""
+    if experiment.selection_split == "test" and epochs.embeddings is not None:
+        return epochs.embeddings
+    if not experiment.config.evaluation.test:
+        return None
+    return experiment.evaluator.embed(network_variables(state), "test")
 
 
 def _steps_late(experiment: Experiment) -> int:
