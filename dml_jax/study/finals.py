@@ -1,7 +1,7 @@
 """The final runs of a study: the best settings of each variant, with many seeds on every fold."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from dml_jax.evaluation.embedding_files import Embeddings, load_embeddings
 from dml_jax.report import ranking
 from dml_jax.retrieval import exact
 from dml_jax.study.trials import Variant, of_fold
-from dml_jax.training import run, run_directory
+from dml_jax.training import run_directory
 
 _PAUSE = 10.0  # Seconds before a run that another process trains is asked for again.
 
@@ -42,6 +42,7 @@ class Final(NamedTuple):
 def train(
     variants: Sequence[tuple[Variant, Mapping[str, Any]]],
     root: Path,
+    train_run: Callable[..., dict[str, Any]],
     *,
     folds: int,
     seeds: int,
@@ -53,6 +54,7 @@ def train(
     Args:
         variants: the variants with their settings, by path.
         root: folder of the study.
+        train_run: `run.train`.
         folds: number of folds.
         seeds: number of seeds; they are 0, 1, ...
 
@@ -72,7 +74,7 @@ def train(
         for config, workdir in pending:
             print(f"\n{workdir}")
             try:
-                run.train(config, workdir)
+                train_run(config, workdir)
             except LockedError:
                 busy.append((config, workdir))
         pending = busy

@@ -1,5 +1,6 @@
 """A whole study: checks, searches, final runs, tables and page."""
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from dml_jax import data
 from dml_jax._utils.errors import UserError
 from dml_jax._utils.files import read_json, write_json, write_text
 from dml_jax.data.splits import load_splits
 from dml_jax.study import finals, page, space, summary, trials
 from dml_jax.study.space import Range
 from dml_jax.study.trials import Variant
+from dml_jax.training import run
 from dml_jax.training.config import parse
 
 PLAN = "study.json"
@@ -30,6 +33,8 @@ class Plan(NamedTuple):
     trials: int
     folds: int
     seeds: int
+    inspection: data.InspectionReport
+    """The inspection report of the images, which no run has to inspect again."""
 
 
 def plan(
@@ -73,15 +78,18 @@ def plan(
             found.append(Variant(name, config, space.of_variant(config, loss, searched)))
             if method != "baseline":
                 baselines[name] = f"baseline_{loss}"
-    _check_folds(found[0].config, folds)
-    return Plan(found, baselines, trials, folds, seeds)
+    inspection = _check_folds(found[0].config, folds)
+    return Plan(found, baselines, trials, folds, seeds, inspection)
 
 
-def _check_folds(config: ConfigDict, folds: int) -> None:
-    inspection = None
+def _check_folds(config: ConfigDict, folds: int) -> data.InspectionReport:
+    """Checks that every fold has enough classes and images; returns the inspection report."""
+    inspection: data.InspectionReport | None = None
     for fold in range(folds):
         settings = parse(trials.of_fold(config, fold, folds, {}))
         _, inspection = load_splits(settings.data, settings.evaluation.recall_at, inspection)
+    assert inspection is not None  # There are at least two folds.
+    return inspection
 
 
 def carry_out(study: Plan, storage: trials.Storage, root: Path) -> str:
@@ -104,13 +112,18 @@ def carry_out(study: Plan, storage: trials.Storage, root: Path) -> str:
             "a study trains each run in one process; start it once on each machine instead"
         )
     _claim(study, root)
+    train = functools.partial(run.train, inspection=study.inspection)
     searches = [
-        trials.search(variant, storage, root, trials=study.trials, folds=study.folds)
+        trials.search(variant, storage, root, train, trials=study.trials, folds=study.folds)
         for variant in study.variants
     ]
     best = [trials.best_settings(search) for search in searches]
     scores = finals.train(
-        list(zip(study.variants, best, strict=True)), root, folds=study.folds, seeds=study.seeds
+        list(zip(study.variants, best, strict=True)),
+        root,
+        train,
+        folds=study.folds,
+        seeds=study.seeds,
     )
     kinds = {
         kind: summary.rows(scores, study.baselines, kind) for kind in ("concatenated", "separated")

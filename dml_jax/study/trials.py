@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from dml_jax._utils import extras, locks
 from dml_jax._utils.errors import UserError
 from dml_jax._utils.files import read_json_lines
 from dml_jax.study.space import Space, with_settings
-from dml_jax.training import run, run_directory, trackers
+from dml_jax.training import run_directory, trackers
 
 with extras.required_by("study"):
     import optuna
@@ -72,7 +72,13 @@ def open_storage(url: str | None, root: Path) -> Storage:
 
 
 def search(
-    variant: Variant, storage: Storage, root: Path, *, trials: int, folds: int
+    variant: Variant,
+    storage: Storage,
+    root: Path,
+    train: Callable[..., dict[str, Any]],
+    *,
+    trials: int,
+    folds: int,
 ) -> optuna.Study:
     """Searches the settings of a variant, or continues, until enough trials are done.
 
@@ -85,6 +91,7 @@ def search(
         variant: the variant.
         storage: storage of the trials.
         root: folder of the study.
+        train: `run.train`.
         trials: number of completed and pruned trials.
         folds: number of folds.
 
@@ -110,7 +117,8 @@ def search(
     def objective(trial: optuna.Trial) -> float:
         settings = _suggest(trial, variant.space)
         with _locked(root / "locks", study, trial.number):
-            return _evaluate(trial, variant, settings, root / "trials" / variant.name, folds)
+            folder = root / "trials" / variant.name
+            return _evaluate(trial, variant, settings, folder, train, folds)
 
     if _count(study) < trials:
         study.optimize(objective, callbacks=[optuna.study.MaxTrialsCallback(trials, _DONE)])
@@ -143,7 +151,12 @@ def _suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
 
 
 def _evaluate(
-    trial: optuna.Trial, variant: Variant, settings: Mapping[str, Any], root: Path, folds: int
+    trial: optuna.Trial,
+    variant: Variant,
+    settings: Mapping[str, Any],
+    root: Path,
+    train: Callable[..., dict[str, Any]],
+    folds: int,
 ) -> float:
     """Trains the runs of a trial and returns its value."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -155,7 +168,7 @@ def _evaluate(
         tracker = _Reporter(trial, workdir) if fold == 0 else None
         print(f"\n{variant.name}, trial {trial.number}, fold {fold}: {workdir}")
         try:
-            result = run.train(config, workdir, tracker=tracker)
+            result = train(config, workdir, tracker=tracker)
         except FloatingPointError as error:
             logging.warning("trial %d of %s is pruned: %s", trial.number, variant.name, error)
             raise optuna.TrialPruned from None

@@ -10,6 +10,7 @@ import jax
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
+from dml_jax import data
 from dml_jax._utils import processes, sharding
 from dml_jax.models import pretrained
 from dml_jax.training import (
@@ -34,6 +35,7 @@ def train(
     fork_from: Path | None = None,
     origin: Origin | None = None,
     tracker: trackers.Tracker | None = None,
+    inspection: data.InspectionReport | None = None,
 ) -> dict[str, Any]:
     """Trains a run to its end, or resumes it, and returns its result.
 
@@ -46,6 +48,7 @@ def train(
         origin: config file and variant of the configuration, recorded for the report.
         tracker: records the run in addition to the trackers of the configuration. An error that it
             raises ends the run, which can be resumed.
+        inspection: inspection report of the images, if another run has just inspected them.
 
     Returns:
         The contents of `result.json`.
@@ -72,7 +75,7 @@ def train(
     with preemption.listening() as stop, contextlib.ExitStack() as lock:
         # Other processes would wait for one that exits alone.
         stop.unsaved = jax.process_count() > 1
-        inspection = run_directory.read_inspection(workdir)
+        inspection = run_directory.read_inspection(workdir) or inspection
         built = builder.build(settings, sharding.make_mesh(), inspection)
         if overview and processes.is_first_process():
             params = built.abstract_state.params
@@ -103,11 +106,11 @@ def _resolved(config: Config, *, forked: bool) -> Config:
     def absolute(path: str) -> str:
         return str(Path(path).absolute()) if path else ""
 
-    data = dataclasses.replace(
+    of_data = dataclasses.replace(
         config.data, root=absolute(config.data.root), features=absolute(config.data.features)
     )
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, pretrained=weights),
-        data=data,
+        data=of_data,
     )

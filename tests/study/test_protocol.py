@@ -121,7 +121,7 @@ def test_a_finished_study_trains_nothing(images, study, monkeypatch):
 
 
 def test_an_interrupted_study_continues(images, tmp_path, monkeypatch):
-    train, calls = trials.run.train, []
+    train, calls = protocol.run.train, []
 
     def stops(*arguments, **options):
         calls.append(arguments)
@@ -129,7 +129,7 @@ def test_an_interrupted_study_continues(images, tmp_path, monkeypatch):
             raise preemption.Stopped("asked to stop")
         return train(*arguments, **options)
 
-    monkeypatch.setattr(trials.run, "train", stops)
+    monkeypatch.setattr(protocol.run, "train", stops)
     with pytest.raises(preemption.Stopped):
         carry_out(images, tmp_path, methods=[], seeds=1, trials=3)
     # The second trial was interrupted on its second fold.
