@@ -41,6 +41,7 @@ def metrics_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [tiny.NETWORK, tiny.RESNET])
 def test_a_run_with_cached_features_is_one_without_up_to_rounding(images, tmp_path, network):
     train_from = "head" if network is tiny.NETWORK else "layer2"

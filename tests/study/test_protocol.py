@@ -120,6 +120,7 @@ def test_a_finished_study_trains_nothing(images, study, monkeypatch):
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("result.json")}
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_continues(images, tmp_path, monkeypatch):
     train, calls = protocol.run.train, []
 

@@ -202,6 +202,7 @@ def test_what_lies_below_train_from_is_frozen(images):
     assert not any("layer1.0" in path or "conv1'" in path.split("layer")[0] for path in kept)
 
 
+@pytest.mark.slow
 def test_the_first_step_of_the_trained_part_is_that_of_the_whole_network(images):
     settings = tiny.RESNET | {"model__freeze_bn": True, "micro_batches": 2}
     _, whole = losses_of_run(tiny.config(images, "ps", **settings), devices=1, steps=1)
