@@ -7,7 +7,8 @@ from importlib import resources
 import dml_jax
 from dml_jax import retrieval
 from dml_jax._utils import extras
-from dml_jax.study.summary import METRIC, Row
+from dml_jax.study.summary import Row
+from dml_jax.study.trials import METRIC
 
 with extras.required_by("study"):
     import jinja2

@@ -132,7 +132,7 @@ def carry_out(study: Plan, storage: trials.Storage, root: Path) -> str:
     by_name = dict(zip(names, searches, strict=True))
     write_text(root / RUNS, summary.runs_csv({k: x.trials for k, x in by_name.items()}, scores))
     write_text(root / PAGE, page.render(by_name, kinds, study.trials, study.folds, study.seeds))
-    return "\n\n".join(f"{summary.markdown(rows, f'{kind}, %')}" for kind, rows in kinds.items())
+    return "\n\n".join(summary.markdown(rows, f"{kind}, %") for kind, rows in kinds.items())
 
 
 def _claim(study: Plan, root: Path) -> None:

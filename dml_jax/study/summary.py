@@ -11,10 +11,9 @@ from dml_jax import retrieval
 from dml_jax.study import statistics
 from dml_jax.study.finals import Final
 from dml_jax.study.statistics import Interval
+from dml_jax.study.trials import METRIC
 
 _METRICS = tuple(retrieval.SCORES.values())
-METRIC = "map@r"
-"""The metric that is compared and tested."""
 
 
 class Row(NamedTuple):

@@ -171,12 +171,20 @@ def _evaluate(
             result = train(config, workdir, tracker=tracker)
         except FloatingPointError as error:
             logging.warning("trial %d of %s is pruned: %s", trial.number, variant.name, error)
+            _drop_checkpoints(workdir)
             raise optuna.TrialPruned from None
-        # Nothing reads the checkpoints of a trial, and many trials would fill a disk with them.
-        shutil.rmtree(workdir / run_directory.CHECKPOINTS, ignore_errors=True)
+        except optuna.TrialPruned:
+            _drop_checkpoints(workdir)
+            raise
+        _drop_checkpoints(workdir)
         scores.append(result["last"][METRIC])
     trial.set_user_attr("folds", scores)
     return sum(scores) / len(scores)
+
+
+def _drop_checkpoints(workdir: Path) -> None:
+    """Deletes the checkpoints of a run: nothing reads those of a trial, and many fill a disk."""
+    shutil.rmtree(workdir / run_directory.CHECKPOINTS, ignore_errors=True)
 
 
 class _Reporter(trackers.Tracker):

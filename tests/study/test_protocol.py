@@ -172,6 +172,19 @@ def test_a_worse_trial_is_pruned(images, tmp_path):
         reporter.epoch({"epoch": 4, "map@r": 0.4}, {})
 
 
+@pytest.mark.parametrize("error", [optuna.TrialPruned(), FloatingPointError("loss is nan")])
+def test_a_pruned_trial_keeps_no_checkpoints(images, tmp_path, error):
+    def train(config, workdir, tracker):
+        (workdir / run_directory.CHECKPOINTS).mkdir(parents=True)
+        raise error
+
+    variant = planned(images, tmp_path, methods=[]).variants[0]
+    trial = optuna.create_study(direction="maximize").ask()
+    with pytest.raises(optuna.TrialPruned):
+        trials._evaluate(trial, variant, {"loss.scale": 9.0}, tmp_path, train, FOLDS)
+    assert list(tmp_path.glob("*/fold0")) and not list(tmp_path.rglob(run_directory.CHECKPOINTS))
+
+
 def test_another_study_in_the_folder_is_refused(images, tmp_path):
     def claim(**changes):
         protocol._claim(planned(images, tmp_path, **changes), tmp_path)
