@@ -20,6 +20,10 @@ Every array has the layout `[anchor, block, slot, ...]`, so that all are sharded
 are M+1 apart share a block of the ring buffer, so a step reads one contiguous slice. A step stores
 its entry in `pending`, and the next step writes it into the ring before reading: a program that
 reads the ring and then writes it has to copy it.
+
+If the proxies hardly move in N(M+1) steps, the virtual classes are copies of the actual ones, and
+each row is pushed away from its own class. `Drift` measures this; `max_cosine` leaves such virtual
+classes out for the rows of their own class, which is our addition to the published method.
 """
 
 import dataclasses
@@ -43,7 +47,7 @@ from dml_jax.losses.base import (
     RowMask,
     Scalar,
 )
-from dml_jax.settings import choice, integer, setting
+from dml_jax.settings import choice, integer, number, setting
 
 SlotTerms = Float[Array, "anchors slots"]
 """A number for each anchor and each slot of a block."""
@@ -63,6 +67,12 @@ class MemVirConfig:
     warmup_epochs: int = setting(0, integer(0), help="Epochs at the start without virtual classes.")
     dtype: str = setting(
         "float32", choice(("float32", "bfloat16")), help="Dtype of the stored vectors."
+    )
+    max_cosine: float = setting(
+        1.0,
+        number(least=0.0, most=1.0),
+        help="A virtual class is no negative for the rows of its own class if its proxy's cosine "
+        "with the proxy of theirs is larger; 1 keeps all, as published.",
     )
 
 
@@ -91,6 +101,15 @@ class LogSumExpCache(NamedTuple):
     """Log-sum-exp of each slot's anchors over the latest step's candidates."""
 
 
+class Drift(NamedTuple):
+    """How far the virtual classes of a step are from its own classes; NaN if there are none."""
+
+    cosine: Scalar
+    """Mean cosine of the proxy of a class with its virtual proxies."""
+    separation: Scalar
+    """Fraction of the stored rows that are nearer to their proxy than to its virtual proxies."""
+
+
 class Memory(NamedTuple):
     """The ring buffer: one block for each residue of the step modulo M+1, with N slots."""
 
@@ -102,6 +121,8 @@ class Memory(NamedTuple):
     """The latest step, which the next step writes into the ring."""
     known: dict[str, LogSumExpCache]
     """Log-sum-exp caches by the kind of anchor, `rows` or `classes`."""
+    drift: Drift
+    """Drift of the latest step."""
 
 
 def init(
@@ -170,6 +191,7 @@ def init(
         ring=entry(blocks, num_steps),
         pending=entry(),
         known={kind: cache(count) for kind, count in anchors.items()},
+        drift=Drift(*jnp.full(2, jnp.nan, jnp.float32)),
     )
 
 
@@ -182,6 +204,7 @@ def loss_and_update(
     *,
     row_mask: RowMask | None = None,
     class_mask: ClassMask | None = None,
+    max_cosine: float = 1.0,
 ) -> tuple[Scalar, Memory]:
     """Returns the loss of a step with the virtual classes, and the memory with the step added.
 
@@ -197,6 +220,9 @@ def loss_and_update(
         labels: `[rows]`, in `0..classes - 1`.
         row_mask: rows to include; None includes all. It must include the first B.
         class_mask: classes to include; None includes all. It must include all but the synthetic.
+        max_cosine: a virtual class whose proxy has a larger cosine with the proxy of the same class
+            at another step is no negative for the rows of that class at that step; 1 keeps all, as
+            published.
 
     Returns:
         A float32 scalar, differentiable in embeddings and proxies, and the new memory.
@@ -208,14 +234,17 @@ def loss_and_update(
     embeddings, proxies = loss.prepare(embeddings, proxies)
     row_mask, class_mask = loss.fill_masks(embeddings, proxies, row_mask, class_mask)
     real, synthetic = _split(loss, memory, _Batch(embeddings, proxies, row_mask, class_mask))
-    block = _read_block(loss, memory, real.class_mask)
+    block = _read_block(loss, memory, real, max_cosine)
+    labels_of_real = labels[: len(real.embeddings)]
     terms = loss.anchor_terms(embeddings, proxies, labels, row_mask, class_mask)
-    value = _loss(loss, block, terms, real, synthetic) + loss.penalty(proxies, class_mask)
+    value = _loss(loss, block, terms, real, labels_of_real, synthetic) + loss.penalty(
+        proxies, class_mask
+    )
 
     entry = Entry(
         embeddings=real.embeddings.astype(memory.ring.embeddings.dtype),
         proxies=real.proxies.reshape(len(real.class_mask), -1).astype(memory.ring.proxies.dtype),
-        labels=labels[: len(real.embeddings)].astype(jnp.int32),
+        labels=labels_of_real.astype(jnp.int32),
     )
     # The cache must agree with the vectors as stored, which may be rounded. If they are not, the
     # compiler removes this as a common subexpression.
@@ -226,7 +255,7 @@ def loss_and_update(
     log_sums, positives = loss.anchor_terms(
         real.embeddings, real.proxies, entry.labels, real.row_mask, real.class_mask
     )
-    current_over_stored, stored_over_current = _cross_log_sums(loss, block, real)
+    current_over_stored, stored_over_current = _cross_log_sums(loss, block, real, entry.labels)
     _, blocks, slots = memory.ring.labels.shape
     cache = memory.known[_anchor_kind(loss)]._replace(
         pending_own=positives,
@@ -235,7 +264,10 @@ def loss_and_update(
         pending_of=stored_over_current,
     )
     update = memory._replace(
-        steps=memory.steps + 1, pending=entry, known=memory.known | {_anchor_kind(loss): cache}
+        steps=memory.steps + 1,
+        pending=entry,
+        known=memory.known | {_anchor_kind(loss): cache},
+        drift=_drift(loss, block, real, entry.labels),
     )
     return value, jax.lax.stop_gradient(update)
 
@@ -265,6 +297,7 @@ def choose(accepted: Bool[Array, ""], update: Memory, before: Memory) -> Memory:
     return update._replace(
         steps=select(update.steps, before.steps),
         pending=select(update.pending, before.pending),
+        drift=select(update.drift, before.drift),
         known=caches,
     )
 
@@ -299,6 +332,10 @@ class _Block(NamedTuple):
     log_sums: Float[Array, "anchors slots slots"]
     in_use: Bool[Array, " slots"]
     class_mask: ClassMask
+    cosines: Float[Array, "classes slots"]
+    """Cosines of stored proxies with the current ones of the same class."""
+    left_out: Bool[Array, "classes slots"] | None
+    """Virtual classes that are no negatives for the rows of their class; None keeps all."""
 
 
 def _anchor_kind(loss: losses.ProxyLoss) -> str:
@@ -359,7 +396,7 @@ def _write_pending(memory: Memory) -> Memory:
     )
 
 
-def _read_block(loss: losses.ProxyLoss, memory: Memory, class_mask: ClassMask) -> _Block:
+def _read_block(loss: losses.ProxyLoss, memory: Memory, real: _Batch, max_cosine: float) -> _Block:
     _, blocks, slots = memory.ring.labels.shape
     cache = memory.known[_anchor_kind(loss)]
     entries, positives, log_sums = jax.tree.map(
@@ -369,7 +406,24 @@ def _read_block(loss: losses.ProxyLoss, memory: Memory, class_mask: ClassMask) -
         (memory.ring, cache.own, cache.sums),
     )
     in_use = jnp.arange(slots) < memory.steps // blocks
-    return _Block(entries, positives, log_sums, in_use, class_mask)
+    proxies = real.proxies.reshape(len(real.class_mask), 1, -1)
+    cosines = jnp.sum(numerics.normalize(entries.proxies) * numerics.normalize(proxies), axis=-1)
+    cosines = jax.lax.stop_gradient(cosines)
+    left_out = cosines > max_cosine if max_cosine < 1 else None
+    return _Block(entries, positives, log_sums, in_use, real.class_mask, cosines, left_out)
+
+
+def _drift(loss: losses.ProxyLoss, block: _Block, real: _Batch, labels: Labels) -> Drift:
+    is_own = jax.nn.one_hot(labels, len(real.class_mask), dtype=bool)
+    # A gather would need the logits of all devices, among which the classes are split.
+    own = jnp.sum(loss.logits(real.embeddings, real.proxies), axis=1, where=is_own)
+    to_stored_proxies, _ = _cross_logits(loss, block, real)
+    own_virtual = jnp.sum(to_stored_proxies, axis=1, where=is_own[:, :, None])
+    nearest = jnp.max(own_virtual, axis=1, initial=-jnp.inf, where=block.in_use[None])
+    return Drift(
+        cosine=jnp.mean(block.cosines, where=block.in_use[None] & block.class_mask[:, None]),
+        separation=jnp.mean(own > nearest, where=block.in_use.any()),
+    )
 
 
 def _loss(
@@ -377,6 +431,7 @@ def _loss(
     block: _Block,
     terms: tuple[AnchorTerms, AnchorTerms],
     real: _Batch,
+    labels: Labels,
     synthetic: _Batch,
 ) -> Scalar:
     """Returns the mean loss of the current and the stored anchors.
@@ -386,10 +441,11 @@ def _loss(
         block: the block of the memory for this step.
         terms: `anchor_terms` of the current batch, including the synthetic part.
         real: the real part of the current batch.
+        labels: labels of its rows.
         synthetic: the synthetic part.
     """
     current_log_sums, positives = terms
-    current_over_stored, stored_over_current = _cross_log_sums(loss, block, real)
+    current_over_stored, stored_over_current = _cross_log_sums(loss, block, real, labels)
     stored_parts = [
         stored_over_current[..., None],
         jnp.where(block.in_use[None, None], block.log_sums, -jnp.inf),
@@ -400,7 +456,7 @@ def _loss(
     current_over_stored = current_over_stored[: len(positives) - len(synthetic.embeddings)]
     anchor_mask = anchor_mask[: len(current_over_stored)]
     if len(synthetic.embeddings):
-        synthetic_over_stored, stored_over_synthetic = _cross_log_sums(loss, block, synthetic)
+        synthetic_over_stored, stored_over_synthetic = _cross_log_sums(loss, block, synthetic, None)
         current_over_stored = jnp.concatenate([current_over_stored, synthetic_over_stored])
         stored_parts.append(stored_over_synthetic[..., None])
         anchor_mask = jnp.append(
@@ -423,23 +479,45 @@ def _loss(
     )
 
 
-def _cross_log_sums(
+def _cross_logits(
     loss: losses.ProxyLoss, block: _Block, batch: _Batch
-) -> tuple[Float[Array, "batch_anchors slots"], SlotTerms]:
-    """Returns log-sum-exps between a batch and each slot of a block.
-
-    Returns:
-        The log-sum-exp of the batch's anchors over each slot's candidates, and of each slot's
-        anchors over the batch's candidates.
-    """
+) -> tuple[Float[Array, "batch_rows classes slots"], Float[Array, "rows slots batch_classes"]]:
+    """Returns the logits of a batch's rows and stored proxies, and of stored rows and its own."""
     rows, slots, dim = block.entries.embeddings.shape
     # Each device has a shard of the memory; the batch is small and goes to all.
     embeddings, proxies = sharding.replicate(batch.embeddings), sharding.replicate(batch.proxies)
     # One product for all slots: a vmap over slots would copy the transposed proxies.
     to_stored_proxies = loss.logits(embeddings, block.entries.proxies.reshape(-1, dim))
-    to_stored_proxies = to_stored_proxies.reshape(len(embeddings), -1, slots)
     to_stored_rows = loss.logits(block.entries.embeddings.reshape(-1, dim), proxies)
-    to_stored_rows = to_stored_rows.reshape(rows, slots, -1)
+    return (
+        to_stored_proxies.reshape(len(embeddings), -1, slots),
+        to_stored_rows.reshape(rows, slots, -1),
+    )
+
+
+def _cross_log_sums(
+    loss: losses.ProxyLoss, block: _Block, batch: _Batch, labels: Labels | None
+) -> tuple[Float[Array, "batch_anchors slots"], SlotTerms]:
+    """Returns log-sum-exps between a batch and each slot of a block.
+
+    Args:
+        loss: the loss.
+        block: the block of the memory for this step.
+        batch: the batch.
+        labels: labels of its rows; None if they are of synthetic classes, which are never left out.
+
+    Returns:
+        The log-sum-exp of the batch's anchors over each slot's candidates, and of each slot's
+        anchors over the batch's candidates.
+    """
+    to_stored_proxies, to_stored_rows = _cross_logits(loss, block, batch)
+    if labels is not None and block.left_out is not None:
+        own = jax.nn.one_hot(labels, len(block.left_out), dtype=bool)
+        stored_own = jax.nn.one_hot(block.entries.labels, len(block.left_out), dtype=bool)
+        to_stored_proxies = jnp.where(
+            own[:, :, None] & block.left_out[None], -jnp.inf, to_stored_proxies
+        )
+        to_stored_rows = jnp.where(stored_own & block.left_out.T[None], -jnp.inf, to_stored_rows)
     # Masks apply to candidates here; `_loss` masks the anchors.
     if loss.class_anchors:
         batch_over_stored = numerics.log_sum_exp(to_stored_rows, axis=0).T

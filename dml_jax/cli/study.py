@@ -1,12 +1,12 @@
-"""Compares methods with an equal search for each, class-disjoint folds, and statistics.
+"""Compares methods after an equal search for each, on class-disjoint folds, with statistics.
 
 dml-jax study --config=grocery --methods=ps,memvir --losses=norm_softmax,proxy_nca \
     --trials=50 --folds=4 --seeds=10 --root=runs/study --config.data.root=data/grocery
 
 For each method and loss, Optuna searches settings by the mean MAP@R on folds of the training
 classes. The best settings are trained with several seeds on every fold and scored on the test
-classes. The bare loss is always part of a study, with as many trials. The same command continues a
-study; several machines may run it at the same time, on one file system.
+classes. The loss without a regulariser is always part of a study, with as many trials. The same
+command continues a study; several machines may run it at the same time, on one file system.
 
 Protocol: Musgrave, Belongie and Lim, A metric learning reality check, ECCV 2020.
 """

@@ -48,7 +48,8 @@ class DataConfig:
     validation_classes: float = setting(
         0.0,
         number(least=0.0, below=1.0),
-        help="Share of the training classes held out as the selection split; 0 selects on test.",
+        help="Share of the training classes held out as the selection split; 0 holds out none, "
+        "and the test classes select the best epoch.",
     )
     validation_fold: int = setting(
         0,
@@ -58,7 +59,7 @@ class DataConfig:
     n_instance: int = setting(
         1,
         integer(1),
-        help="Images of each class in a batch; 1 ignores the classes.",
+        help="Images of each class in a batch; 1 samples images regardless of class.",
     )
     image_size: int = setting(
         224, integer(1, 2**16), help="Side of the network's input images, pixels."

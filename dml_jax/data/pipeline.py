@@ -62,7 +62,7 @@ def train_batches(
     Args:
         source: the training images.
         batch_size: images in a global batch.
-        n_instance: images of each class in a batch; 1 ignores the classes.
+        n_instance: images of each class in a batch; 1 samples images regardless of class.
         image_size: side of the square images, pixels.
         augmentation: ranges of the random augmentation.
         seed: seed of the run, not negative.
@@ -74,7 +74,8 @@ def train_batches(
         process_count: number of shares into which the rows of a batch are split, in order.
 
     Returns:
-        An iterator of images [batch_size / process_count, image_size, image_size, 3] and labels.
+        An iterator of batches: uint8 `image` [batch_size / process_count, image_size, image_size,
+        3] and int32 `label` [batch_size / process_count].
 
     Raises:
         ValueError: an argument is out of range. The iterator raises a ValueError that names the

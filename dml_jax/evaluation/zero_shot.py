@@ -46,7 +46,9 @@ def whiten(
     training: Float32[np.ndarray, "_ features"],
     dim: int,
 ) -> dict[str, Float32[np.ndarray, "_ components"]]:
-    """Returns features after PCA-whitening fitted on those of the training images.
+    """Returns PCA-whitened features, with the PCA fitted on the training images.
+
+    Features are normalised to unit length first. Components without variance are dropped.
 
     Source: Jégou and Chum, Negative evidences and co-occurences in image retrieval, ECCV 2012.
 

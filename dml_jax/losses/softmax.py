@@ -36,7 +36,7 @@ class SoftmaxLoss(ProxyLoss):
 
         Args:
             logits: each row's logit for its own label.
-            embeddings: the rows, prepared.
+            embeddings: embeddings as `prepare` returns them, `[rows, dim]`.
         """
         del embeddings
         return logits

@@ -145,7 +145,7 @@ def backbone_tensors(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
 
 
 def from_port(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns a backbone's tensors in current format from a state dict of any age.
+    """Returns the tensors of a backbone from a PyTorch state dict, ready to be written.
 
     Args:
         state_dict: arrays by PyTorch name. The names may begin with `module.`, as those of a

@@ -41,6 +41,7 @@ class Neighbour(NamedTuple):
     """A search result."""
 
     row: int
+    """Index of the image in the gallery."""
     name: str
     class_name: str
     similarity: float

@@ -53,16 +53,16 @@ _MEMVIR = {
 def of_variant(
     config: ConfigDict, loss: str, overrides: Mapping[str, Range | None]
 ) -> dict[str, Range]:
-    """Returns the space of a variant: the defaults, changed by the config file.
+    """Returns the search space of a variant: the defaults, changed by the config file.
 
     Args:
         config: config of the variant.
         loss: name of its loss; other losses than those of this package have no default ranges.
-        overrides: `SPACE` of the config file: ranges by path, or None to search a setting no more.
+        overrides: `SPACE` of the config file: ranges by path, or None to exclude a setting.
             Settings that a variant does not use are left out.
 
     Raises:
-        ValueError: a path is no setting, or a bound is impossible; the message lists all.
+        ValueError: a path names no setting, or a bound is impossible; the message lists all.
     """
     searched: dict[str, Range] = {**_OPTIMIZER, **_LOSSES.get(loss, {})}
     with_synthesis, with_memory = config.proxy_synthesis.ratio > 0, config.memvir.num_steps > 0

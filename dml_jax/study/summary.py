@@ -84,7 +84,12 @@ def rows(
 
 
 def markdown(table: Sequence[Row], title: str) -> str:
-    """Returns a table in Markdown, in percent."""
+    """Returns a table in Markdown, with scores in percent.
+
+    Args:
+        table: the rows.
+        title: header of the first column.
+    """
     with_classes = any(row.over_classes for row in table)
     head = [title, *retrieval.SCORES, *(["MAP@R over classes"] if with_classes else [])]
     head += ["against", "p (Welch)", "p (Holm)", "Hedges' g"]

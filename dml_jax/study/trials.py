@@ -43,7 +43,7 @@ def of_fold(config: ConfigDict, fold: int, folds: int, settings: Mapping[str, An
 
     Args:
         config: config of the variant.
-        fold: number of the fold.
+        fold: number of the fold, from 0.
         folds: number of folds, each the same share of the classes.
         settings: other settings to change, by path.
     """
@@ -82,10 +82,11 @@ def search(
 ) -> optuna.Study:
     """Searches the settings of a variant, or continues, until enough trials are done.
 
-    A trial trains a run on each fold; its value is the mean of `METRIC` of their last epochs. While
-    it trains on its first fold, Hyperband may prune it. Trials that were interrupted are repeated
-    with their settings, without the folds that were finished. Several processes, also on several
-    machines that share the root and the storage, may search at the same time.
+    For each fold, a trial trains a run on the other folds' classes; its value is the `METRIC` of
+    the last epoch on the held-out classes, averaged over folds. While it trains on its first fold,
+    Hyperband may prune it. Trials that were interrupted are repeated with their settings, without
+    the folds that were finished. Several processes, also on several machines that share the root
+    and the storage, may search at the same time.
 
     Args:
         variant: the variant.

@@ -8,7 +8,9 @@ from dml_jax._utils.errors import UserError
 from dml_jax._utils.files import read_json
 from dml_jax.evaluation.network import Network
 from dml_jax.training import checkpoint, run_directory
+from dml_jax.training.builder import Experiment
 from dml_jax.training.run_directory import CONFIG, FORK
+from dml_jax.training.state import TrainState
 
 
 def forked_from(workdir: Path, given: Path | None) -> Path | None:
@@ -28,6 +30,25 @@ def forked_from(workdir: Path, given: Path | None) -> Path | None:
     if exists and given not in (None, recorded):
         raise UserError(f"{workdir} holds a run that was forked from {recorded}, not from {given}")
     return recorded if exists else given
+
+
+def initial_state(experiment: Experiment, fork: Path | None) -> TrainState:
+    """Returns the state before the first step of a run, with the network of another run if given.
+
+    Args:
+        experiment: experiment of the run.
+        fork: directory of the other run.
+
+    Raises:
+        FileNotFoundError: there is no run or no checkpoint in it, or no file of weights.
+        ValueError: the other run trains a different network, or the weights do not fit.
+    """
+    state = experiment.init()
+    if fork is None:
+        return state
+    variables = read_fork(experiment.network, fork)
+    params = {**state.params, "embedder": variables["params"]}
+    return state._replace(params=params, batch_stats=variables["batch_stats"])
 
 
 def read_fork(network: Network, workdir: Path) -> dict[str, PyTree]:

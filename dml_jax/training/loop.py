@@ -1,5 +1,6 @@
 """The training loop: step, log, evaluate, save."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from dml_jax._utils import processes, sharding
 from dml_jax.training import checkpoint, history, nonfinite, preemption, result, trackers
 from dml_jax.training.batches import device_batches
 from dml_jax.training.builder import Experiment, with_features
-from dml_jax.training.fork import forked_from, read_fork
+from dml_jax.training.fork import forked_from, initial_state
 from dml_jax.training.state import TrainState, network_variables
 
 _STEPS_IN_FLIGHT = 4
@@ -22,6 +23,7 @@ def train(
     workdir: Path,
     stop: preemption.StopRequest | None = None,
     tracker: trackers.Tracker | None = None,
+    initial: TrainState | None = None,
 ) -> dict[str, Any]:
     """Trains to the last epoch, from the beginning or from the latest checkpoint in the workdir.
 
@@ -30,6 +32,7 @@ def train(
         workdir: directory of the run, claimed for this experiment.
         stop: set when this process is asked to stop; see `preemption.listening`.
         tracker: records the run too.
+        initial: state before the first step, which is donated; by default it is made if needed.
 
     Returns:
         The contents of `result.json`.
@@ -44,7 +47,7 @@ def train(
     stop = preemption.StopRequest() if stop is None else stop
     config, steps_per_epoch = experiment.config, experiment.steps_per_epoch
     with checkpoint.Checkpoints(workdir, keep_last=config.checkpoint.keep_last) as checkpoints:
-        state, start = _start(experiment, workdir, checkpoints)
+        state, start = _start(experiment, workdir, checkpoints, initial)
         done = history.read(
             workdir,
             start,
@@ -129,20 +132,18 @@ def _steps_late(experiment: Experiment) -> int:
 
 
 def _start(
-    experiment: Experiment, workdir: Path, checkpoints: checkpoint.Checkpoints
+    experiment: Experiment,
+    workdir: Path,
+    checkpoints: checkpoint.Checkpoints,
+    initial: TrainState | None,
 ) -> tuple[TrainState, int]:
     """Returns the state to train from, and the number of steps done."""
     latest = checkpoints.latest
     if latest is not None:
         return checkpoints.restore(latest, experiment.abstract_state), latest
-    state = experiment.init()
     fork = forked_from(workdir, None)
+    state = initial_state(experiment, fork) if initial is None else initial
     if fork is not None:
-        forked = read_fork(experiment.network, fork)
-        state = state._replace(
-            params={**state.params, "embedder": forked["params"]},
-            batch_stats=forked["batch_stats"],
-        )
         checkpoints.save(0, state, None)  # From now on the other run is not needed.
     return state, 0
 
@@ -218,4 +219,14 @@ def _epoch_metrics(experiment: Experiment, state: TrainState, step: int) -> dict
         "skipped_steps": int(jax.device_get(state.skipped.total)),
         "learning_rate": rate,
         "proxy_learning_rate": proxy_rate,
+        **_drift(state),
     }
+
+
+def _drift(state: TrainState) -> dict[str, float]:
+    """Returns the drift of MemVir's virtual classes at the latest step, if there were any."""
+    if state.memory is None:
+        return {}
+    drift = jax.device_get(state.memory.drift)
+    values = {f"memvir_{name}": float(value) for name, value in drift._asdict().items()}
+    return {name: value for name, value in values.items() if not math.isnan(value)}

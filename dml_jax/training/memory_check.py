@@ -1,7 +1,7 @@
 """The memory check: whether a run fits into free memory, and which settings would make it fit.
 
 A compiled program states how much memory it needs. This is compared with the free memory before the
-first step, because the kernel would kill a process that needs more.
+first step, because a step that needs more fails, or the kernel kills its process.
 
 Images kept by `config.data.cache=host` are not included, since their size is not known in advance.
 """

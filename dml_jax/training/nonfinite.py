@@ -88,7 +88,7 @@ class Watch:
             workdir: directory of the run.
             writer: tracker that logs the steps that are not skipped.
             checkpoints: checkpoints of the run; the error names the latest.
-            steps_late: number of later steps that are put before a step is checked.
+            steps_late: delay in steps after which the metrics of a step are read.
         """
         self._experiment, self._workdir = experiment, workdir
         self._writer, self._checkpoints = writer, checkpoints

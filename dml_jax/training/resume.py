@@ -137,7 +137,8 @@ def claim(
         origin: origin of the configuration, for the report.
 
     Raises:
-        ValueError: see `check` and `check_images`; another process may just have started a run.
+        ValueError: see `check` and `check_images`; another process may have started a run since
+            they were called.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     changed = check(workdir, config)

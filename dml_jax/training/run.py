@@ -23,7 +23,7 @@ from dml_jax.training import (
     trackers,
 )
 from dml_jax.training.config import Config, parse
-from dml_jax.training.fork import forked_from, read_fork
+from dml_jax.training.fork import forked_from, initial_state
 from dml_jax.training.origin import Origin
 
 
@@ -82,13 +82,10 @@ def train(
             print(parameter_overview.get_parameter_overview(params, include_stats=False))
         images = run_directory.fingerprints(built.sources)
         resume.check_images(workdir, images)
-        if not (workdir / run_directory.CONFIG).exists():
-            # Errors in the weights are raised before anything is written.
-            pretrained.load(settings.model.backbone, settings.model.pretrained)
-            if fork is not None:
-                read_fork(built.network, fork)
         memory_check.check(built, workdir)
-
+        is_new = not (workdir / run_directory.CONFIG).exists()
+        # Errors in the weights are raised before anything is written.
+        initial = initial_state(built, fork) if is_new else None
         processes.wait_for_all("checked")
 
         def claim() -> None:
@@ -96,7 +93,7 @@ def train(
             resume.claim(workdir, settings, images, built.inspection, fork, origin)
 
         processes.in_first_process(claim)
-        return loop.train(built, workdir, stop, tracker)
+        return loop.train(built, workdir, stop, tracker, initial)
 
 
 def _resolved(config: Config, *, forked: bool) -> Config:

@@ -64,7 +64,11 @@ class Source:
         return self.cache[index]
 
     def size(self, index: int) -> int:
-        """Returns the size of the encoded image at `index` in bytes."""
+        """Returns the size of the encoded image at `index` in bytes.
+
+        Raises:
+            OSError: its file cannot be read.
+        """
         record = self.records[index]
         return len(record) if isinstance(record, bytes) else os.stat(record).st_size
 

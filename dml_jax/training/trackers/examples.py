@@ -60,7 +60,7 @@ def _draw(
 
 
 def thumbnail(source: data.Source, index: int, side: int) -> UInt8[np.ndarray, "{side} {side} 3"]:
-    """Returns the centre of an image as a square.
+    """Returns the centre square of an image, resized to `side` pixels.
 
     Raises:
         OSError: the image cannot be read.
