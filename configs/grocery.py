@@ -19,8 +19,15 @@ had 75.0, and 75.7 at its own best scale, 23; MemVir had 72.2.
 
 from ml_collections import ConfigDict
 
+from dml_jax.study.space import Range
 from dml_jax.training import variants
 from dml_jax.training.config import default
+
+SPACE = {
+    "optimizer.learning_rate": Range(1e-4, 3e-3, log=True),
+    "optimizer.proxy_learning_rate": None,
+    "memvir.num_steps": Range(1, 5, log=True, integer=True),
+}
 
 
 def get_config(variant: str = "baseline") -> ConfigDict:

@@ -101,15 +101,6 @@ class LogSumExpCache(NamedTuple):
     """Log-sum-exp of each slot's anchors over the latest step's candidates."""
 
 
-class Drift(NamedTuple):
-    """How far the virtual classes of a step are from its own classes; NaN if there are none."""
-
-    cosine: Scalar
-    """Mean cosine of the proxy of a class with its virtual proxies."""
-    separation: Scalar
-    """Fraction of the stored rows that are nearer to their proxy than to its virtual proxies."""
-
-
 class Memory(NamedTuple):
     """The ring buffer: one block for each residue of the step modulo M+1, with N slots."""
 
@@ -121,8 +112,15 @@ class Memory(NamedTuple):
     """The latest step, which the next step writes into the ring."""
     known: dict[str, LogSumExpCache]
     """Log-sum-exp caches by the kind of anchor, `rows` or `classes`."""
-    drift: Drift
-    """Drift of the latest step."""
+
+
+class Drift(NamedTuple):
+    """How far the virtual classes of a step are from its own classes; NaN if there are none."""
+
+    cosine: Scalar
+    """Mean cosine of the proxy of a class with its virtual proxies."""
+    separation: Scalar
+    """Fraction of the rows that are nearer to their proxy than to its virtual proxies."""
 
 
 def init(
@@ -191,7 +189,6 @@ def init(
         ring=entry(blocks, num_steps),
         pending=entry(),
         known={kind: cache(count) for kind, count in anchors.items()},
-        drift=Drift(*jnp.full(2, jnp.nan, jnp.float32)),
     )
 
 
@@ -267,9 +264,45 @@ def loss_and_update(
         steps=memory.steps + 1,
         pending=entry,
         known=memory.known | {_anchor_kind(loss): cache},
-        drift=_drift(loss, block, real, entry.labels),
     )
     return value, jax.lax.stop_gradient(update)
+
+
+def drift(loss: losses.ProxyLoss, memory: Memory) -> Drift:
+    """Returns how far the virtual classes of the latest step were from its own classes.
+
+    Args:
+        loss: the loss.
+        memory: the memory after the step.
+    """
+    _, blocks, slots = memory.ring.labels.shape
+    step = jnp.maximum(memory.steps - 1, 0)
+    stored = jax.tree.map(
+        lambda x: jax.lax.dynamic_index_in_dim(x, step % blocks, axis=1, keepdims=False),
+        memory.ring,
+    )
+    in_use = jnp.arange(slots) < step // blocks
+    rows, proxies, labels = memory.pending
+    cosines = _cosines(stored.proxies, proxies)
+    # Classes that pad the memory are zero.
+    classes = jnp.any(proxies != 0, axis=1)
+    is_own = jax.nn.one_hot(labels, len(proxies), dtype=bool)
+
+    def own_logits(of_classes: Float[Array, "classes pdim"]) -> Float[Array, " batch"]:
+        logits = loss.logits(rows, of_classes.reshape(-1, rows.shape[1]))
+        # A gather would need the logits of all devices, among which the classes are split.
+        return jnp.sum(logits, axis=1, where=is_own)
+
+    nearest = jnp.max(
+        jax.vmap(own_logits, in_axes=1)(stored.proxies),
+        axis=0,
+        initial=-jnp.inf,
+        where=in_use[:, None],
+    )
+    return Drift(
+        cosine=jnp.mean(cosines, where=in_use[None] & classes[:, None]),
+        separation=jnp.mean(own_logits(proxies) > nearest, where=in_use.any()),
+    )
 
 
 def choose(accepted: Bool[Array, ""], update: Memory, before: Memory) -> Memory:
@@ -297,7 +330,6 @@ def choose(accepted: Bool[Array, ""], update: Memory, before: Memory) -> Memory:
     return update._replace(
         steps=select(update.steps, before.steps),
         pending=select(update.pending, before.pending),
-        drift=select(update.drift, before.drift),
         known=caches,
     )
 
@@ -332,8 +364,6 @@ class _Block(NamedTuple):
     log_sums: Float[Array, "anchors slots slots"]
     in_use: Bool[Array, " slots"]
     class_mask: ClassMask
-    cosines: Float[Array, "classes slots"]
-    """Cosines of stored proxies with the current ones of the same class."""
     left_out: Bool[Array, "classes slots"] | None
     """Virtual classes that are no negatives for the rows of their class; None keeps all."""
 
@@ -406,24 +436,18 @@ def _read_block(loss: losses.ProxyLoss, memory: Memory, real: _Batch, max_cosine
         (memory.ring, cache.own, cache.sums),
     )
     in_use = jnp.arange(slots) < memory.steps // blocks
-    proxies = real.proxies.reshape(len(real.class_mask), 1, -1)
-    cosines = jnp.sum(numerics.normalize(entries.proxies) * numerics.normalize(proxies), axis=-1)
-    cosines = jax.lax.stop_gradient(cosines)
-    left_out = cosines > max_cosine if max_cosine < 1 else None
-    return _Block(entries, positives, log_sums, in_use, real.class_mask, cosines, left_out)
+    left_out = None
+    if max_cosine < 1:
+        proxies = real.proxies.reshape(len(real.class_mask), -1)
+        left_out = _cosines(entries.proxies, proxies) > max_cosine
+    return _Block(entries, positives, log_sums, in_use, real.class_mask, left_out)
 
 
-def _drift(loss: losses.ProxyLoss, block: _Block, real: _Batch, labels: Labels) -> Drift:
-    is_own = jax.nn.one_hot(labels, len(real.class_mask), dtype=bool)
-    # A gather would need the logits of all devices, among which the classes are split.
-    own = jnp.sum(loss.logits(real.embeddings, real.proxies), axis=1, where=is_own)
-    to_stored_proxies, _ = _cross_logits(loss, block, real)
-    own_virtual = jnp.sum(to_stored_proxies, axis=1, where=is_own[:, :, None])
-    nearest = jnp.max(own_virtual, axis=1, initial=-jnp.inf, where=block.in_use[None])
-    return Drift(
-        cosine=jnp.mean(block.cosines, where=block.in_use[None] & block.class_mask[:, None]),
-        separation=jnp.mean(own > nearest, where=block.in_use.any()),
-    )
+def _cosines(
+    stored: Float[Array, "classes slots pdim"], proxies: Float[Array, "classes pdim"]
+) -> Float[Array, "classes slots"]:
+    """Returns the cosines of stored proxies with other ones of the same class."""
+    return jnp.sum(numerics.normalize(stored) * numerics.normalize(proxies)[:, None], axis=-1)
 
 
 def _loss(

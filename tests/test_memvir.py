@@ -224,7 +224,7 @@ def test_drift_of_virtual_classes():
 
     def step(memory, embeddings, proxies):
         _, memory = memvir.loss_and_update(loss, memory, embeddings, proxies, labels)
-        return memory, [float(x) for x in memory.drift]
+        return memory, [float(x) for x in memvir.drift(loss, memory)]
 
     memory, drift = step(memory, axes, axes[:2])
     assert np.isnan(drift).all()  # There are no virtual classes yet.

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from dml_jax import data, losses, memvir
@@ -23,6 +24,7 @@ from dml_jax.evaluation.features import Features
 from dml_jax.evaluation.network import Network
 from dml_jax.evaluation.scoring import Evaluator
 from dml_jax.models import pretrained
+from dml_jax.models.embedder import HEAD
 from dml_jax.training import optimizer, state, step
 from dml_jax.training.config import Config
 
@@ -77,6 +79,7 @@ def build(
         train.labels, batch_size=config.batch_size, n_instance=config.data.n_instance
     )
     _check_lengths(config, steps_per_epoch)
+    _warn_about_memvir(config, steps_per_epoch)
     network = make_network(config, mesh)
     transformation, learning_rate = optimizer.create(
         config.optimizer, steps_per_epoch=steps_per_epoch
@@ -210,6 +213,29 @@ def _check_lengths(config: Config, steps_per_epoch: int) -> None:
         raise UserError(
             f"{longest} epochs of {steps_per_epoch} steps exceed the 32-bit step counter; reduce "
             "config.epochs or config.optimizer.frozen_epochs, .decay_epochs or .decay_every"
+        )
+
+
+def _warn_about_memvir(config: Config, steps_per_epoch: int) -> None:
+    """Warns of settings with which MemVir cannot have its effect; see docs/study.md."""
+    memory = config.memvir
+    if not memory.num_steps:
+        return
+    if config.model.train_from == HEAD:
+        logging.warning(
+            "config.memvir is used with config.model.train_from='head': with frozen features, "
+            "MemVir made retrieval worse with every setting that was tried (docs/study.md)"
+        )
+    filled = memory.num_steps * (memory.step_gap + 1)
+    used = (config.epochs - memory.warmup_epochs) * steps_per_epoch
+    if filled >= used:
+        logging.warning(
+            "config.memvir.num_steps=%d and .step_gap=%d fill the memory in %d steps, but the run "
+            "has %d after the warm-up, so some virtual classes never exist; choose smaller ones",
+            memory.num_steps,
+            memory.step_gap,
+            filled,
+            used,
         )
 
 

@@ -1,5 +1,6 @@
 """The training loop: step, log, evaluate, save."""
 
+import functools
 import math
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dml_jax import memvir
 from dml_jax._utils import processes, sharding
 from dml_jax.training import checkpoint, history, nonfinite, preemption, result, trackers
 from dml_jax.training.batches import device_batches
@@ -162,6 +164,7 @@ class _Epochs:
         self._experiment, self._done = experiment, done
         self._writer, self._checkpoints = writer, checkpoints
         self._began, self._first_step = time.perf_counter(), start
+        self._measure_drift = jax.jit(functools.partial(memvir.drift, experiment.config.loss))
         self.embeddings: dict[str, np.ndarray] | None = None
         """Embeddings of the selection split in the latest evaluation."""
 
@@ -174,7 +177,7 @@ class _Epochs:
             stops: whether the run stops after this epoch and must be saved.
         """
         config, trained = self._experiment.config, time.perf_counter()
-        metrics = _epoch_metrics(self._experiment, state, step)
+        metrics = _epoch_metrics(self._experiment, state, step) | self._drift(state)
         epoch = metrics["epoch"]
         scores: dict[str, float] = {}
         if epoch % config.evaluation.every_epochs == 0 or epoch == config.epochs:
@@ -196,6 +199,14 @@ class _Epochs:
         if scores or stops or epoch % config.checkpoint.every_epochs == 0:
             self._checkpoints.save(step, state, scores or None)
         self._began, self._first_step = time.perf_counter(), step
+
+    def _drift(self, state: TrainState) -> dict[str, float]:
+        """Returns the drift of MemVir's virtual classes at the latest step, if there were any."""
+        if state.memory is None:
+            return {}
+        drift = jax.device_get(self._measure_drift(state.memory))
+        values = {f"memvir_{name}": float(value) for name, value in drift._asdict().items()}
+        return {name: value for name, value in values.items() if not math.isnan(value)}
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
         evaluator = self._experiment.evaluator
@@ -219,14 +230,4 @@ def _epoch_metrics(experiment: Experiment, state: TrainState, step: int) -> dict
         "skipped_steps": int(jax.device_get(state.skipped.total)),
         "learning_rate": rate,
         "proxy_learning_rate": proxy_rate,
-        **_drift(state),
     }
-
-
-def _drift(state: TrainState) -> dict[str, float]:
-    """Returns the drift of MemVir's virtual classes at the latest step, if there were any."""
-    if state.memory is None:
-        return {}
-    drift = jax.device_get(state.memory.drift)
-    values = {f"memvir_{name}": float(value) for name, value in drift._asdict().items()}
-    return {name: value for name, value in values.items() if not math.isnan(value)}

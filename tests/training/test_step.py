@@ -386,3 +386,21 @@ def test_a_micro_batch_that_devices_cannot_share_is_refused(images):
         ValueError, match=r"in 4 micro-batches \(config.micro_batches\); .* multiple of 16"
     ):
         builder.build(parse(config), sharding.make_mesh(jax.devices()[:4]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "warning"),
+    [
+        ({}, ""),
+        ({"model.train_from": "head"}, "MemVir made retrieval worse"),
+        ({"memvir.step_gap": 3}, "in 8 steps, but the run has 8 after the warm-up"),
+    ],
+)
+def test_settings_with_which_memvir_has_no_effect_or_a_bad_one_warn(
+    images, settings, warning, caplog
+):
+    # An epoch has 4 steps, and the first of three is the warm-up.
+    config = tiny.config(images, "memvir", epochs=3)
+    config.update_from_flattened_dict({"memvir.num_steps": 2, "memvir.step_gap": 2} | settings)
+    builder.build(parse(config), sharding.make_mesh())
+    assert warning in caplog.text and bool(warning) == bool(caplog.text)
