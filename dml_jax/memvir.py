@@ -20,10 +20,6 @@ Every array has the layout `[anchor, block, slot, ...]`, so that all are sharded
 are M+1 apart share a block of the ring buffer, so a step reads one contiguous slice. A step stores
 its entry in `pending`, and the next step writes it into the ring before reading: a program that
 reads the ring and then writes it has to copy it.
-
-If the proxies hardly move in N(M+1) steps, the virtual classes are copies of the actual ones, and
-each row is pushed away from its own class. `Drift` measures this; `max_cosine` leaves such virtual
-classes out for the rows of their own class, which is our addition to the published method.
 """
 
 import dataclasses
@@ -47,7 +43,7 @@ from dml_jax.losses.base import (
     RowMask,
     Scalar,
 )
-from dml_jax.settings import choice, integer, number, setting
+from dml_jax.settings import choice, integer, setting
 
 SlotTerms = Float[Array, "anchors slots"]
 """A number for each anchor and each slot of a block."""
@@ -67,12 +63,6 @@ class MemVirConfig:
     warmup_epochs: int = setting(0, integer(0), help="Epochs at the start without virtual classes.")
     dtype: str = setting(
         "float32", choice(("float32", "bfloat16")), help="Dtype of the stored vectors."
-    )
-    max_cosine: float = setting(
-        1.0,
-        number(least=0.0, most=1.0),
-        help="A virtual class is no negative for the rows of its own class if its proxy's cosine "
-        "with the proxy of theirs is larger; 1 keeps all, as published.",
     )
 
 
@@ -201,7 +191,6 @@ def loss_and_update(
     *,
     row_mask: RowMask | None = None,
     class_mask: ClassMask | None = None,
-    max_cosine: float = 1.0,
 ) -> tuple[Scalar, Memory]:
     """Returns the loss of a step with the virtual classes, and the memory with the step added.
 
@@ -217,9 +206,6 @@ def loss_and_update(
         labels: `[rows]`, in `0..classes - 1`.
         row_mask: rows to include; None includes all. It must include the first B.
         class_mask: classes to include; None includes all. It must include all but the synthetic.
-        max_cosine: a virtual class whose proxy has a larger cosine with the proxy of the same class
-            at another step is no negative for the rows of that class at that step; 1 keeps all, as
-            published.
 
     Returns:
         A float32 scalar, differentiable in embeddings and proxies, and the new memory.
@@ -231,17 +217,14 @@ def loss_and_update(
     embeddings, proxies = loss.prepare(embeddings, proxies)
     row_mask, class_mask = loss.fill_masks(embeddings, proxies, row_mask, class_mask)
     real, synthetic = _split(loss, memory, _Batch(embeddings, proxies, row_mask, class_mask))
-    block = _read_block(loss, memory, real, max_cosine)
-    labels_of_real = labels[: len(real.embeddings)]
+    block = _read_block(loss, memory, real.class_mask)
     terms = loss.anchor_terms(embeddings, proxies, labels, row_mask, class_mask)
-    value = _loss(loss, block, terms, real, labels_of_real, synthetic) + loss.penalty(
-        proxies, class_mask
-    )
+    value = _loss(loss, block, terms, real, synthetic) + loss.penalty(proxies, class_mask)
 
     entry = Entry(
         embeddings=real.embeddings.astype(memory.ring.embeddings.dtype),
         proxies=real.proxies.reshape(len(real.class_mask), -1).astype(memory.ring.proxies.dtype),
-        labels=labels_of_real.astype(jnp.int32),
+        labels=labels[: len(real.embeddings)].astype(jnp.int32),
     )
     # The cache must agree with the vectors as stored, which may be rounded. If they are not, the
     # compiler removes this as a common subexpression.
@@ -252,7 +235,7 @@ def loss_and_update(
     log_sums, positives = loss.anchor_terms(
         real.embeddings, real.proxies, entry.labels, real.row_mask, real.class_mask
     )
-    current_over_stored, stored_over_current = _cross_log_sums(loss, block, real, entry.labels)
+    current_over_stored, stored_over_current = _cross_log_sums(loss, block, real)
     _, blocks, slots = memory.ring.labels.shape
     cache = memory.known[_anchor_kind(loss)]._replace(
         pending_own=positives,
@@ -261,9 +244,7 @@ def loss_and_update(
         pending_of=stored_over_current,
     )
     update = memory._replace(
-        steps=memory.steps + 1,
-        pending=entry,
-        known=memory.known | {_anchor_kind(loss): cache},
+        steps=memory.steps + 1, pending=entry, known=memory.known | {_anchor_kind(loss): cache}
     )
     return value, jax.lax.stop_gradient(update)
 
@@ -283,7 +264,8 @@ def drift(loss: losses.ProxyLoss, memory: Memory) -> Drift:
     )
     in_use = jnp.arange(slots) < step // blocks
     rows, proxies, labels = memory.pending
-    cosines = _cosines(stored.proxies, proxies)
+    now, then = numerics.normalize(proxies), numerics.normalize(stored.proxies)
+    cosines = jnp.sum(now[:, None] * then, axis=-1)
     # Classes that pad the memory are zero.
     classes = jnp.any(proxies != 0, axis=1)
     is_own = jax.nn.one_hot(labels, len(proxies), dtype=bool)
@@ -364,8 +346,6 @@ class _Block(NamedTuple):
     log_sums: Float[Array, "anchors slots slots"]
     in_use: Bool[Array, " slots"]
     class_mask: ClassMask
-    left_out: Bool[Array, "classes slots"] | None
-    """Virtual classes that are no negatives for the rows of their class; None keeps all."""
 
 
 def _anchor_kind(loss: losses.ProxyLoss) -> str:
@@ -426,7 +406,7 @@ def _write_pending(memory: Memory) -> Memory:
     )
 
 
-def _read_block(loss: losses.ProxyLoss, memory: Memory, real: _Batch, max_cosine: float) -> _Block:
+def _read_block(loss: losses.ProxyLoss, memory: Memory, class_mask: ClassMask) -> _Block:
     _, blocks, slots = memory.ring.labels.shape
     cache = memory.known[_anchor_kind(loss)]
     entries, positives, log_sums = jax.tree.map(
@@ -436,18 +416,7 @@ def _read_block(loss: losses.ProxyLoss, memory: Memory, real: _Batch, max_cosine
         (memory.ring, cache.own, cache.sums),
     )
     in_use = jnp.arange(slots) < memory.steps // blocks
-    left_out = None
-    if max_cosine < 1:
-        proxies = real.proxies.reshape(len(real.class_mask), -1)
-        left_out = _cosines(entries.proxies, proxies) > max_cosine
-    return _Block(entries, positives, log_sums, in_use, real.class_mask, left_out)
-
-
-def _cosines(
-    stored: Float[Array, "classes slots pdim"], proxies: Float[Array, "classes pdim"]
-) -> Float[Array, "classes slots"]:
-    """Returns the cosines of stored proxies with other ones of the same class."""
-    return jnp.sum(numerics.normalize(stored) * numerics.normalize(proxies)[:, None], axis=-1)
+    return _Block(entries, positives, log_sums, in_use, class_mask)
 
 
 def _loss(
@@ -455,7 +424,6 @@ def _loss(
     block: _Block,
     terms: tuple[AnchorTerms, AnchorTerms],
     real: _Batch,
-    labels: Labels,
     synthetic: _Batch,
 ) -> Scalar:
     """Returns the mean loss of the current and the stored anchors.
@@ -465,11 +433,10 @@ def _loss(
         block: the block of the memory for this step.
         terms: `anchor_terms` of the current batch, including the synthetic part.
         real: the real part of the current batch.
-        labels: labels of its rows.
         synthetic: the synthetic part.
     """
     current_log_sums, positives = terms
-    current_over_stored, stored_over_current = _cross_log_sums(loss, block, real, labels)
+    current_over_stored, stored_over_current = _cross_log_sums(loss, block, real)
     stored_parts = [
         stored_over_current[..., None],
         jnp.where(block.in_use[None, None], block.log_sums, -jnp.inf),
@@ -480,7 +447,7 @@ def _loss(
     current_over_stored = current_over_stored[: len(positives) - len(synthetic.embeddings)]
     anchor_mask = anchor_mask[: len(current_over_stored)]
     if len(synthetic.embeddings):
-        synthetic_over_stored, stored_over_synthetic = _cross_log_sums(loss, block, synthetic, None)
+        synthetic_over_stored, stored_over_synthetic = _cross_log_sums(loss, block, synthetic)
         current_over_stored = jnp.concatenate([current_over_stored, synthetic_over_stored])
         stored_parts.append(stored_over_synthetic[..., None])
         anchor_mask = jnp.append(
@@ -503,45 +470,23 @@ def _loss(
     )
 
 
-def _cross_logits(
-    loss: losses.ProxyLoss, block: _Block, batch: _Batch
-) -> tuple[Float[Array, "batch_rows classes slots"], Float[Array, "rows slots batch_classes"]]:
-    """Returns the logits of a batch's rows and stored proxies, and of stored rows and its own."""
-    rows, slots, dim = block.entries.embeddings.shape
-    # Each device has a shard of the memory; the batch is small and goes to all.
-    embeddings, proxies = sharding.replicate(batch.embeddings), sharding.replicate(batch.proxies)
-    # One product for all slots: a vmap over slots would copy the transposed proxies.
-    to_stored_proxies = loss.logits(embeddings, block.entries.proxies.reshape(-1, dim))
-    to_stored_rows = loss.logits(block.entries.embeddings.reshape(-1, dim), proxies)
-    return (
-        to_stored_proxies.reshape(len(embeddings), -1, slots),
-        to_stored_rows.reshape(rows, slots, -1),
-    )
-
-
 def _cross_log_sums(
-    loss: losses.ProxyLoss, block: _Block, batch: _Batch, labels: Labels | None
+    loss: losses.ProxyLoss, block: _Block, batch: _Batch
 ) -> tuple[Float[Array, "batch_anchors slots"], SlotTerms]:
     """Returns log-sum-exps between a batch and each slot of a block.
-
-    Args:
-        loss: the loss.
-        block: the block of the memory for this step.
-        batch: the batch.
-        labels: labels of its rows; None if they are of synthetic classes, which are never left out.
 
     Returns:
         The log-sum-exp of the batch's anchors over each slot's candidates, and of each slot's
         anchors over the batch's candidates.
     """
-    to_stored_proxies, to_stored_rows = _cross_logits(loss, block, batch)
-    if labels is not None and block.left_out is not None:
-        own = jax.nn.one_hot(labels, len(block.left_out), dtype=bool)
-        stored_own = jax.nn.one_hot(block.entries.labels, len(block.left_out), dtype=bool)
-        to_stored_proxies = jnp.where(
-            own[:, :, None] & block.left_out[None], -jnp.inf, to_stored_proxies
-        )
-        to_stored_rows = jnp.where(stored_own & block.left_out.T[None], -jnp.inf, to_stored_rows)
+    rows, slots, dim = block.entries.embeddings.shape
+    # Each device has a shard of the memory; the batch is small and goes to all.
+    embeddings, proxies = sharding.replicate(batch.embeddings), sharding.replicate(batch.proxies)
+    # One product for all slots: a vmap over slots would copy the transposed proxies.
+    to_stored_proxies = loss.logits(embeddings, block.entries.proxies.reshape(-1, dim))
+    to_stored_proxies = to_stored_proxies.reshape(len(embeddings), -1, slots)
+    to_stored_rows = loss.logits(block.entries.embeddings.reshape(-1, dim), proxies)
+    to_stored_rows = to_stored_rows.reshape(rows, slots, -1)
     # Masks apply to candidates here; `_loss` masks the anchors.
     if loss.class_anchors:
         batch_over_stored = numerics.log_sum_exp(to_stored_rows, axis=0).T

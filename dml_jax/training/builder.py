@@ -144,7 +144,6 @@ def _step_config(
         mixing_alpha=config.proxy_synthesis.alpha,
         mixing_ratio=config.proxy_synthesis.ratio,
         memory_warmup_steps=config.memvir.warmup_epochs * steps_per_epoch,
-        memory_max_cosine=config.memvir.max_cosine,
         frozen_steps=config.optimizer.frozen_epochs * steps_per_epoch,
         micro_batches=config.micro_batches,
         fixed=network.fixed,

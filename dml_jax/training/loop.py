@@ -164,7 +164,10 @@ class _Epochs:
         self._experiment, self._done = experiment, done
         self._writer, self._checkpoints = writer, checkpoints
         self._began, self._first_step = time.perf_counter(), start
-        self._measure_drift = jax.jit(functools.partial(memvir.drift, experiment.config.loss))
+        self._measure_drift = jax.jit(
+            functools.partial(memvir.drift, experiment.config.loss),
+            out_shardings=sharding.replicated_sharding(experiment.mesh),
+        )
         self.embeddings: dict[str, np.ndarray] | None = None
         """Embeddings of the selection split in the latest evaluation."""
 

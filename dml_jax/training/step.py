@@ -44,8 +44,6 @@ class StepConfig(NamedTuple):
     """Proxy Synthesis: synthetic classes per sample; 0 for none."""
     memory_warmup_steps: int
     """MemVir: steps before the memory is used; without effect if the state has no memory."""
-    memory_max_cosine: float
-    """MemVir: see `memvir.loss_and_update`."""
     frozen_steps: int
     """First steps, in which the backbone and its batch statistics do not change."""
     micro_batches: int
@@ -141,9 +139,7 @@ def objective(
         )._asdict()
     if state.memory is None:
         return config.loss(**problem), (batch_stats, None)
-    loss, memory = memvir.loss_and_update(
-        config.loss, state.memory, **problem, max_cosine=config.memory_max_cosine
-    )
+    loss, memory = memvir.loss_and_update(config.loss, state.memory, **problem)
     # The memory stays empty during the warm-up, so that it does not affect the loss.
     warm = state.step >= config.memory_warmup_steps
     memory = memory._replace(steps=jnp.where(warm, memory.steps, 0))

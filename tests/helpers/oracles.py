@@ -11,7 +11,7 @@ def normalized(vectors):
 
 
 def cross_entropy(logits, labels, rows, classes):
-    logits = jnp.where(classes.reshape(-1, logits.shape[1]), logits, -1e9)
+    logits = jnp.where(classes[None, :], logits, -1e9)
     return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels], where=rows)
 
 
@@ -71,10 +71,9 @@ def soft_triple(
 
 
 def proxy_anchor(e, p, labels, rows, classes, *, alpha=32.0, margin=0.1):
-    candidates, classes = classes, classes.reshape(-1, len(p)).any(0)
     similarity = e @ p.T
     positive = (labels[:, None] == jnp.arange(len(p))[None]) & rows[:, None]
-    negative = (labels[:, None] != jnp.arange(len(p))[None]) & rows[:, None] & candidates
+    negative = (labels[:, None] != jnp.arange(len(p))[None]) & rows[:, None]
     pull = jnp.where(positive, jnp.exp(-alpha * (similarity - margin)), 0.0).sum(0)
     push = jnp.where(negative, jnp.exp(alpha * (similarity + margin)), 0.0).sum(0)
     with_positives = positive.any(0) & classes
@@ -129,7 +128,6 @@ class DenseMemVir:
         classes,
         synthetic=0,
         dtype=jnp.float32,
-        max_cosine=1.0,
         **hyperparameters,
     ):
         self.num_steps, self.step_gap = num_steps, step_gap
@@ -150,31 +148,13 @@ class DenseMemVir:
             rows = jnp.concatenate([rows, mixed[0], *[old for old, _, _ in virtual]])
             columns = jnp.concatenate([columns, mixed[1], *[old for _, old, _ in virtual]])
             present = classes + synthetic
-            virtual_labels = [present + k * classes + old for k, (_, _, old) in enumerate(virtual)]
-            labels = jnp.concatenate([labels, classes + jnp.arange(synthetic), *virtual_labels])
-            row_exists = jnp.concatenate([jnp.ones(batch, bool), valid, jnp.repeat(exist, batch)])
-            class_exists = jnp.concatenate(
-                [jnp.ones(classes, bool), valid, jnp.repeat(exist, classes)]
-            )
-            candidates = class_exists[None] & ~left_out(columns, labels)
-            return LOSSES[name](rows, columns, labels, row_exists, candidates, **hyperparameters)
-
-        def left_out(columns, labels):
-            """Which classes are no candidates of which rows, as `max_cosine` says."""
-            step_of_class = jnp.concatenate(
-                [jnp.zeros(classes, int), jnp.full(synthetic, -1)]
-                + [jnp.full(classes, 1 + k) for k in range(num_steps)]
-            )
-            class_of_class = jnp.arange(len(step_of_class)) - synthetic * (step_of_class > 0)
-            class_of_class = jnp.where(step_of_class < 0, -1, class_of_class % classes)
-            proxies = normalized(columns.reshape(len(step_of_class), -1))
-            target = labels[:, None]
-            return (
-                (step_of_class[target] != step_of_class[None])
-                & (step_of_class[None] >= 0)
-                & (class_of_class[target] == class_of_class[None])
-                & ((proxies @ proxies.T)[labels] > max_cosine)
-            )
+            labels = [labels, classes + jnp.arange(synthetic)] + [
+                present + k * classes + old for k, (_, _, old) in enumerate(virtual)
+            ]
+            row_exists = [jnp.ones(batch, bool), valid, jnp.repeat(exist, batch)]
+            class_exists = [jnp.ones(classes, bool), valid, jnp.repeat(exist, classes)]
+            problem = map(jnp.concatenate, (labels, row_exists, class_exists))
+            return LOSSES[name](rows, columns, *problem, **hyperparameters)
 
         self.value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
 

@@ -244,7 +244,6 @@ OFFICIAL = {
     "memvir.step_gap": 0,
     "memvir.warmup_epochs": 0,
     "memvir.dtype": "float32",
-    "memvir.max_cosine": 1.0,
     "optimizer.name": "adam",
     "optimizer.learning_rate": 1e-4,
     "optimizer.proxy_learning_rate": 1e-2,
