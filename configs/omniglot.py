@@ -3,9 +3,9 @@
 python scripts/prepare_data.py omniglot --download --source=downloads --out=data/omniglot
 python scripts/train.py --config=configs/omniglot.py:ps --workdir=runs/omniglot_ps
 
-Expected R@1 / RP / MAP@R in percent at the last epoch, means of three seeds (docs/benchmarks.md has
-the commands): `ps` 82.3 / 55.2 / 47.0, `ps_memvir` 83.6 / 55.9 / 47.8; with its own best scale, 12,
-`memvir` 84.6 / 57.7 / 49.5; with its own best learning rate, 4e-3, `baseline` 80.2 / 53.0 / 44.5.
+Expected R@1 / RP / MAP@R in percent at the last epoch, means of five seeds (docs/benchmarks.md has
+the commands): `ps` 82.6 / 55.3 / 47.0, `ps_memvir` 83.4 / 55.7 / 47.5; with its own best scale, 12,
+`memvir` 84.8 / 57.5 / 49.4; with its own best learning rate, 4e-3, `baseline` 80.4 / 53.0 / 44.5.
 The settings also suit a folder of other characters: `--config.data.name=folder
 --config.data.root=DIR`.
 

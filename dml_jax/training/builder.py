@@ -222,8 +222,8 @@ def _warn_about_memvir(config: Config, steps_per_epoch: int) -> None:
         return
     if config.model.train_from == HEAD:
         logging.warning(
-            "config.memvir is used with config.model.train_from='head': with frozen features, "
-            "MemVir made retrieval worse with every setting that was tried (docs/study.md)"
+            "config.memvir is used with config.model.train_from='head': MemVir hardly "
+            "ever improved retrieval with frozen features (docs/study.md)"
         )
     filled = memory.num_steps * (memory.step_gap + 1)
     used = (config.epochs - memory.warmup_epochs) * steps_per_epoch
