@@ -49,6 +49,9 @@ def test_a_run_writes_all_its_files(settings, images, tmp_path, monkeypatch):
     lines = files.read_json_lines(folder / run_directory.METRICS)
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 4), (2, 8), (3, 12)]
     assert result["last"] == lines[-1]
+    # The first epoch is the warm-up of the memory.
+    assert ["memvir_cosine" in line for line in lines] == [False, True, True]
+    assert -1 <= lines[-1]["memvir_cosine"] < 1 and 0 <= lines[-1]["memvir_separation"] <= 1
     assert result["best"]["map@r"] == max(line["map@r"] for line in lines)
     assert result["images"] == {"train": 36, "test": 24}
     assert json.loads((folder / run_directory.CONFIG).read_text()) == json.loads(config.to_json())
