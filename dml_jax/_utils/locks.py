@@ -1,6 +1,8 @@
 """Locks between processes, by files; the system releases those of a process that is killed."""
 
+import contextlib
 import fcntl
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -25,6 +27,24 @@ def acquire(file: IO, path: Path) -> bool:
     return True
 
 
-def wait(file: IO) -> None:
-    """Locks an open file until it is closed, once no other process holds the lock."""
-    fcntl.flock(file, fcntl.LOCK_EX)
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Locks a file for the duration of the body; waits while another process holds the lock.
+
+    Args:
+        path: the file, which is created if needed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        if not acquire(file, path):
+            logging.warning("waiting for another process, which holds the lock %s", path)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def is_held(path: Path) -> bool:
+    """Returns whether another process, or another open file of this one, holds a file's lock."""
+    if not path.exists():
+        return False
+    with path.open("a") as file:
+        return not acquire(file, path)

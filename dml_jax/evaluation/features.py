@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import flax
 import jax
 import numpy as np
-from absl import logging
 from jaxtyping import Float16, Float32, Int, PyTree
 
 from dml_jax import data
@@ -141,7 +140,8 @@ class _Cache:
         place = self._folder / digest[:32]
         with contextlib.ExitStack() as stack:
             if processes.is_first_process():
-                stack.enter_context(_locked(place))
+                # Another process may be computing the same features.
+                stack.enter_context(locks.exclusive(place / _LOCK))
             complete = (place / _COMPLETE).exists()
             if not processes.from_first_process({"complete": float(complete)})["complete"]:
                 self._compute(place, source, views)
@@ -224,17 +224,6 @@ def _digest_of_images(source: Source) -> str:
         for of_image in pool.map(lambda i: hashlib.sha256(source[i]).digest(), range(len(source))):
             digest.update(of_image)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(place: Path) -> Iterator[None]:
-    """Locks a cache against other processes, and waits while another one computes it."""
-    place.mkdir(parents=True, exist_ok=True)
-    with (place / _LOCK).open("a") as file:
-        if not locks.acquire(file, place):
-            logging.warning("another process computes the features in %s; waiting for it", place)
-            locks.wait(file)
-        yield
 
 
 def _open(place: Path, shape: tuple[int, ...], rows: int) -> tuple[np.memmap, int]:

@@ -13,10 +13,8 @@ from dml_jax._utils.errors import LockedError
 from dml_jax.evaluation.embedding_files import Embeddings, load_embeddings
 from dml_jax.report import ranking
 from dml_jax.retrieval import exact
-from dml_jax.study.trials import Variant, of_fold
+from dml_jax.study.trials import PAUSE, Variant, of_fold
 from dml_jax.training import run_directory
-
-_PAUSE = 10.0  # Seconds before a run that another process trains is asked for again.
 
 
 class Final(NamedTuple):
@@ -79,7 +77,7 @@ def train(
                 busy.append((config, workdir))
         pending = busy
         if pending:
-            time.sleep(_PAUSE)
+            time.sleep(PAUSE)
     return {
         variant.name: [_score(root, variant.name, seed, folds) for seed in range(seeds)]
         for variant, _ in variants

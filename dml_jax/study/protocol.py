@@ -10,6 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dml_jax import data
+from dml_jax._utils import locks
 from dml_jax._utils.errors import UserError
 from dml_jax._utils.files import read_json, write_json, write_text
 from dml_jax.data.splits import load_splits
@@ -111,12 +112,12 @@ def carry_out(study: Plan, storage: trials.Storage, root: Path) -> str:
         raise UserError(
             "a study trains each run in one process; start it once on each machine instead"
         )
-    _claim(study, root)
+    with locks.exclusive(root / trials.LOCKS / "study"):
+        _claim(study, root)
     train = functools.partial(run.train, inspection=study.inspection)
-    searches = [
-        trials.search(variant, storage, root, train, trials=study.trials, folds=study.folds)
-        for variant in study.variants
-    ]
+    searches = trials.search(
+        study.variants, storage, root, train, trials=study.trials, folds=study.folds
+    )
     best = [trials.best_settings(search) for search in searches]
     scores = finals.train(
         list(zip(study.variants, best, strict=True)),
@@ -130,8 +131,11 @@ def carry_out(study: Plan, storage: trials.Storage, root: Path) -> str:
     }
     names = [variant.name for variant in study.variants]
     by_name = dict(zip(names, searches, strict=True))
-    write_text(root / RUNS, summary.runs_csv({k: x.trials for k, x in by_name.items()}, scores))
-    write_text(root / PAGE, page.render(by_name, kinds, study.trials, study.folds, study.seeds))
+    runs = summary.runs_csv({k: x.trials for k, x in by_name.items()}, scores)
+    rendered = page.render(by_name, kinds, study.trials, study.folds, study.seeds)
+    with locks.exclusive(root / trials.LOCKS / "study"):
+        write_text(root / RUNS, runs)
+        write_text(root / PAGE, rendered)
     return "\n\n".join(summary.markdown(rows, f"{kind}, %") for kind, rows in kinds.items())
 
 
@@ -167,5 +171,4 @@ def _claim(study: Plan, root: Path) -> None:
                 f"--root, or undo the changes of: {', '.join(changed)}"
             )
         planned["variants"] = recorded["variants"] | planned["variants"]
-    root.mkdir(parents=True, exist_ok=True)
     write_json(root / PLAN, planned)

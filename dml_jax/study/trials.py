@@ -4,7 +4,8 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,11 @@ Storage = optuna.storages.BaseStorage
 METRIC = "map@r"
 """The metric that a search maximises, on the validation classes of each fold."""
 
-_DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+LOCKS = "locks"
+"""Folder of the lock files of a study."""
+
+PAUSE = 10.0
+"""Seconds before asking again for what another process works on."""
 
 
 class Variant(NamedTuple):
@@ -72,40 +77,59 @@ def open_storage(url: str | None, root: Path) -> Storage:
 
 
 def search(
-    variant: Variant,
+    variants: Sequence[Variant],
     storage: Storage,
     root: Path,
     train: Callable[..., dict[str, Any]],
     *,
     trials: int,
     folds: int,
-) -> optuna.Study:
-    """Searches the settings of a variant, or continues, until enough trials are done.
+) -> list[optuna.Study]:
+    """Searches the settings of each variant, or continues, until each has enough trials.
 
     For each fold, a trial trains a run on the other folds' classes; its value is the `METRIC` of
     the last epoch on the held-out classes, averaged over folds. While it trains on its first fold,
     Hyperband may prune it. Trials that were interrupted are repeated with their settings, without
     the folds that were finished. Several processes, also on several machines that share the root
-    and the storage, may search at the same time.
+    and the storage, may search at the same time; all return after the last trial of any of them.
 
     Args:
-        variant: the variant.
+        variants: the variants.
         storage: storage of the trials.
         root: folder of the study.
         train: `run.train`.
-        trials: number of completed and pruned trials.
+        trials: number of completed and pruned trials of each variant.
         folds: number of folds.
 
     Raises:
         Stopped: the process was asked to stop.
-        ValueError: a setting or an image is invalid.
+        ValueError: a setting or an image is invalid, or all trials of a variant were pruned.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    studies = [_open(variant, storage) for variant in variants]
+    pending = list(zip(variants, studies, strict=True))
+    while pending:
+        for variant, study in pending:
+            while _run_next(variant, study, root, train, trials, folds):
+                pass
+        pending = [(variant, study) for variant, study in pending if _done(study) < trials]
+        if pending:
+            time.sleep(PAUSE)  # Other processes run their last trials.
+    for variant, study in zip(variants, studies, strict=True):
+        if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            raise UserError(
+                f"none of the {trials} trials of {variant.name} was completed; give more trials, "
+                "or search lower learning rates"
+            )
+    return studies
+
+
+def _open(variant: Variant, storage: Storage) -> optuna.Study:
     epochs, every = variant.config.epochs, variant.config.evaluation.every_epochs
     pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
     if 3 * every <= epochs:
         pruner = optuna.pruners.HyperbandPruner(every, epochs, reduction_factor=3)
-    study = optuna.create_study(
+    return optuna.create_study(
         study_name=variant.name,
         storage=storage,
         sampler=optuna.samplers.TPESampler(),
@@ -113,22 +137,36 @@ def search(
         direction="maximize",
         load_if_exists=True,
     )
-    _repeat_interrupted(study, root / "locks")
 
-    def objective(trial: optuna.Trial) -> float:
-        settings = _suggest(trial, variant.space)
-        with _locked(root / "locks", study, trial.number):
+
+def _run_next(
+    variant: Variant,
+    study: optuna.Study,
+    root: Path,
+    train: Callable[..., dict[str, Any]],
+    trials: int,
+    folds: int,
+) -> bool:
+    """Runs another trial; returns False if enough are done or running."""
+    with contextlib.ExitStack() as until_finished:
+        # Between counting the trials and starting one, no other process may start one.
+        with locks.exclusive(root / LOCKS / study.study_name):
+            _repeat_interrupted(study, root)
+            running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            if _done(study) + len(running) >= trials:
+                return False
+            trial = study.ask()
+            lock = _lock_file(root, study, trial.number)
+            until_finished.enter_context(locks.exclusive(lock))
+            settings = _suggest(trial, variant.space)
+        try:
             folder = root / "trials" / variant.name
-            return _evaluate(trial, variant, settings, folder, train, folds)
-
-    if _count(study) < trials:
-        study.optimize(objective, callbacks=[optuna.study.MaxTrialsCallback(trials, _DONE)])
-    if not study.get_trials(states=(TrialState.COMPLETE,)):
-        raise UserError(
-            f"none of the {trials} trials of {variant.name} was completed; give more trials, or "
-            "search lower learning rates"
-        )
-    return study
+            value = _evaluate(trial, variant, settings, folder, train, folds)
+        except optuna.TrialPruned:
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            study.tell(trial, value)
+    return True
 
 
 def best_settings(study: optuna.Study) -> dict[str, Any]:
@@ -136,8 +174,9 @@ def best_settings(study: optuna.Study) -> dict[str, Any]:
     return dict(study.best_trial.params)
 
 
-def _count(study: optuna.Study) -> int:
-    return len(study.get_trials(deepcopy=False, states=_DONE))
+def _done(study: optuna.Study) -> int:
+    states = (TrialState.COMPLETE, TrialState.PRUNED)
+    return len(study.get_trials(deepcopy=False, states=states))
 
 
 def _suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
@@ -212,11 +251,13 @@ class _Reporter(trackers.Tracker):
             self._trial.report(metrics[METRIC], metrics["epoch"])
 
 
-def _repeat_interrupted(study: optuna.Study, folder: Path) -> None:
+def _repeat_interrupted(study: optuna.Study, root: Path) -> None:
     """Enqueues the settings of trials whose process was interrupted, once each."""
     repeated = {trial.user_attrs.get("repeats") for trial in study.trials}
     for trial in study.trials:
-        if trial.state == TrialState.RUNNING and not _is_locked(folder, study, trial.number):
+        if trial.state == TrialState.RUNNING:
+            if locks.is_held(_lock_file(root, study, trial.number)):
+                continue
             study.tell(trial.number, state=TrialState.FAIL)
         elif trial.state != TrialState.FAIL:
             continue
@@ -224,23 +265,6 @@ def _repeat_interrupted(study: optuna.Study, folder: Path) -> None:
             study.enqueue_trial(trial.params, user_attrs={"repeats": trial.number})
 
 
-def _lock_file(folder: Path, study: optuna.Study, number: int) -> Path:
-    return folder / f"{study.study_name}-{number}"
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, study: optuna.Study, number: int) -> Iterator[None]:
-    """Marks a trial as being worked on until the process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = _lock_file(folder, study, number)
-    with path.open("a") as file:
-        locks.acquire(file, path)
-        yield
-
-
-def _is_locked(folder: Path, study: optuna.Study, number: int) -> bool:
-    path = _lock_file(folder, study, number)
-    if not path.exists():
-        return False
-    with path.open("a") as file:
-        return not locks.acquire(file, path)
+def _lock_file(root: Path, study: optuna.Study, number: int) -> Path:
+    """Returns the file that is locked while a process runs a trial."""
+    return root / LOCKS / f"{study.study_name}-{number}"

@@ -1,23 +1,17 @@
 """The training loop: step, log, evaluate, save."""
 
-import functools
-import math
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from dml_jax import memvir
-from dml_jax._utils import processes, sharding
+from dml_jax._utils import processes
 from dml_jax.training import checkpoint, history, nonfinite, preemption, result, trackers
 from dml_jax.training.batches import device_batches
 from dml_jax.training.builder import Experiment, with_features
+from dml_jax.training.epochs import Epochs
 from dml_jax.training.fork import forked_from, initial_state
 from dml_jax.training.state import TrainState, network_variables
-
-_STEPS_IN_FLIGHT = 4
 
 
 def train(
@@ -59,11 +53,9 @@ def train(
         )
         experiment = _prepared(experiment, workdir, state, start, stop)
         with trackers.create(workdir, config, steps_per_epoch, start, tracker) as writer:
-            epochs = _Epochs(experiment, done, writer, checkpoints, start)
-            watch = nonfinite.Watch(
-                experiment, workdir, writer, checkpoints, _steps_late(experiment)
-            )
-            agreement = processes.Agreement(experiment.mesh, _STEPS_IN_FLIGHT)
+            epochs = Epochs(experiment, done, writer, checkpoints, start)
+            watch = nonfinite.Watch(experiment, workdir, writer, checkpoints)
+            agreement = processes.Agreement(experiment.mesh, nonfinite.STEPS_LATE)
             end = start if done.out_of_patience else config.epochs * steps_per_epoch
             with jax.transfer_guard("disallow"):
                 for step, batch in device_batches(experiment, start, end):
@@ -85,8 +77,7 @@ def train(
                         break
     stop.unsaved = jax.process_count() > 1  # Other processes would wait for one that exits alone.
     _stop_if_asked(stop, "stopped after training: start again for the result")
-    embeddings = _test_embeddings(experiment, state, epochs)
-    return result.write(experiment, workdir, done.evaluated, embeddings)
+    return result.write(experiment, workdir, done.evaluated, epochs.test_embeddings(state))
 
 
 def _stop_if_asked(stop: preemption.StopRequest, message: str) -> None:
@@ -113,26 +104,6 @@ def _prepared(
     return experiment
 
 
-def _test_embeddings(
-    experiment: Experiment, state: TrainState, epochs: "_Epochs"
-) -> dict[str, np.ndarray] | None:
-    """Returns the embeddings of the test images after the last step; None without scores."""
-    if experiment.selection_split == "test" and epochs.embeddings is not None:
-        return epochs.embeddings
-    if not experiment.config.evaluation.test:
-        return None
-    return experiment.evaluator.embed(network_variables(state), "test")
-
-
-def _steps_late(experiment: Experiment) -> int:
-    """Returns after how many later steps the metrics of a step are read.
-
-    The delay keeps accelerators busy. CPUs need none, because steps take long compared with the
-    work between them, and each dispatched step holds its own temporary memory.
-    """
-    return 0 if sharding.on_cpu(experiment.mesh) else _STEPS_IN_FLIGHT
-
-
 def _start(
     experiment: Experiment,
     workdir: Path,
@@ -148,89 +119,3 @@ def _start(
     if fork is not None:
         checkpoints.save(0, state, None)  # From now on the other run is not needed.
     return state, 0
-
-
-class _Epochs:
-    """The end of each epoch: metrics, evaluation, log, checkpoint."""
-
-    def __init__(
-        self,
-        experiment: Experiment,
-        done: history.History,
-        writer: trackers.Trackers,
-        checkpoints: checkpoint.Checkpoints,
-        start: int,
-    ) -> None:
-        self._experiment, self._done = experiment, done
-        self._writer, self._checkpoints = writer, checkpoints
-        self._began, self._first_step = time.perf_counter(), start
-        self._measure_drift = jax.jit(
-            functools.partial(memvir.drift, experiment.config.loss),
-            out_shardings=sharding.replicated_sharding(experiment.mesh),
-        )
-        self.embeddings: dict[str, np.ndarray] | None = None
-        """Embeddings of the selection split in the latest evaluation."""
-
-    def finish(self, step: int, state: TrainState, stops: bool) -> None:
-        """Logs an epoch, and evaluates and saves at the configured intervals.
-
-        Args:
-            step: number of steps done.
-            state: state after the step.
-            stops: whether the run stops after this epoch and must be saved.
-        """
-        config, trained = self._experiment.config, time.perf_counter()
-        metrics = _epoch_metrics(self._experiment, state, step) | self._drift(state)
-        epoch = metrics["epoch"]
-        scores: dict[str, float] = {}
-        if epoch % config.evaluation.every_epochs == 0 or epoch == config.epochs:
-            scores = self._evaluate(state)
-            self._done.evaluated.append(metrics | scores)
-        timings = {
-            "step": step,
-            "epoch": epoch,
-            "images_per_second": (step - self._first_step)
-            * config.batch_size
-            / (trained - self._began),
-            "train_seconds": trained - self._began,
-            "evaluation_seconds": time.perf_counter() - trained,
-            "peak_memory_gb": sharding.peak_memory() / 1e9,
-        }
-        self._writer.epoch(metrics | scores, timings)
-        if scores and self.embeddings is not None:
-            self._writer.evaluation(step, self._experiment.sources, self.embeddings)
-        if scores or stops or epoch % config.checkpoint.every_epochs == 0:
-            self._checkpoints.save(step, state, scores or None)
-        self._began, self._first_step = time.perf_counter(), step
-
-    def _drift(self, state: TrainState) -> dict[str, float]:
-        """Returns the drift of MemVir's virtual classes at the latest step, if there were any."""
-        if state.memory is None:
-            return {}
-        drift = jax.device_get(self._measure_drift(state.memory))
-        values = {f"memvir_{name}": float(value) for name, value in drift._asdict().items()}
-        return {name: value for name, value in values.items() if not math.isnan(value)}
-
-    def _evaluate(self, state: TrainState) -> dict[str, float]:
-        evaluator = self._experiment.evaluator
-        self.embeddings = evaluator.embed(
-            network_variables(state), self._experiment.selection_split
-        )
-        return evaluator.score(self.embeddings)
-
-
-def _epoch_metrics(experiment: Experiment, state: TrainState, step: int) -> dict[str, Any]:
-    rate, proxy_rate = experiment.learning_rate(step - 1)
-    averages = {
-        name: metric.total / metric.count
-        for name, metric in vars(jax.device_get(state.metrics)).items()
-        if not name.startswith("_")
-    }
-    return {
-        "step": step,
-        "epoch": step // experiment.steps_per_epoch,
-        **{name: float(value) for name, value in averages.items()},
-        "skipped_steps": int(jax.device_get(state.skipped.total)),
-        "learning_rate": rate,
-        "proxy_learning_rate": proxy_rate,
-    }

@@ -9,7 +9,7 @@ import jax
 from absl import logging
 
 from dml_jax import data
-from dml_jax._utils import processes
+from dml_jax._utils import processes, sharding
 from dml_jax._utils.files import write_json
 from dml_jax.training import run_directory
 from dml_jax.training.builder import Experiment
@@ -17,6 +17,9 @@ from dml_jax.training.checkpoint import Checkpoints
 from dml_jax.training.state import split
 from dml_jax.training.step import StepMetrics
 from dml_jax.training.trackers import Tracker
+
+STEPS_LATE = 4
+"""Number of steps after which accelerators are asked for what a step gave."""
 
 
 def describe(experiment: Experiment, step: int, metrics: StepMetrics) -> dict[str, Any]:
@@ -79,7 +82,6 @@ class Watch:
         workdir: Path,
         writer: Tracker,
         checkpoints: Checkpoints,
-        steps_late: int,
     ) -> None:
         """Creates a watch with no pending steps.
 
@@ -88,11 +90,12 @@ class Watch:
             workdir: directory of the run.
             writer: tracker that logs the steps that are not skipped.
             checkpoints: checkpoints of the run; the error names the latest.
-            steps_late: delay in steps after which the metrics of a step are read.
         """
         self._experiment, self._workdir = experiment, workdir
         self._writer, self._checkpoints = writer, checkpoints
-        self._steps_late = steps_late
+        # The delay keeps accelerators busy. CPUs need none, because steps take long compared with
+        # the work between them, and each dispatched step holds its own temporary memory.
+        self._steps_late = 0 if sharding.on_cpu(experiment.mesh) else STEPS_LATE
         self._pending: collections.deque[tuple[int, StepMetrics]] = collections.deque()
 
     def put(self, step: int, metrics: StepMetrics) -> None:

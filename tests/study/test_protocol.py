@@ -1,6 +1,9 @@
 import csv
 import functools
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -135,7 +138,7 @@ def test_an_interrupted_study_continues(images, tmp_path, monkeypatch):
         carry_out(images, tmp_path, methods=[], seeds=1, trials=3)
     # The second trial was interrupted on its second fold.
     interrupted = loaded(tmp_path, "baseline_norm_softmax").trials[1]
-    assert interrupted.state == optuna.trial.TrialState.FAIL
+    assert interrupted.state == optuna.trial.TrialState.RUNNING
     carry_out(images, tmp_path, methods=[], seeds=1, trials=3)
     search = loaded(tmp_path, "baseline_norm_softmax")
     states = [trial.state.name for trial in search.trials]
@@ -159,6 +162,44 @@ def test_a_trial_of_a_killed_process_is_repeated(images, tmp_path):
     first, second = loaded(tmp_path, "baseline_norm_softmax").trials
     assert first.state == optuna.trial.TrialState.FAIL
     assert second.params == settings and second.user_attrs["repeats"] == 0
+
+
+def test_two_processes_run_each_trial_once_and_wait_for_each_other(images, tmp_path, monkeypatch):
+    variants = planned(images, tmp_path).variants
+    monkeypatch.setattr(trials, "PAUSE", 0.01)
+    running, most = set(), []
+    guard, done = threading.Lock(), trials._done
+
+    def slow_done(study):
+        count = done(study)
+        time.sleep(0.05)  # Another process may start a trial between counting and asking.
+        return count
+
+    monkeypatch.setattr(trials, "_done", slow_done)
+
+    def train(config, workdir, tracker):
+        with guard:
+            assert workdir not in running
+            running.add(workdir)
+            most.append(len(running))
+        time.sleep(0.1)
+        with guard:
+            running.remove(workdir)
+        return {"last": {"map@r": float(config.loss.scale)}}
+
+    def search(_):
+        storage = trials.open_storage(None, tmp_path)
+        found = trials.search(variants, storage, tmp_path, train, trials=5, folds=FOLDS)
+        return [trials.best_settings(study) for study in found]
+
+    # Threads hold their own locks, as processes do.
+    with ThreadPoolExecutor(3) as pool:
+        best = list(pool.map(search, range(3)))
+    assert best[0] == best[1] == best[2]
+    assert max(most) > 1
+    for variant in variants:
+        states = [trial.state.name for trial in loaded(tmp_path, variant.name).trials]
+        assert states == ["COMPLETE"] * 5
 
 
 def test_a_worse_trial_is_pruned(images, tmp_path):

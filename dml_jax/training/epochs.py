@@ -1,0 +1,121 @@
+"""The end of an epoch of training: metrics, evaluation, log, checkpoint."""
+
+import functools
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from dml_jax import memvir
+from dml_jax._utils import sharding
+from dml_jax.training import checkpoint, history, trackers
+from dml_jax.training.builder import Experiment
+from dml_jax.training.state import TrainState, network_variables
+
+
+class Epochs:
+    """The end of each epoch: metrics, evaluation, log, checkpoint."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        done: history.History,
+        writer: trackers.Trackers,
+        checkpoints: checkpoint.Checkpoints,
+        start: int,
+    ) -> None:
+        """Prepares the epochs that follow a step.
+
+        Args:
+            experiment: experiment of the run.
+            done: what the run has done so far; evaluations are added to it.
+            writer: trackers that log the epochs.
+            checkpoints: checkpoints of the run.
+            start: number of steps done.
+        """
+        self._experiment, self._done = experiment, done
+        self._writer, self._checkpoints = writer, checkpoints
+        self._began, self._first_step = time.perf_counter(), start
+        self._measure_drift = jax.jit(
+            functools.partial(memvir.drift, experiment.config.loss),
+            out_shardings=sharding.replicated_sharding(experiment.mesh),
+        )
+        self._embeddings: dict[str, np.ndarray] | None = None  # Those of the latest evaluation.
+
+    def finish(self, step: int, state: TrainState, stops: bool) -> None:
+        """Logs an epoch, and evaluates and saves at the configured intervals.
+
+        Args:
+            step: number of steps done.
+            state: state after the step.
+            stops: whether the run stops after this epoch and must be saved.
+        """
+        config, trained = self._experiment.config, time.perf_counter()
+        metrics = _epoch_metrics(self._experiment, state, step) | self._drift(state)
+        epoch = metrics["epoch"]
+        scores: dict[str, float] = {}
+        if epoch % config.evaluation.every_epochs == 0 or epoch == config.epochs:
+            scores = self._evaluate(state)
+            self._done.evaluated.append(metrics | scores)
+        timings = {
+            "step": step,
+            "epoch": epoch,
+            "images_per_second": (step - self._first_step)
+            * config.batch_size
+            / (trained - self._began),
+            "train_seconds": trained - self._began,
+            "evaluation_seconds": time.perf_counter() - trained,
+            "peak_memory_gb": sharding.peak_memory() / 1e9,
+        }
+        self._writer.epoch(metrics | scores, timings)
+        if scores and self._embeddings is not None:
+            self._writer.evaluation(step, self._experiment.sources, self._embeddings)
+        if scores or stops or epoch % config.checkpoint.every_epochs == 0:
+            self._checkpoints.save(step, state, scores or None)
+        self._began, self._first_step = time.perf_counter(), step
+
+    def test_embeddings(self, state: TrainState) -> dict[str, np.ndarray] | None:
+        """Returns the embeddings of the test images; None for a run without test scores.
+
+        Args:
+            state: state after the last step.
+        """
+        if self._experiment.selection_split == "test" and self._embeddings is not None:
+            return self._embeddings
+        if not self._experiment.config.evaluation.test:
+            return None
+        return self._experiment.evaluator.embed(network_variables(state), "test")
+
+    def _drift(self, state: TrainState) -> dict[str, float]:
+        """Returns the drift of MemVir's virtual classes at the latest step, if there were any."""
+        if state.memory is None:
+            return {}
+        drift = jax.device_get(self._measure_drift(state.memory))
+        values = {f"memvir_{name}": float(value) for name, value in drift._asdict().items()}
+        return {name: value for name, value in values.items() if not math.isnan(value)}
+
+    def _evaluate(self, state: TrainState) -> dict[str, float]:
+        evaluator = self._experiment.evaluator
+        self._embeddings = evaluator.embed(
+            network_variables(state), self._experiment.selection_split
+        )
+        return evaluator.score(self._embeddings)
+
+
+def _epoch_metrics(experiment: Experiment, state: TrainState, step: int) -> dict[str, Any]:
+    rate, proxy_rate = experiment.learning_rate(step - 1)
+    averages = {
+        name: metric.total / metric.count
+        for name, metric in vars(jax.device_get(state.metrics)).items()
+        if not name.startswith("_")
+    }
+    return {
+        "step": step,
+        "epoch": step // experiment.steps_per_epoch,
+        **{name: float(value) for name, value in averages.items()},
+        "skipped_steps": int(jax.device_get(state.skipped.total)),
+        "learning_rate": rate,
+        "proxy_learning_rate": proxy_rate,
+    }
