@@ -15,6 +15,7 @@ PROGRAMS = {
     "export": "export",
     "reproduce": "reproduce",
     "study": "study",
+    "compile": "compile",
     "prepare": "prepare_data",
     "convert": "convert_weights",
     "quickstart": "quickstart",

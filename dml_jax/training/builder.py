@@ -59,7 +59,10 @@ class Experiment(NamedTuple):
 
 
 def build(
-    config: Config, mesh: jax.sharding.Mesh, inspection: data.InspectionReport | None = None
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    inspection: data.InspectionReport | None = None,
+    sources: Mapping[str, data.Source] | None = None,
 ) -> Experiment:
     """Builds the experiment of a configuration, without computing or writing anything.
 
@@ -67,13 +70,17 @@ def build(
         config: the configuration.
         mesh: the devices to run on.
         inspection: inspection report of the images; by default every image is inspected.
+        sources: images by split, which are not inspected; by default those that the config names.
 
     Raises:
         ValueError: a setting or an image is invalid.
         FileNotFoundError: the images are not at the configured path.
     """
     _check_devices(config, mesh)
-    sources, inspection = load_splits(config.data, config.evaluation.recall_at, inspection)
+    if sources is None:
+        sources, inspection = load_splits(config.data, config.evaluation.recall_at, inspection)
+    elif inspection is None:
+        inspection = data.InspectionReport({}, {})
     train = sources["train"]
     steps_per_epoch = data.steps_per_epoch(
         train.labels, batch_size=config.batch_size, n_instance=config.data.n_instance

@@ -7,7 +7,7 @@ Images kept by `config.data.cache=host` are not included, since their size is no
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,9 +86,9 @@ def check(built: Experiment, workdir: Path) -> None:
         f"{_gb(max(smallest, 0.0))} is available: {where}"
     )
     logging.warning("%s; compiling other settings to find some that fit", problem)
-    fitting = _fitting(built, workdir, needed, smallest)
-    if fitting:
-        advice = "With any one of these lines it fits:\n" + "\n".join(fitting)
+    lines = fitting(built, needed, smallest, lambda x: _fits(built, workdir, x, smallest))
+    if lines:
+        advice = "With any one of these lines it fits:\n" + "\n".join(lines)
     else:
         advice = (
             "No image size, number of micro-batches or rematerialisation was found to fit: "
@@ -105,7 +105,7 @@ def need(built: Experiment) -> Need:
         built: the experiment of the run.
     """
     state, batch = built.abstract_state, builder.abstract_batch(built)
-    step = built.take_step.compile(state, batch).memory_analysis()
+    step = built.take_step.lower(state, batch).compile().memory_analysis()
     rows, size = built.network.rows, built.config.data.image_size
     images = jax.ShapeDtypeStruct(
         (rows, size, size, 3), jnp.uint8, sharding=sharding.batch_sharding(built.mesh)
@@ -172,16 +172,28 @@ def _on_device(x: jax.ShapeDtypeStruct) -> int:
     return math.prod(shape) * x.dtype.itemsize
 
 
-def _fitting(built: Experiment, workdir: Path, needed: Need, room: int | float) -> list[str]:
-    """Returns settings with which a run fits, of at most five that are compiled."""
+def fitting(
+    built: Experiment,
+    needed: Need,
+    room: int | float,
+    fits: Callable[[Mapping[str, Any]], bool],
+) -> list[str]:
+    """Returns settings with which a run fits, as lines of flags; at most five are tried.
+
+    Args:
+        built: the experiment of a run that does not fit.
+        needed: memory that the run needs.
+        room: bytes that are free on each device.
+        fits: returns whether the run fits with some settings changed.
+    """
     alone = list(_candidates(built, needed, room))
-    fitting = [settings for settings in alone if _fits(built, workdir, settings, room)]
+    found = [settings for settings in alone if fits(settings)]
     together = {name: value for settings in alone for name, value in settings.items()}
-    if not fitting and len(alone) > 1 and _fits(built, workdir, together, room):
-        fitting = [together]
+    if not found and len(alone) > 1 and fits(together):
+        found = [together]
     return [
         "  " + " ".join(f"--config.{name}={value}" for name, value in settings.items())
-        for settings in fitting
+        for settings in found
     ]
 
 

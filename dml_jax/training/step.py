@@ -231,7 +231,7 @@ def _where(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
 
 
 class Step:
-    """A compiled `train_step`, which is compiled once: by `compile` or by the first call.
+    """A compiled `train_step`, which is compiled once: after `lower` or by the first call.
 
     A call donates the state that is passed to it.
     """
@@ -248,15 +248,15 @@ class Step:
         with jax.set_mesh(self._mesh):
             return self._compiled(state, batch)
 
-    def compile(self, state: TrainState, batch: Mapping[str, Any]) -> jax.stages.Compiled:
-        """Returns the step compiled for some shapes; later calls with them do not compile again.
+    def lower(self, state: TrainState, batch: Mapping[str, Any]) -> jax.stages.Lowered:
+        """Returns the step traced for some shapes; later calls with them do not trace again.
 
         Args:
             state: shapes, dtypes and shardings of the state's arrays.
             batch: shapes, dtypes and shardings of the batch's arrays.
         """
         with jax.set_mesh(self._mesh):
-            return self._compiled.lower(state, batch).compile()
+            return self._compiled.lower(state, batch)
 
 
 def compile_step(config: StepConfig, abstract_state: TrainState, mesh: Mesh) -> Step:

@@ -220,7 +220,9 @@ def test_the_frozen_part_has_no_backward_pass(images):
     def operations(train_from):
         config = tiny.config(images, model__train_from=train_from, **CONV4, model__width=16)
         built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
-        step_program = built.take_step.compile(built.abstract_state, builder.abstract_batch(built))
+        step_program = built.take_step.lower(
+            built.abstract_state, builder.abstract_batch(built)
+        ).compile()
         embed = built.network.embed.lower(
             built.network.variables_shape,
             jax.ShapeDtypeStruct((8, tiny.SIZE, tiny.SIZE, 3), np.uint8),
