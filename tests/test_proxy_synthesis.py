@@ -204,14 +204,27 @@ def test_partners_of_two_samples_are_nearly_independent():
     assert scipy.stats.chisquare(counts[possible]).pvalue > 1e-3
 
 
-def test_weights_follow_the_beta_distribution():
-    keys = jax.random.split(jax.random.key(0), 4000)
-    lam, _ = jax.vmap(lambda key: proxy_synthesis.draw(key, jnp.arange(2), alpha=0.4, ratio=1.0))(
-        keys
-    )
-    assert lam.shape == (4000, 1)
-    np.testing.assert_allclose(jnp.mean(lam), 0.5, atol=0.03)
-    np.testing.assert_allclose(jnp.var(lam), 1 / (4 * (2 * 0.4 + 1)), atol=0.01)
+@pytest.mark.parametrize("alpha", [0.05, 0.4, 1.0, 5.0])
+def test_weights_follow_the_beta_distribution(alpha):
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    draw = jax.vmap(lambda key: proxy_synthesis.draw(key, jnp.arange(2), alpha=alpha, ratio=2.0)[0])
+    lam = np.asarray(jax.jit(draw)(keys))
+    assert lam.shape == (20_000, 2)
+    # In float32 the smallest and largest weights of a small alpha are 0 and 1.
+    inside = np.clip(lam.reshape(-1).astype(np.float64), 1e-45, 1 - 1e-8)
+    values, counts = np.unique(inside, return_counts=True)
+    expected = scipy.stats.beta(alpha, alpha).cdf(values)
+    reached = np.cumsum(counts) / inside.size
+    is_inside = (values > 1e-37) & (values < 1 - 1e-6)
+    assert np.abs(reached - expected)[is_inside].max() < 1.63 / inside.size**0.5
+    assert abs(scipy.stats.spearmanr(lam[:, 0], lam[:, 1]).statistic) < 0.03
+
+
+def test_the_weights_of_extreme_alphas_are_in_their_range():
+    for alpha in (1e-6, 1e6, 1e30):
+        quantiles = proxy_synthesis._beta_quantiles(alpha)
+        assert quantiles.min() >= 0 and quantiles.max() <= 1
+        np.testing.assert_allclose(quantiles.mean(), 0.5, atol=1e-6)
 
 
 def test_a_ratio_above_one_uses_further_draws():

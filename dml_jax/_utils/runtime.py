@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ _FLAG_SINCE, _FLAG_BEFORE = (0, 10, 2), (0, 13)
 
 _CACHE_BYTES = 1 << 30
 
+_TPU_CHIPS = ("dev/accel[0-9]*", "dev/vfio/[0-9]*")
+
 
 def prepare(*, embeds: bool) -> None:
     """Configures XLA and the C library for speed; settings in the environment take precedence.
@@ -29,8 +32,17 @@ def prepare(*, embeds: bool) -> None:
     _cache_programs()
     if embeds:
         _dispatch_synchronously()
-    if embeds and not importlib.metadata.entry_points(group="jax_plugins"):  # No accelerator.
+    if embeds and not _has_accelerator():
         _keep_freed_memory()
+
+
+def _has_accelerator() -> bool:
+    """Returns whether JAX will find an accelerator, without initialising its devices."""
+    if importlib.metadata.entry_points(group="jax_plugins"):
+        return True
+    # JAX's package for TPUs has no entry point; the driver of the chips makes one of these files.
+    is_installed = importlib.util.find_spec("libtpu") is not None
+    return is_installed and any(chip for files in _TPU_CHIPS for chip in Path("/").glob(files))
 
 
 def _prefer_eigen() -> None:

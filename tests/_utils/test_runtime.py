@@ -1,3 +1,5 @@
+import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
@@ -24,6 +26,22 @@ def test_the_eigen_flag_is_set_for_the_versions_that_know_it(monkeypatch, given,
     monkeypatch.setattr(jax, "__version_info__", version)
     runtime.prepare(embeds=False)
     assert os.environ["XLA_FLAGS"].strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("plugins", "package", "chips", "expected"),
+    [
+        (["cuda"], None, (), True),
+        ([], object(), ("dev/null",), True),
+        ([], object(), (), False),
+        ([], None, ("dev/null",), False),
+    ],
+)
+def test_gpus_and_tpus_are_accelerators(monkeypatch, plugins, package, chips, expected):
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: plugins)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: package)
+    monkeypatch.setattr(runtime, "_TPU_CHIPS", chips)
+    assert runtime._has_accelerator() is expected
 
 
 PROGRAM = """
