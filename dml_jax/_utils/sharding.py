@@ -47,6 +47,13 @@ def replicate(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
+def split(x: jax.Array) -> jax.Array:
+    """Returns the array, its first axis split over the current mesh; a no-op without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec("data"))
+
+
 def on_cpu(mesh: Mesh) -> bool:
     """Returns whether the devices of a mesh are CPUs, which share the host's memory."""
     return mesh.local_devices[0].platform == "cpu"

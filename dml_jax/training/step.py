@@ -131,12 +131,7 @@ def objective(
     embeddings, batch_stats = embed(config, params["embedder"], state.batch_stats, batch["image"])
     problem = {"embeddings": embeddings, "proxies": params["proxies"], "labels": batch["label"]}
     if config.mixing_ratio:
-        lam, partner = proxy_synthesis.draw(
-            key, batch["label"], alpha=config.mixing_alpha, ratio=config.mixing_ratio
-        )
-        problem = proxy_synthesis.synthesize(
-            **problem, lam=lam, partner=partner, ratio=config.mixing_ratio, loss=config.loss
-        )._asdict()
+        problem = _mixed(config, key, **problem)
     if state.memory is None:
         return config.loss(**problem), (batch_stats, None)
     loss, memory = memvir.loss_and_update(config.loss, state.memory, **problem)
@@ -144,6 +139,31 @@ def objective(
     warm = state.step >= config.memory_warmup_steps
     memory = memory._replace(steps=jnp.where(warm, memory.steps, 0))
     return loss, (batch_stats, memory)
+
+
+def _mixed(
+    config: StepConfig, key: PRNGKeyArray, embeddings: Array, proxies: Array, labels: Array
+) -> dict[str, Array]:
+    """Returns the arguments of the loss with synthetic classes.
+
+    A sample may be mixed with one of another device. So every device gets all rows, once, and takes
+    its share of the classes; with split rows, the compiler moves rows at each concatenation.
+    """
+    embeddings, labels = sharding.replicate(embeddings), sharding.replicate(labels)
+    lam, partner = proxy_synthesis.draw(
+        key, labels, alpha=config.mixing_alpha, ratio=config.mixing_ratio
+    )
+    mixed = proxy_synthesis.synthesize(
+        embeddings,
+        proxies,
+        labels,
+        lam=lam,
+        partner=partner,
+        ratio=config.mixing_ratio,
+        loss=config.loss,
+    )
+    everywhere = {name: sharding.replicate(x) for name, x in mixed._asdict().items()}
+    return everywhere | {"proxies": sharding.split(everywhere["proxies"])}
 
 
 class StepMetrics(NamedTuple):
