@@ -85,10 +85,12 @@ def get(name: str) -> Topology:
             "as v5e:4x4, v5p:4x4x4, h100:8 or h100:4x8"
         )
     is_gpu = kind == "h100"
-    with extras.required_by("cuda" if is_gpu else "tpu"):
-        compiler = "jax_cuda12_plugin" if is_gpu else "libtpu"
-        if importlib.util.find_spec(compiler) is None:
-            raise ModuleNotFoundError(name=compiler)
+    if is_gpu:
+        with extras.required_by("cuda"):
+            _require("jax_cuda12_plugin")
+    else:
+        with extras.required_by("tpu"):
+            _require("libtpu")
     # This process uses no accelerator, and must not wait for one or lock it.
     jax.config.update("jax_platforms", "cpu")
     try:
@@ -103,3 +105,8 @@ def get(name: str) -> Topology:
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"the compiler has no --topology={name}: {error}") from error
     return Topology(described.devices, _MEMORY[kind])
+
+
+def _require(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(name=package)
