@@ -1,4 +1,4 @@
-"""The same as `dml-jax train`."""
+"""The same as `dml-jax compile`."""
 
 from dml_jax.cli import launch
 

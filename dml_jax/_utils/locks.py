@@ -28,16 +28,18 @@ def acquire(file: IO, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path, warning: str = "") -> Iterator[None]:
     """Locks a file for the duration of the body; waits while another process holds the lock.
 
     Args:
         path: the file, which is created if needed.
+        warning: logged before waiting, where that may take long.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         if not acquire(file, path):
-            logging.warning("waiting for another process, which holds the lock %s", path)
+            if warning:
+                logging.warning(warning)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

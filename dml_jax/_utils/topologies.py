@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,8 +12,17 @@ from jax.experimental import topologies
 from dml_jax._utils import extras
 from dml_jax._utils.errors import UserError
 
-# Published by the makers; XLA reserves a part of it.
-_MEMORY = {"v4": 32e9, "v5e": 16e9, "v5p": 95e9, "v6e": 32e9, "h100": 80e9}
+_GIB = 1 << 30
+# TPUs: published; XLA keeps a part of it for itself, and refuses a program that does not fit in the
+# rest. H100: the three quarters that JAX takes by default, which its compiler does not know of.
+_MEMORY = {
+    "v5e": 16 * _GIB,
+    "v5p": 95 * _GIB,
+    "v6e": 32 * _GIB,
+    "h100": 0.75 * 84_942_979_072,
+}
+_SIDES = {"v5e": (2,), "v5p": (3,), "v6e": (2,), "h100": (1, 2)}
+"""By kind: how many numbers a shape may have."""
 
 # What XLA asks a GPU of this type for, as an XLA GpuTargetConfig.
 _H100 = """
@@ -63,14 +73,14 @@ class Topology(NamedTuple):
 
     devices: Sequence[jax.Device]
     memory: float
-    """Bytes of memory of each device."""
+    """Bytes of memory that a program may use on each device."""
 
 
 def get(name: str) -> Topology:
     """Returns the accelerators of a topology; no accelerator and no driver is needed.
 
     Args:
-        name: kind and shape: `v5e:4x4`, `v6e:8x8`, `v5p:4x4x4` or `v4:2x2x2` for TPUs; `h100:8` for
+        name: kind and shape: `v5e:4x4`, `v6e:8x8` or `v5p:4x4x4` for TPUs; `h100:8` for
             GPUs of one host, `h100:4x8` for 4 hosts of 8 GPUs.
 
     Raises:
@@ -79,7 +89,8 @@ def get(name: str) -> Topology:
     """
     kind, _, shape = name.partition(":")
     sides = shape.split("x")
-    if kind not in _MEMORY or not all(side.isdigit() and int(side) for side in sides):
+    is_shape = all(re.fullmatch("[1-9][0-9]*", side) for side in sides)
+    if kind not in _MEMORY or not is_shape or len(sides) not in _SIDES[kind]:
         raise UserError(
             f"--topology={name} is not known; give a kind, {', '.join(_MEMORY)}, and a shape, such "
             "as v5e:4x4, v5p:4x4x4, h100:8 or h100:4x8"

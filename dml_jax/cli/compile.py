@@ -1,7 +1,8 @@
 """Compiles a training step for accelerators that are not here, and prints what it needs there.
 
 dml-jax compile --config=cars196:ps_memvir --topology=v5e:4x4 --classes=98 --config.batch_size=2048
-dml-jax compile --config=sop:ps --topology=h100:8 --config.model.dtype=bfloat16 --json
+dml-jax compile --config=sop:ps --topology=h100:8 --config.model.dtype=bfloat16 --json \
+    --config.data.root=data/sop
 
 Memory, operations and collectives are those of the compiler, for one device and one step. Nothing
 is run, and neither the accelerators nor their drivers are needed: TPUs take the extra `tpu`, GPUs
@@ -13,7 +14,7 @@ If the step does not fit, settings are tried with which it would, and the exit c
 import collections
 import json
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
@@ -33,18 +34,26 @@ _CONFIG = config_flags.DEFINE_config_file(
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
-    "Accelerators: v4, v5e, v5p, v6e or h100 with their shape, as in v5e:4x4, h100:8 or h100:2x8.",
+    "Accelerators: v5e, v5p, v6e or h100 with their shape, as in v5e:4x4, h100:8 or h100:2x8.",
     required=True,
 )
 _CLASSES = flags.DEFINE_integer(
     "classes", None, "Classes for training; default: those of the data set.", lower_bound=2
 )
 _IMAGES = flags.DEFINE_integer(
-    "images", None, "Images for training; default: two of each class, at least 100 batches."
+    "images",
+    None,
+    "Images for training; default: those of the data set, or with --classes two of each class and "
+    "at least 100 batches.",
+    lower_bound=1,
 )
-_JSON = flags.DEFINE_bool("json", False, "Whether to print one JSON object on the last line.")
+_JSON = flags.DEFINE_bool(
+    "json", False, "Whether to print one JSON object as the last line, if the settings are valid."
+)
 
 flags.mark_flag_as_required("config")
+
+_UNNAMED = "(made by the compiler)"
 
 
 def main() -> None:
@@ -61,39 +70,64 @@ def main() -> None:
             f"{file}{variant and f':{variant}'}, {classes} classes, {config.batch_size} images a "
             f"step, on {mesh.size} x {kind} of {_gb(topology.memory)}"
         )
+        if config.data.cache == "device":
+            print(f"the cache holds {images} images, taken as squares of config.data.cache_size")
         began = time.perf_counter()
         try:
             analysis = compile_ahead.analyse(built)
         except DoesNotFitError as error:
-            _print_json(mesh.size, error.needed, topology.memory, None)
             _refuse(built, topology.memory, error.needed, str(error))
         print(f"compiled in {time.perf_counter() - began:.0f} s\n\n{_text(analysis)}")
-        _print_json(mesh.size, analysis.peak, topology.memory, analysis)
         if analysis.peak > topology.memory:
-            message = f"the step needs {_gb(analysis.peak)} on each device"
+            message = f"the step needs {_gb(analysis.peak)}"
             _refuse(built, topology.memory, analysis.peak, message)
+        _print_json(
+            devices=mesh.size,
+            fits=True,
+            peak_bytes_per_device=analysis.peak,
+            bytes_per_device=dict(analysis.parts),
+            copied_bytes_per_device=analysis.copied,
+            flops_per_device=analysis.flops,
+            collectives={kind: count for kind, (count, _) in _by_kind(analysis).items()},
+            collective_bytes=sum(one.size for one in analysis.collectives),
+        )
 
 
 def _size(config: Config) -> tuple[int, int]:
     """Returns the numbers of classes and of images for training."""
     if _CLASSES.value:
+        if _IMAGES.value is None and config.data.cache == "device":
+            raise UserError("config.data.cache is 'device', which needs --images beside --classes")
         images = _IMAGES.value or max(2 * _CLASSES.value, 100 * config.batch_size)
         return _CLASSES.value, images
     try:
         train = data.create(config.data.name, root=config.data.root or None)["train"]
     except FileNotFoundError as error:
         raise UserError(f"{error}; give --classes to compile without the images") from error
+    if config.data.validation_classes:
+        train, _ = data.split_classes(
+            train, config.data.validation_classes, seed=0, fold=config.data.validation_fold
+        )
     return len(train.class_names), _IMAGES.value or len(train)
 
 
-def _refuse(built: Experiment, room: float, needed: float, problem: str) -> None:
+def _refuse(built: Experiment, room: float, needed: float | None, problem: str) -> NoReturn:
+    """Raises a UserError with settings that would fit.
+
+    Args:
+        built: the experiment, of which a step does not fit.
+        room: bytes of a device.
+        needed: bytes that the step needs; None if that is not known.
+        problem: start of the message.
+    """
     print(f"{problem}; compiling other settings to find some that fit", flush=True)
     lines = compile_ahead.fitting(built, room, needed)
     if lines:
         advice = "With any one of these lines it fits:\n" + "\n".join(lines)
     else:
         advice = "Use more devices, or choose a smaller batch, image, network or memory"
-    raise UserError(f"{problem}, but each has {_gb(room)}. {advice}")
+    _print_json(devices=built.mesh.size, fits=False, peak_bytes_per_device=needed, fitting=lines)
+    raise UserError(f"{problem} on each device, which has {_gb(room)}. {advice}")
 
 
 def _text(analysis: Analysis) -> str:
@@ -109,10 +143,13 @@ def _text(analysis: Analysis) -> str:
     if not analysis.collectives:
         lines.append("  none")
     for one in compile_ahead.largest(analysis.collectives):
-        lines.append(f"  {_gb(one.size):>12}  {one.kind:<20}{one.operation}")
+        lines.append(f"  {_gb(one.size):>12}  {one.kind:<20}{one.operation or _UNNAMED}")
     if analysis.cycles:
         lines.append("costliest operations, cycles by XLA's estimate:")
-        lines += [f"  {cycles / 1e6:10.2f} M  {name}" for name, cycles in analysis.cycles.items()]
+        lines += [
+            f"  {cycles / 1e6:10.2f} M  {name or _UNNAMED}"
+            for name, cycles in analysis.cycles.items()
+        ]
     return "\n".join(lines)
 
 
@@ -124,32 +161,14 @@ def _by_kind(analysis: Analysis) -> dict[str, tuple[int, int]]:
     return {kind: (len(of_kind), sum(of_kind)) for kind, of_kind in sorted(sizes.items())}
 
 
-def _print_json(devices: int, peak: float, room: float, analysis: Analysis | None) -> None:
-    """Prints what a program reads, if it is wanted; without an analysis the step does not fit."""
-    if not _JSON.value:
-        return
-    found: dict[str, Any] = {
-        "devices": devices,
-        "fits": peak <= room,
-        "peak_bytes_per_device": peak,
-    }
-    if analysis is None:
-        found["fits"] = False
-    else:
-        found |= {
-            "bytes_per_device": dict(analysis.parts),
-            "copied_bytes_per_device": analysis.copied,
-            "flops_per_device": analysis.flops,
-            "collectives": {kind: count for kind, (count, _) in _by_kind(analysis).items()},
-            "collective_bytes": sum(one.size for one in analysis.collectives),
-        }
-    print(json.dumps(found))
+def _print_json(**found: Any) -> None:
+    """Prints one line for programs, if it is wanted."""
+    if _JSON.value:
+        print(json.dumps(found))
 
 
 def _gb(size: float) -> str:
-    if size < 1e7:
-        return f"{size / 1e6:.3f} MB"
-    return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.3f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
 
 
 def start() -> None:

@@ -140,8 +140,8 @@ class _Cache:
         place = self._folder / digest[:32]
         with contextlib.ExitStack() as stack:
             if processes.is_first_process():
-                # Another process may be computing the same features.
-                stack.enter_context(locks.exclusive(place / _LOCK))
+                warning = f"another process computes the features in {place}; waiting for it"
+                stack.enter_context(locks.exclusive(place / _LOCK, warning))
             complete = (place / _COMPLETE).exists()
             if not processes.from_first_process({"complete": float(complete)})["complete"]:
                 self._compute(place, source, views)

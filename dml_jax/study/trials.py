@@ -91,7 +91,8 @@ def search(
     the last epoch on the held-out classes, averaged over folds. While it trains on its first fold,
     Hyperband may prune it. Trials that were interrupted are repeated with their settings, without
     the folds that were finished. Several processes, also on several machines that share the root
-    and the storage, may search at the same time; all return after the last trial of any of them.
+    and the storage, may search at the same time; with the same number of trials, all of them return
+    after the last trial.
 
     Args:
         variants: the variants.
@@ -159,13 +160,15 @@ def _run_next(
             lock = _lock_file(root, study, trial.number)
             until_finished.enter_context(locks.exclusive(lock))
             settings = _suggest(trial, variant.space)
+        folder, value = root / "trials" / variant.name, None
         try:
-            folder = root / "trials" / variant.name
             value = _evaluate(trial, variant, settings, folder, train, folds)
+            state = TrialState.COMPLETE
         except optuna.TrialPruned:
-            study.tell(trial, state=TrialState.PRUNED)
-        else:
-            study.tell(trial, value)
+            state = TrialState.PRUNED
+        # Another process must not see a trial that seems to run when its lock is released.
+        with locks.exclusive(root / LOCKS / study.study_name):
+            study.tell(trial, value, state=state)
     return True
 
 

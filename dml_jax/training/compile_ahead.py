@@ -23,7 +23,7 @@ _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|coll
 _COLLECTIVE = re.compile(rf"\s*(?:ROOT )?%?(\S+) = (.*?) ({_KINDS})(-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _BYTES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-# The message depends on whether the arguments fit.
+# Either message counts the arguments of the program too.
 _NEEDED = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMG])")
 _LARGEST = 8  # Operations to list.
 
@@ -31,12 +31,12 @@ _LARGEST = 8  # Operations to list.
 class DoesNotFitError(UserError):
     """The compiler needs more memory than a device has."""
 
-    def __init__(self, message: str, needed: float) -> None:
+    def __init__(self, message: str, needed: float | None) -> None:
         """Creates the error.
 
         Args:
             message: the message.
-            needed: bytes that the compiler needs on a device; 0 if it does not say.
+            needed: bytes that the compiler needs on a device; None if it does not say.
         """
         super().__init__(message)
         self.needed = needed
@@ -58,7 +58,7 @@ class Analysis(NamedTuple):
     peak: int
     """Largest number of bytes in use."""
     parts: Mapping[str, int]
-    """Bytes of the parts of the state, of the batch, and of everything else in `temporary`."""
+    """Bytes of the parts of the state and of the batch; `temporary` is the rest, with padding."""
     copied: int
     """Bytes of the state that the step does not update in place."""
     flops: float
@@ -112,7 +112,6 @@ def analyse(built: Experiment) -> Analysis:
     compiled = _compile(built.take_step.lower(state, batch))
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None  # TPU and GPU compilers report both.
-    metrics = memory.output_size_in_bytes - _bytes(state)
     parts = {
         "network": _bytes((state.params["embedder"], state.batch_stats)),
         "proxies": _bytes(state.params["proxies"]),
@@ -120,10 +119,11 @@ def analyse(built: Experiment) -> Analysis:
         "MemVir's memory": _bytes(state.memory),
         "batch": _bytes(batch),
     }
+    in_place = donated_outputs(text)
     return Analysis(
         peak=memory.peak_memory_in_bytes,
         parts=parts | {"temporary": memory.peak_memory_in_bytes - sum(parts.values())},
-        copied=max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes - max(metrics, 0)),
+        copied=sum(_bytes(x) for i, x in enumerate(jax.tree.leaves(state)) if i not in in_place),
         flops=_flops(built, compiled),
         collectives=list(collectives(text)),
         cycles=_cycles(text),
@@ -142,11 +142,22 @@ def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
             raise
         used = _NEEDED.search(str(error))
         if used is None:
-            raise DoesNotFitError(str(error).splitlines()[0], 0.0) from error
+            message = f"the step does not fit: {str(error).splitlines()[0]}"
+            raise DoesNotFitError(message, None) from error
         needed = float(used[1]) * 1024 ** (1 + "KMG".index(used[2]))
         raise DoesNotFitError(f"the step needs {needed / 1e9:.1f} GB", needed) from error
     finally:
         jax.config.update(least, seconds)
+
+
+def donated_outputs(text: str) -> set[int]:
+    """Returns the positions of the outputs of a program that reuse the memory of an argument.
+
+    Args:
+        text: the program, as XLA prints it.
+    """
+    header = text.partition("\n")[0]
+    return {int(output) for output in re.findall(r"\{(\d+)\}: \(\d+, \{\}", header)}
 
 
 def _bytes(tree: PyTree) -> int:
@@ -189,7 +200,8 @@ def collectives(text: str) -> Iterator[Collective]:
             continue
         seen.add(identity)
         shapes = _SHAPE.findall(re.sub(r"\{[^}]*\}", "", result))
-        if starts:  # Operands come before the results, and scalars of the compiler's own after.
+        if starts and kind != "all-reduce":
+            # Operands come before the results, and scalars of the compiler's own after.
             shapes = [shape for shape in shapes if shape[1]]
             shapes = shapes[len(shapes) // 2 :]
         size = sum(
@@ -213,14 +225,16 @@ def _cycles(text: str) -> dict[str, int]:
     return dict(total.most_common(_LARGEST))
 
 
-def fitting(built: Experiment, room: int | float, needed: int | float) -> list[str]:
+def fitting(built: Experiment, room: int | float, needed: int | float | None) -> list[str]:
     """Returns settings with which a step would fit, of those that are tried.
 
     Args:
         built: the experiment, of which a step does not fit.
         room: bytes of a device.
-        needed: bytes that the step needs.
+        needed: bytes that the step needs; None if that is not known.
     """
+    if needed is None:
+        return []
     fixed = _bytes((built.abstract_state, builder.abstract_batch(built)))
     need = memory_check.Need(fixed, max(0, int(needed) - fixed))
     source = built.sources["train"]
@@ -228,12 +242,12 @@ def fitting(built: Experiment, room: int | float, needed: int | float) -> list[s
     def fits(settings: Mapping[str, Any]) -> bool:
         changed = to_config_dict(built.config)
         changed.update_from_flattened_dict(settings)
-        other = abstract_experiment(
-            parse(changed), built.mesh, classes=len(source.class_names), images=len(source)
-        )
         try:
+            other = abstract_experiment(
+                parse(changed), built.mesh, classes=len(source.class_names), images=len(source)
+            )
             return analyse(other).peak <= room
-        except DoesNotFitError:
+        except ValueError:  # It does not fit either, or the backbone does not allow it.
             return False
 
     return memory_check.fitting(built, need, room, fits)

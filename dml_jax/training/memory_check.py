@@ -205,7 +205,7 @@ def _candidates(built: Experiment, needed: Need, room: int | float) -> Iterator[
         if needed.total - sum(map(_on_device, arrays)) / 2 <= room:
             yield {"memvir.dtype": "bfloat16"}
     available = (room - needed.fixed) / _SLACK
-    if available <= 0:
+    if available <= 0 or needed.temporary <= 0:
         return
     if not config.model.remat:
         yield {"model.remat": True}

@@ -19,7 +19,7 @@ from dml_jax.training.step import StepMetrics
 from dml_jax.training.trackers import Tracker
 
 STEPS_LATE = 4
-"""Number of steps after which accelerators are asked for what a step gave."""
+"""Number of later steps after which the metrics of a step are read, on accelerators."""
 
 
 def describe(experiment: Experiment, step: int, metrics: StepMetrics) -> dict[str, Any]:

@@ -251,7 +251,7 @@ def _where(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
 
 
 class Step:
-    """A compiled `train_step`, which is compiled once: after `lower` or by the first call.
+    """A compiled `train_step`, which is traced once: by `lower` or by the first call.
 
     A call donates the state that is passed to it.
     """

@@ -81,18 +81,50 @@ def test_settings_that_fit_are_found(tpu):
         "  --config.memvir.dtype=bfloat16"
     ]
     assert compile_ahead.fitting(built, 0.1 * needed, needed) == []
+    assert compile_ahead.fitting(built, 0.1 * needed, None) == []
+
+
+def test_settings_that_the_backbone_lacks_are_not_proposed(tpu, monkeypatch):
+    built = built_for(tpu.devices, "baseline")
+    monkeypatch.setattr(
+        compile_ahead, "analyse", lambda _: compile_ahead.Analysis(5, {}, 0, 0, [], {})
+    )
+    found = compile_ahead.fitting(built, 10**6, 4 * 10**6)
+    assert not any("remat" in line for line in found)  # conv4 has no blocks.
+    assert "  --config.micro_batches=8" in found
+
+
+def run_program(arguments, *options):
+    program = [sys.executable, "-m", "dml_jax", "compile", "--json", *arguments, *options]
+    return subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_program_tells_what_is_missing(tpu, tmp_path):
+    del tpu
+    arguments = [*tiny.arguments(tmp_path, "ps"), "--topology=v5e:2x2"]
+    no_images = run_program(arguments)
+    assert no_images.returncode == 2 and "give --classes" in no_images.stderr
+    no_count = run_program(arguments, "--classes=50", "--config.data.cache=device")
+    assert no_count.returncode == 2 and "needs --images beside --classes" in no_count.stderr
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_fit_is_an_error(tpu, tmp_path):
+    del tpu
+    ring = {"memvir__num_steps": 5, "memvir__step_gap": 2000, "model__dim": 4096}
+    arguments = tiny.arguments(tmp_path, "memvir", batch_size=64, **ring)
+    done = run_program(arguments, "--topology=v5e:1x1", "--classes=50")
+    assert done.returncode == 2 and "on each device, which has 17.18 GB" in done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["fits"] is False and found["peak_bytes_per_device"] > 17e9
+    assert found["fitting"] == ["  --config.memvir.dtype=bfloat16"]
 
 
 @pytest.mark.slow
 def test_the_program_prints_what_a_program_reads(tpu, tmp_path):
     del tpu
     arguments = tiny.arguments(tmp_path, "ps")
-    program = [sys.executable, "-m", "dml_jax", "compile", "--topology=v5e:2x2", "--json"]
-    with_images = subprocess.run([*program, *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert with_images.returncode == 2 and "give --classes" in with_images.stderr
-    done = subprocess.run(
-        [*program, "--classes=50", *arguments], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_program(arguments, "--topology=v5e:2x2", "--classes=50")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["devices"] == 4 and found["fits"] and found["flops_per_device"] > 0
@@ -102,12 +134,24 @@ def test_the_program_prints_what_a_program_reads(tpu, tmp_path):
     assert "the whole state is updated in place" in done.stdout
 
 
+def test_a_state_that_is_not_donated_counts_as_copied(tpu):
+    device = jax.sharding.SingleDeviceSharding(tpu.devices[0])
+    x = jax.ShapeDtypeStruct((128, 128), jnp.float32, sharding=device)
+    step = jax.jit(lambda a, b, c: (a + 1, b * c, c[:1] + 1), donate_argnums=(0, 2))
+    text = step.lower(x, x, x).compile().as_text()
+    # One of the first two outputs takes the place of the first argument, one that of the third.
+    assert compile_ahead.donated_outputs(text) == {0, 1}
+    plain = jax.jit(lambda a: a + 1).lower(x).compile().as_text()
+    assert compile_ahead.donated_outputs(plain) == set()
+
+
 def test_a_collective_counts_once_with_the_size_of_its_result():
     text = """
   %all-reduce.80 = (f32[128,128]{1,0:T(8,128)}, bf16[64]{0}) all-reduce(%a, %b), channel_id=1
   %all-reduce.81 = (f32[128,128]{1,0}, bf16[64]{0}) all-reduce(%a, %b), channel_id=1
   ROOT %g = (f32[2,8]{1,0}, f32[8,8]{1,0}, u32[]{:S(2)}) all-gather-start(%c), channel_id=2, \
 metadata={op_name="jit(step)/slice"}
+  %r = (f32[128]{0}, f32[64]{0}) all-reduce-start(%a, %b), channel_id=3
   %done = f32[8,8]{1,0} all-gather-done(%g)
   %fusion = f32[4]{0} fusion(%done), kind=kLoop
 """
@@ -115,6 +159,7 @@ metadata={op_name="jit(step)/slice"}
     assert found == [
         ("all-reduce", 128 * 128 * 4 + 64 * 2, ""),
         ("all-gather", 8 * 8 * 4, "jit(step)/slice"),
+        ("all-reduce", 128 * 4 + 64 * 4, ""),
     ]
-    assert compile_ahead.largest([*found, found[1]])[0] == found[0]
+    assert compile_ahead.largest([*found[:2], found[1]])[0] == found[0]
     assert compile_ahead.largest([found[1]] * 300)[0].size == 300 * 256
