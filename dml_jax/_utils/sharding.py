@@ -5,6 +5,7 @@ replicated. The compiled step sees the global batch, so losses, synthetic pairs 
 are the same on any number of devices.
 """
 
+import math
 import resource
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,6 +36,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def shardings_of(tree: PyTree) -> PyTree:
     """Returns the shardings of arrays or of abstract arrays."""
     return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def bytes_per_device(tree: PyTree) -> int:
+    """Returns the bytes that abstract arrays with shardings take on one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
 
 
 def replicate(x: jax.Array) -> jax.Array:

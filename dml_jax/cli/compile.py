@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from dml_jax import data
 from dml_jax._utils import sharding, topologies
 from dml_jax._utils.errors import UserError
-from dml_jax.cli import command_line, config_flag
+from dml_jax.cli import command_line, config_flag, packaged_configs
 from dml_jax.training import compile_ahead
 from dml_jax.training.builder import Experiment
 from dml_jax.training.compile_ahead import Analysis, DoesNotFitError
@@ -65,10 +65,11 @@ def main() -> None:
         mesh = sharding.make_mesh(topology.devices)
         built = compile_ahead.abstract_experiment(config, mesh, classes=classes, images=images)
         file, variant = config_flag.file_and_variant()
+        name = packaged_configs.shortened(file) + (variant and f":{variant}")
         kind = topology.devices[0].device_kind
         print(
-            f"{file}{variant and f':{variant}'}, {classes} classes, {config.batch_size} images a "
-            f"step, on {mesh.size} x {kind} of {_gb(topology.memory)}"
+            f"{name}, {classes} classes, {config.batch_size} images a step, on {mesh.size} x "
+            f"{kind} of {_gb(topology.memory)}"
         )
         if config.data.cache == "device":
             print(f"the cache holds {images} images, taken as squares of config.data.cache_size")

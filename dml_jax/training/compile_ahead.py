@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 from dml_jax import data
 from dml_jax._utils.errors import UserError
+from dml_jax._utils.sharding import bytes_per_device
 from dml_jax.data.device_cache import Cache
 from dml_jax.training import builder, memory_check, step
 from dml_jax.training.builder import Experiment
@@ -22,7 +22,12 @@ from dml_jax.training.config import Config, parse, to_config_dict
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"
 _COLLECTIVE = re.compile(rf"\s*(?:ROOT )?%?(\S+) = (.*?) ({_KINDS})(-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-_BYTES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+_BYTES = {
+    **dict.fromkeys(("pred", "u8", "s8"), 1),
+    **dict.fromkeys(("bf16", "f16", "u16", "s16"), 2),
+    **dict.fromkeys(("f32", "u32", "s32"), 4),
+    **dict.fromkeys(("f64", "u64", "s64"), 8),
+}
 # Either message counts the arguments of the program too.
 _NEEDED = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMG])")
 _LARGEST = 8  # Operations to list.
@@ -113,17 +118,19 @@ def analyse(built: Experiment) -> Analysis:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None  # TPU and GPU compilers report both.
     parts = {
-        "network": _bytes((state.params["embedder"], state.batch_stats)),
-        "proxies": _bytes(state.params["proxies"]),
-        "optimizer": _bytes(state.opt_state),
-        "MemVir's memory": _bytes(state.memory),
-        "batch": _bytes(batch),
+        "network": bytes_per_device((state.params["embedder"], state.batch_stats)),
+        "proxies": bytes_per_device(state.params["proxies"]),
+        "optimizer": bytes_per_device(state.opt_state),
+        "MemVir's memory": bytes_per_device(state.memory),
+        "batch": bytes_per_device(batch),
     }
     in_place = donated_outputs(text)
     return Analysis(
         peak=memory.peak_memory_in_bytes,
         parts=parts | {"temporary": memory.peak_memory_in_bytes - sum(parts.values())},
-        copied=sum(_bytes(x) for i, x in enumerate(jax.tree.leaves(state)) if i not in in_place),
+        copied=sum(
+            bytes_per_device(x) for i, x in enumerate(jax.tree.leaves(state)) if i not in in_place
+        ),
         flops=_flops(built, compiled),
         collectives=list(collectives(text)),
         cycles=_cycles(text),
@@ -158,13 +165,6 @@ def donated_outputs(text: str) -> set[int]:
     """
     header = text.partition("\n")[0]
     return {int(output) for output in re.findall(r"\{(\d+)\}: \(\d+, \{\}", header)}
-
-
-def _bytes(tree: PyTree) -> int:
-    """Returns the bytes of abstract arrays on one device."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
 
 
 def _flops(built: Experiment, compiled: jax.stages.Compiled) -> float:
@@ -235,7 +235,7 @@ def fitting(built: Experiment, room: int | float, needed: int | float | None) ->
     """
     if needed is None:
         return []
-    fixed = _bytes((built.abstract_state, builder.abstract_batch(built)))
+    fixed = bytes_per_device((built.abstract_state, builder.abstract_batch(built)))
     need = memory_check.Need(fixed, max(0, int(needed) - fixed))
     source = built.sources["train"]
 

@@ -132,7 +132,7 @@ def free_room(built: Experiment) -> Room:
     state = built.abstract_state
     shares = len(built.mesh.local_devices) if sharding.on_cpu(built.mesh) else 0
     sharing = processes.processes_on_this_host()
-    program = _PROGRAM + sum(_on_device(x) for x in jax.tree.leaves(state))
+    program = _PROGRAM + sharding.bytes_per_device(state)
     reads_images = built.config.data.cache in ("none", "features")
     workers = _WORKER * built.config.data.num_workers * reads_images
     rooms = [
@@ -167,11 +167,6 @@ def _room(where: str, free: int, shares: int, rest: int) -> Room:
     return Room(math.inf if rest <= free else 0, where)
 
 
-def _on_device(x: jax.ShapeDtypeStruct) -> int:
-    shape = x.sharding.shard_shape(x.shape)
-    return math.prod(shape) * x.dtype.itemsize
-
-
 def fitting(
     built: Experiment,
     needed: Need,
@@ -200,10 +195,9 @@ def fitting(
 def _candidates(built: Experiment, needed: Need, room: int | float) -> Iterator[Mapping[str, Any]]:
     """Yields changes of settings that could make a run fit, ordered by their effect on results."""
     config, memory = built.config, built.abstract_state.memory
-    if memory is not None and config.memvir.dtype == "float32":
-        arrays = jax.tree.leaves(built.abstract_state.memory)
-        if needed.total - sum(map(_on_device, arrays)) / 2 <= room:
-            yield {"memvir.dtype": "bfloat16"}
+    is_wide = memory is not None and config.memvir.dtype == "float32"
+    if is_wide and needed.total - sharding.bytes_per_device(memory) / 2 <= room:
+        yield {"memvir.dtype": "bfloat16"}
     available = (room - needed.fixed) / _SLACK
     if available <= 0 or needed.temporary <= 0:
         return

@@ -132,6 +132,7 @@ def test_the_program_prints_what_a_program_reads(tpu, tmp_path):
     assert found["copied_bytes_per_device"] == 0
     assert found["collectives"]["all-reduce"] > 0 and found["collective_bytes"] > 0
     assert "the whole state is updated in place" in done.stdout
+    assert done.stdout.startswith("configs/folder.py:ps, 50 classes, 8 images a step, on 4 x TPU")
 
 
 def test_a_state_that_is_not_donated_counts_as_copied(tpu):
