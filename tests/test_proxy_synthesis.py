@@ -125,6 +125,7 @@ def test_pairs_of_one_class_are_masked_out():
     chex.assert_trees_all_close(value, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @given(labels=st.lists(st.integers(0, 4), min_size=1, max_size=24), seed=st.integers(0, 99))
 def test_partners_are_a_permutation_with_the_fewest_possible_pairs_of_one_class(labels, seed):
     labels = np.asarray(labels + [0] * (24 - len(labels)))

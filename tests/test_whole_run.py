@@ -60,7 +60,7 @@ def build(images, weights, monkeypatch):
     "case",
     [
         pytest.param("a", id="norm_softmax-ps"),
-        pytest.param("b", id="norm_softmax-memvir"),
+        pytest.param("b", id="norm_softmax-memvir", marks=pytest.mark.slow),
         pytest.param("d", id="proxy_nca", marks=pytest.mark.slow),
         pytest.param("e", id="proxy_nca-half_ps-frozen-gap+gmp", marks=pytest.mark.slow),
     ],

@@ -62,6 +62,24 @@ def absolute(location: str) -> str:
     return str(Path(location).absolute())
 
 
+def find(location: str) -> Path | None:
+    """Returns the local file of weights, downloaded if needed; None for the location `none`.
+
+    Args:
+        location: see `is_location`.
+
+    Raises:
+        FileNotFoundError: the file does not exist or cannot be downloaded.
+    """
+    if location == NONE:
+        return None
+    hub = _HUB.fullmatch(location)
+    path = _download(location, **hub.groupdict()) if hub else Path(location)
+    if not path.is_file():
+        raise FileNotFoundError(f"there are no weights at {path}")
+    return path
+
+
 def load(name: str, location: str) -> dict[str, Any] | None:
     """Returns the pretrained variables of a backbone; None for the location `none`.
 
@@ -77,12 +95,9 @@ def load(name: str, location: str) -> dict[str, Any] | None:
         FileNotFoundError: the file does not exist or cannot be downloaded.
         ValueError: it is not a safetensors file, or its tensors do not fit the backbone.
     """
-    if location == NONE:
+    path = find(location)
+    if path is None:
         return None
-    hub = _HUB.fullmatch(location)
-    path = _download(location, **hub.groupdict()) if hub else Path(location)
-    if not path.is_file():
-        raise FileNotFoundError(f"there are no weights at {path}")
     try:
         return convert(name, safetensors.numpy.load_file(path))
     except OSError:

@@ -67,6 +67,9 @@ def train(
     if result is not None:
         return result
     trackers.check(settings)
+    is_new = not (workdir / run_directory.CONFIG).exists()
+    if is_new:
+        pretrained.find(settings.model.pretrained)  # Before images are read and a step compiled.
     if settings.deterministic:
         # JAX reads the flags when it initialises its devices.
         flag, flags = "--xla_gpu_deterministic_ops=true", os.environ.get("XLA_FLAGS", "")
@@ -83,8 +86,7 @@ def train(
         images = run_directory.fingerprints(built.sources)
         resume.check_images(workdir, images)
         memory_check.check(built, workdir)
-        is_new = not (workdir / run_directory.CONFIG).exists()
-        # Errors in the weights are raised before anything is written.
+        # Other errors in the weights are raised before anything is written.
         initial = initial_state(built, fork) if is_new else None
         processes.wait_for_all("checked")
 

@@ -68,6 +68,7 @@ def test_a_finished_run_is_not_trained_again(images, finished):
     assert before == {path: path.stat().st_mtime_ns for path in finished.iterdir()}
 
 
+@pytest.mark.slow
 def test_evaluate_scores_checkpoints_and_exported_embeddings(finished):
     result = run_directory.read_result(finished)
     best = json.loads(succeed("evaluate.py", f"--workdir={finished}", "--checkpoint=best_map"))
@@ -84,6 +85,7 @@ def test_evaluate_scores_checkpoints_and_exported_embeddings(finished):
     assert 0 <= exported["nmi"] <= 1 and "recall@2" not in exported
 
 
+@pytest.mark.slow
 def test_evaluate_scores_a_backbone_that_was_not_trained(images):
     config = tiny.arguments(images)
     scores = json.loads(succeed("evaluate.py", *config, "--backbone=conv4", "--recall_at=1,2"))

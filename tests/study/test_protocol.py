@@ -150,6 +150,7 @@ def test_an_interrupted_study_continues(images, tmp_path, monkeypatch):
     assert len(list((tmp_path / "trials").glob("*/*/fold*"))) == 3 * FOLDS
 
 
+@pytest.mark.slow
 def test_a_trial_of_a_killed_process_is_repeated(images, tmp_path):
     plan = planned(images, tmp_path, methods=[], seeds=1, trials=1)
     storage = trials.open_storage(None, tmp_path)

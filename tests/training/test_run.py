@@ -26,6 +26,7 @@ def images(tmp_path_factory):
     return tiny.write_images(tmp_path_factory.mktemp("images"))
 
 
+@pytest.mark.slow
 def test_a_finished_run_with_more_epochs_equals_the_longer_run(images, tmp_path):
     short, long = (tiny.config(images, epochs=epochs) for epochs in (1, 3))
     folder, expected = tmp_path / "grown", tmp_path / "long"
