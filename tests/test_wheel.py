@@ -108,7 +108,7 @@ def test_a_packaged_config_is_found_by_its_name(programs, tmp_path):
         AssertionError, match=r"error: there is no config 'birds'.* cars196, cub200"
     ):
         start(command, tmp_path)
-    # The data of cars196 is not here, so the run ends once it has read the config.
+    # The weights of cars196 are not here, so the run ends once it has read the config.
     command[2] = "--config=cars196:ps"
-    with pytest.raises(AssertionError, match=r"data/cars196"):
+    with pytest.raises(AssertionError, match=r"there are no weights at .*bninception"):
         start(command, tmp_path)

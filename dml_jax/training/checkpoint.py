@@ -64,7 +64,7 @@ class Checkpoints:
         """Opens the checkpoints of a run.
 
         Opening them for writing moves damaged ones aside, so that no intact checkpoint is deleted
-        in favour of a damaged one.
+        in favour of a damaged one, and finishes interrupted deletions.
 
         Args:
             workdir: directory of the run.
@@ -269,13 +269,20 @@ def _move_damaged_aside(workdir: Path, directory: Path) -> None:
             + "\n".join(f"  step {step}: {damage}" for step, damage in damaged.items())
         )
     for step, damage in damaged.items():
+        # Orbax deletes a checkpoint file by file, once a newer one is complete.
+        if step < intact[-1] and integrity.is_partly_deleted(directory / str(step)):
+            shutil.rmtree(directory / str(step))
+            logging.info("deleted the rest of the checkpoint of step %d: %s", step, damage)
+            continue
         aside = workdir / run_directory.DAMAGED / str(step)
         shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(exist_ok=True)
         (directory / str(step)).rename(aside)
-        logging.warning("the checkpoint of step %d is damaged: %s; see %s", step, damage, aside)
-    if damaged:
-        logging.warning("the newest intact checkpoint is that of step %d", intact[-1])
+        logging.warning(
+            "the checkpoint of step %d is damaged: %s; it is now in %s, and the newest intact "
+            "checkpoint is that of step %d",
+            *(step, damage, aside, intact[-1]),
+        )
 
 
 def read_network(network: Network, workdir: Path, name: str) -> tuple[int, dict[str, PyTree]]:

@@ -18,6 +18,21 @@ def seal(folder: Path) -> None:
     (folder / SEAL).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
 
 
+def is_partly_deleted(folder: Path) -> bool:
+    """Returns whether a file of a sealed folder is missing, as after an interrupted deletion.
+
+    Args:
+        folder: folder of a checkpoint.
+    """
+    try:
+        expected = dict(json.loads((folder / SEAL).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return True
+    except (ValueError, TypeError, OSError):
+        return False
+    return not expected.keys() <= _names(folder)
+
+
 def damage(folder: Path) -> str | None:
     """Returns a description of the damage to a sealed folder; None if it is intact.
 

@@ -117,6 +117,17 @@ def test_no_intact_checkpoint_is_deleted_in_favour_of_a_damaged_one(saved, tmp_p
     assert steps(folder) == [2, 4]
 
 
+@pytest.mark.parametrize("deleted", ["digests.json", "state/manifest.ocdbt"])
+def test_an_interrupted_deletion_is_finished(saved, tmp_path, deleted):
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder)
+    (folder / run_directory.CHECKPOINTS / "2" / deleted).unlink()
+    with checkpoint.Checkpoints(folder, keep_last=2) as checkpoints:
+        assert checkpoints.latest == 3
+    assert steps(folder) == [3]
+    assert not (folder / run_directory.DAMAGED).exists()
+
+
 def test_nothing_is_changed_if_no_checkpoint_is_intact(saved, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
