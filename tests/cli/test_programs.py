@@ -209,6 +209,7 @@ def test_nonfinite_values_end_a_run_with_exit_code_3(images, tmp_path):
     assert not (folder / run_directory.RESULT).exists()
 
 
+@pytest.mark.slow
 def test_bad_images_are_reported_by_path(tmp_path):
     images = tiny.write_images(tmp_path / "images")
     (images / "train" / "class1" / "2.png").write_text("not an image")

@@ -210,7 +210,7 @@ def running(pid):
     return True
 
 
-@pytest.mark.parametrize("end", ["killed", "finished"])
+@pytest.mark.parametrize("end", ["killed", pytest.param("finished", marks=pytest.mark.slow)])
 def test_workers_read_the_same_batches_and_end_with_the_program(tmp_path, textured, end):
     for split in ("train", "test"):
         (tmp_path / split / "a").mkdir(parents=True)
@@ -318,7 +318,14 @@ def test_worker_that_finishes_first_is_not_reported(tmp_path):
     assert program.stdout == "3\n", program.stderr
 
 
-@pytest.mark.parametrize("how", ["killed", "raises", "exits"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "killed",
+        pytest.param("raises", marks=pytest.mark.slow),
+        pytest.param("exits", marks=pytest.mark.slow),
+    ],
+)
 def test_dead_worker_is_reported(tmp_path, how):
     (tmp_path / "program.py").write_text(DYING_WORKER)
     program = subprocess.run(

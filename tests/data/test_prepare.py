@@ -414,6 +414,7 @@ def test_unknown_or_unavailable_data_set_is_rejected(tmp_path):
         preparation.prepare("inshop", source=tmp_path, out=tmp_path / "out", download=True)
 
 
+@pytest.mark.slow
 def test_program(cub, tmp_path):
     program = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
     flags = [f"--source={cub}", f"--out={tmp_path / 'out'}", "--allow_different_counts"]

@@ -99,6 +99,7 @@ def run_program(arguments, *options):
     return subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_program_tells_what_is_missing(tpu, tmp_path):
     del tpu
     arguments = [*tiny.arguments(tmp_path, "ps"), "--topology=v5e:2x2"]
