@@ -122,7 +122,6 @@ def init(
     dim: int,
     dtype: DTypeLike = jnp.float32,
     loss: losses.ProxyLoss | None = None,
-    shards: int = 1,
 ) -> Memory:
     """Returns an empty memory for N(M+1) steps.
 
@@ -135,8 +134,6 @@ def init(
         dtype: dtype of the stored embeddings and proxies.
         loss: the loss that the memory is for. By default the memory fits any loss with proxies
             `[num_classes, dim]`; it is larger, since it has the caches for both kinds of anchors.
-        shards: number of devices that the memory will be sharded over. Classes are padded to a
-            multiple of it.
 
     Raises:
         ValueError: a size is too small.
@@ -147,11 +144,9 @@ def init(
         ("batch_size", batch_size, 1),
         ("num_classes", num_classes, 1),
         ("dim", dim, 1),
-        ("shards", shards, 1),
     ):
         if value < minimum:
             raise UserError(f"memvir needs {name} of at least {minimum}, got {value}")
-    num_classes = -(-num_classes // shards) * shards
     per_class, pdim = (1, dim) if loss is None else loss.proxy_shape(1, dim)
     anchors = {"rows": batch_size, "classes": num_classes}
     if loss is not None:
@@ -191,12 +186,13 @@ def loss_and_update(
     *,
     row_mask: RowMask | None = None,
     class_mask: ClassMask | None = None,
+    shards: int = 1,
 ) -> tuple[Scalar, Memory]:
     """Returns the loss of a step with the virtual classes, and the memory with the step added.
 
     The first B rows are stored, with B the memory's batch size. Rows beyond B are synthetic ones,
-    and as many of the last classes are their synthetic classes. These take part in this step's
-    loss, also as candidates of the stored rows, but are not stored.
+    and as many classes are their synthetic classes: the last ones of each device. These take part
+    in this step's loss, also as candidates of the stored rows, but are not stored.
 
     Args:
         loss: the loss.
@@ -205,7 +201,9 @@ def loss_and_update(
         proxies: raw, before this step's update, `[classes, dim]` or the shape that the loss uses.
         labels: `[rows]`, in `0..classes - 1`.
         row_mask: rows to include; None includes all. It must include the first B.
-        class_mask: classes to include; None includes all. It must include all but the synthetic.
+        class_mask: classes to include; None includes all. Except for the synthetic ones, it must be
+            the same in all steps.
+        shards: number of devices that the classes are split over; see `synthesize`.
 
     Returns:
         A float32 scalar, differentiable in embeddings and proxies, and the new memory.
@@ -216,15 +214,21 @@ def loss_and_update(
     memory = _write_pending(memory)
     embeddings, proxies = loss.prepare(embeddings, proxies)
     row_mask, class_mask = loss.fill_masks(embeddings, proxies, row_mask, class_mask)
-    real, synthetic = _split(loss, memory, _Batch(embeddings, proxies, row_mask, class_mask))
+    batch = _Batch(embeddings, proxies, row_mask, class_mask)
+    real, synthetic = _split(loss, memory, batch, shards)
     block = _read_block(loss, memory, real.class_mask)
     terms = loss.anchor_terms(embeddings, proxies, labels, row_mask, class_mask)
-    value = _loss(loss, block, terms, real, synthetic) + loss.penalty(proxies, class_mask)
+    value = _loss(loss, block, terms, real, synthetic, shards) + loss.penalty(proxies, class_mask)
 
     entry = Entry(
         embeddings=real.embeddings.astype(memory.ring.embeddings.dtype),
         proxies=real.proxies.reshape(len(real.class_mask), -1).astype(memory.ring.proxies.dtype),
-        labels=labels[: len(real.embeddings)].astype(jnp.int32),
+        labels=sharding.unjoined_positions(
+            labels[: len(real.embeddings)].astype(jnp.int32),
+            len(real.class_mask),
+            len(synthetic.class_mask),
+            shards,
+        ),
     )
     # The cache must agree with the vectors as stored, which may be rounded. If they are not, the
     # compiler removes this as a common subexpression.
@@ -320,8 +324,8 @@ def shardings(memory: Memory, mesh: jax.sharding.Mesh) -> PyTree:
     """Returns the sharding of each array of a memory: rows and classes are split over devices.
 
     Args:
-        memory: a memory, or its shapes, made with `shards` equal to the number of devices.
-        mesh: the devices.
+        memory: a memory, or its shapes.
+        mesh: the devices, whose number divides those of rows and of classes.
     """
     return jax.tree.map(
         lambda x: sharding.batch_sharding(mesh) if x.ndim else sharding.replicated_sharding(mesh),
@@ -352,15 +356,17 @@ def _anchor_kind(loss: losses.ProxyLoss) -> str:
     return "classes" if loss.class_anchors else "rows"
 
 
-def _split(loss: losses.ProxyLoss, memory: Memory, batch: _Batch) -> tuple[_Batch, _Batch]:
-    """Returns the real part of a batch, its classes padded as in the memory, and the synthetic."""
+def _split(
+    loss: losses.ProxyLoss, memory: Memory, batch: _Batch, shards: int
+) -> tuple[_Batch, _Batch]:
+    """Returns the real part of a batch and the synthetic part."""
     per_class = loss.proxies_per_class
     rows, dim = memory.pending.embeddings.shape
     stored_classes, stored_dim = memory.pending.proxies.shape
     classes = len(batch.class_mask) - (len(batch.embeddings) - rows)
     if (
         len(batch.embeddings) < rows
-        or not 0 < classes <= stored_classes
+        or classes != stored_classes
         or batch.embeddings.shape[1] != dim
         or stored_dim != dim * per_class
     ):
@@ -369,20 +375,13 @@ def _split(loss: losses.ProxyLoss, memory: Memory, batch: _Batch) -> tuple[_Batc
             f"cannot store embeddings {batch.embeddings.shape} and proxies {batch.proxies.shape}, "
             f"{per_class} for each class; pass memvir.init the sizes and the loss of the step"
         )
-    split = classes * per_class
-    real = _Batch(
-        batch.embeddings[:rows],
-        jnp.pad(batch.proxies[:split], ((0, (stored_classes - classes) * per_class), (0, 0))),
-        jnp.ones(rows, bool),
-        jnp.arange(stored_classes) < classes,
+    by_class = batch.proxies.reshape(len(batch.class_mask), -1)
+    real_proxies, proxies = (
+        x.reshape(len(x) * per_class, dim) for x in sharding.unjoin(by_class, classes, shards)
     )
-    synthetic = _Batch(
-        batch.embeddings[rows:],
-        batch.proxies[split:],
-        batch.row_mask[rows:],
-        batch.class_mask[classes:],
-    )
-    return real, synthetic
+    real_mask, class_mask = sharding.unjoin(batch.class_mask, classes, shards)
+    real = _Batch(batch.embeddings[:rows], real_proxies, jnp.ones(rows, bool), real_mask)
+    return real, _Batch(batch.embeddings[rows:], proxies, batch.row_mask[rows:], class_mask)
 
 
 def _write_pending(memory: Memory) -> Memory:
@@ -425,6 +424,7 @@ def _loss(
     terms: tuple[AnchorTerms, AnchorTerms],
     real: _Batch,
     synthetic: _Batch,
+    shards: int,
 ) -> Scalar:
     """Returns the mean loss of the current and the stored anchors.
 
@@ -434,7 +434,15 @@ def _loss(
         terms: `anchor_terms` of the current batch, including the synthetic part.
         real: the real part of the current batch.
         synthetic: the synthetic part.
+        shards: number of devices that the classes are split over.
     """
+
+    def joined(x: Array, y: Array) -> Array:
+        if loss.class_anchors:
+            return sharding.join(x, y, shards)
+        # Rows of different shardings are expensive to concatenate; these arrays are small.
+        return jnp.concatenate([sharding.replicate(x), sharding.replicate(y)])
+
     current_log_sums, positives = terms
     current_over_stored, stored_over_current = _cross_log_sums(loss, block, real)
     stored_parts = [
@@ -443,14 +451,11 @@ def _loss(
     ]
     anchor_mask = real.class_mask if loss.class_anchors else real.row_mask
     stored_mask = block.in_use[None] & anchor_mask[:, None]
-    # Only the memory has padded classes.
-    current_over_stored = current_over_stored[: len(positives) - len(synthetic.embeddings)]
-    anchor_mask = anchor_mask[: len(current_over_stored)]
     if len(synthetic.embeddings):
         synthetic_over_stored, stored_over_synthetic = _cross_log_sums(loss, block, synthetic)
-        current_over_stored = jnp.concatenate([current_over_stored, synthetic_over_stored])
+        current_over_stored = joined(current_over_stored, synthetic_over_stored)
         stored_parts.append(stored_over_synthetic[..., None])
-        anchor_mask = jnp.append(
+        anchor_mask = joined(
             anchor_mask, synthetic.class_mask if loss.class_anchors else synthetic.row_mask
         )
     current_parts = [
@@ -459,14 +464,10 @@ def _loss(
     ]
     log_sums = numerics.log_sum_exp(jnp.concatenate(current_parts, axis=1), axis=1)
     stored_log_sums = numerics.log_sum_exp(jnp.concatenate(stored_parts, axis=2), axis=2)
-    # Concatenating arrays of different shardings is expensive, and these are small: replicate them.
-    pairs = (
-        (log_sums, stored_log_sums),
-        (positives, block.positives),
-        (anchor_mask, stored_mask),
-    )
     return loss.mean(
-        *(jnp.append(sharding.replicate(x), sharding.replicate(stored)) for x, stored in pairs)
+        joined(log_sums, stored_log_sums.reshape(-1)),
+        joined(positives, block.positives.reshape(-1)),
+        joined(anchor_mask, stored_mask.reshape(-1)),
     )
 
 
@@ -480,12 +481,17 @@ def _cross_log_sums(
         anchors over the batch's candidates.
     """
     rows, slots, dim = block.entries.embeddings.shape
-    # Each device has a shard of the memory; the batch is small and goes to all.
-    embeddings, proxies = sharding.replicate(batch.embeddings), sharding.replicate(batch.proxies)
+    # Rows and classes are split over the same devices, so one factor of each product goes to all.
+    embeddings, proxies = sharding.replicate(batch.embeddings), batch.proxies
+    stored_rows = block.entries.embeddings.reshape(-1, dim)
+    if len(proxies) < len(stored_rows):
+        proxies = sharding.replicate(proxies)
+    else:
+        stored_rows = sharding.replicate(stored_rows)
     # One product for all slots: a vmap over slots would copy the transposed proxies.
     to_stored_proxies = loss.logits(embeddings, block.entries.proxies.reshape(-1, dim))
     to_stored_proxies = to_stored_proxies.reshape(len(embeddings), -1, slots)
-    to_stored_rows = loss.logits(block.entries.embeddings.reshape(-1, dim), proxies)
+    to_stored_rows = loss.logits(stored_rows, proxies)
     to_stored_rows = to_stored_rows.reshape(rows, slots, -1)
     # Masks apply to candidates here; `_loss` masks the anchors.
     if loss.class_anchors:

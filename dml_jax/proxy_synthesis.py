@@ -15,6 +15,7 @@ import scipy.special
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dml_jax import losses
+from dml_jax._utils import sharding
 from dml_jax._utils.errors import UserError
 from dml_jax.losses.base import ClassMask, Embeddings, Labels, RawProxies, RowMask
 from dml_jax.settings import number, setting
@@ -45,8 +46,9 @@ class ProxySynthesisConfig:
 class Synthesized(NamedTuple):
     """A batch followed by its synthetic classes, prepared for the loss, with masks.
 
-    Row `B + i` is the only member of class `C + i`, whose proxy is row `C + i` of the proxies. The
-    fields are the arguments of a `ProxyLoss`.
+    Row `B + i` is the only member of class `C + i`, whose proxy is row `C + i` of the proxies. (If
+    classes are split over devices, their order is another; see `synthesize`.) The fields are the
+    arguments of a `ProxyLoss`.
     """
 
     embeddings: Embeddings
@@ -145,6 +147,8 @@ def synthesize(
     partner: Int[Array, "*draws_batch"],
     ratio: float,
     loss: losses.ProxyLoss | None = None,
+    class_mask: ClassMask | None = None,
+    shards: int = 1,
 ) -> Synthesized:
     """Returns the batch with synthetic embeddings and proxies, mixed from pairs of samples.
 
@@ -161,9 +165,14 @@ def synthesize(
         ratio: synthetic classes per sample, the paper's mu, at most `draws`.
         loss: the loss that prepares the vectors: plain softmax mixes raw vectors, SoftTriple all
             centres of a class. By default vectors are normalised, with one proxy per class.
+        class_mask: classes of `proxies` to include; None includes all.
+        shards: number of devices that the classes are split over. The classes of each device are
+            followed by its share of the synthetic ones, so that no proxy moves; these are padded to
+            a multiple of `shards`, which must divide the numbers of classes and of samples.
 
     Returns:
-        The enlarged batch. The masks exclude pairs of one class, which are not a new class.
+        The enlarged batch. The masks exclude padding, and pairs of one class, which are not a new
+        class.
 
     Raises:
         ValueError: `ratio` needs more draws than there are.
@@ -180,11 +189,13 @@ def synthesize(
             f"partners for {batch} samples give 0 to {partner.size}; draw more partners or lower "
             "ratio"
         )
+    padded = sharding.padded(count, shards)
     embeddings, proxies = loss.prepare(embeddings, proxies)
-    first = jnp.arange(count) % batch
-    second = partner.reshape(-1)[:count]
-    weight = jnp.repeat(jnp.atleast_1d(lam), batch)[:count, None]
-    target_proxies = proxies.reshape(classes, -1)[labels]
+    first = jnp.arange(padded) % batch
+    second = partner.reshape(-1)[:padded]
+    weight = jnp.repeat(jnp.atleast_1d(lam), batch)[:padded, None]
+    by_class = proxies.reshape(classes, -1)
+    target_proxies = by_class[labels]
 
     def mix(vectors: Float[Array, "batch n"]) -> Float[Array, "synthetic n"]:
         return weight * vectors[first] + (1 - weight) * vectors[second]
@@ -192,11 +203,16 @@ def synthesize(
     mixed_embeddings, mixed_proxies = loss.prepare(
         mix(embeddings), mix(target_proxies).reshape(-1, proxies.shape[1])
     )
-    valid = labels[first] != labels[second]
+    valid = (labels[first] != labels[second]) & (jnp.arange(padded) < count)
+    class_mask = jnp.ones(classes, bool) if class_mask is None else class_mask
+    joined = sharding.join(by_class, mixed_proxies.reshape(padded, by_class.shape[1]), shards)
+    order = jnp.arange(classes + padded, dtype=labels.dtype)
+    _, synthetic_labels = sharding.unjoin(order, classes, shards)
+    labels = sharding.joined_positions(labels, classes, padded, shards)
     return Synthesized(
         embeddings=jnp.concatenate([embeddings, mixed_embeddings]),
-        proxies=jnp.concatenate([proxies, mixed_proxies]),
-        labels=jnp.concatenate([labels, classes + jnp.arange(count, dtype=labels.dtype)]),
+        proxies=joined.reshape(-1, proxies.shape[1]),
+        labels=jnp.concatenate([labels, synthetic_labels]),
         row_mask=jnp.concatenate([jnp.ones(batch, bool), valid]),
-        class_mask=jnp.concatenate([jnp.ones(classes, bool), valid]),
+        class_mask=sharding.join(class_mask, valid, shards),
     )

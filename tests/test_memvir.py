@@ -9,6 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from dml_jax import losses, memvir, proxy_synthesis
+from dml_jax._utils import sharding
 from tests.helpers.oracles import DenseMemVir, normalized
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -257,27 +258,48 @@ def test_stores_unit_vectors_and_proxies_before_the_update():
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] * (name not in KINDS)) for name in losses.names()],
 )
-def test_padded_classes_of_a_sharded_memory_have_no_effect(name):
+def test_padded_classes_and_the_order_of_devices_have_no_effect(name):
     loss = losses.create(name, **HYPERPARAMETERS.get(name, {}))
+    per_class, (_, pdim) = loss.proxies_per_class, loss.proxy_shape(1, 5)
 
     def run(shards):
         rng = np.random.default_rng(0)
+        classes = sharding.padded(3, shards)
         memory = memvir.init(
-            num_steps=2, step_gap=0, batch_size=4, num_classes=3, dim=5, loss=loss, shards=shards
+            num_steps=2, step_gap=0, batch_size=4, num_classes=classes, dim=5, loss=loss
         )
-        step = make_step(loss)
+
+        @jax.jit
+        def step(embeddings, proxies, memory, labels, lam, partner):
+            problem = proxy_synthesis.synthesize(
+                embeddings,
+                jnp.pad(proxies, ((0, (classes - 3) * per_class), (0, 0))),
+                labels,
+                lam=lam,
+                partner=partner,
+                ratio=0.75,
+                loss=loss,
+                class_mask=jnp.arange(classes) < 3,
+                shards=shards,
+            )
+            return memvir.loss_and_update(loss, memory, **problem._asdict(), shards=shards)
+
         for _ in range(5):
-            (value, memory), gradients = step(
+            (value, memory), gradients = jax.value_and_grad(step, argnums=(0, 1), has_aux=True)(
+                jnp.asarray(rng.normal(size=(4, 5)), jnp.float32),
+                jnp.asarray(rng.normal(size=(3 * per_class, pdim)), jnp.float32),
                 memory,
-                jnp.asarray(rng.normal(size=(6, 5)), jnp.float32),
-                jnp.asarray(rng.normal(size=loss.proxy_shape(5, 5)), jnp.float32),
-                jnp.asarray(np.append(rng.integers(3, size=4), [3, 4])),
+                jnp.asarray([0, 1, 2, rng.integers(3)]),
+                jnp.asarray(rng.uniform(size=1), jnp.float32),
+                jnp.asarray(rng.permutation(4)[None]),
             )
             yield value, gradients
-        assert len(memory.pending.proxies) == -(-3 // shards) * shards
+        assert not memory.pending.proxies[3:].any()
 
-    for ours, expected in zip(list(run(4)), list(run(1)), strict=True):
-        chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-5)
+    expected = list(run(1))
+    for shards in (2, 4):
+        for ours, theirs in zip(list(run(shards)), expected, strict=True):
+            chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_a_memory_of_another_size_raises():

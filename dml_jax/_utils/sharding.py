@@ -1,8 +1,8 @@
 """The device mesh, the shardings of arrays on it, and transfers of batches to it.
 
-The mesh has one axis, `data`, which splits batches and MemVir's memory; all other arrays are
-replicated. The compiled step sees the global batch, so losses, synthetic pairs and batch statistics
-are the same on any number of devices.
+The mesh has one axis, `data`, which splits batches by row, proxies and their optimizer state by
+class, and MemVir's memory by both; all other arrays are replicated. The compiled step sees the
+global batch, so losses, synthetic pairs and batch statistics are the same on any number of devices.
 """
 
 import math
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -60,6 +61,56 @@ def split(x: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec("data"))
+
+
+def padded(length: int, shards: int) -> int:
+    """Returns the smallest multiple of `shards` that is not below `length`."""
+    return -(-length // shards) * shards
+
+
+def join(x: jax.Array, y: jax.Array, shards: int) -> jax.Array:
+    """Returns two split arrays as one, without moving rows between devices.
+
+    Each device's rows of `x` are followed by its rows of `y`. For one device this is a
+    concatenation.
+
+    Args:
+        x: array whose first axis is split over the devices.
+        y: another one.
+        shards: number of devices, which divides both lengths.
+    """
+    parts = [z.reshape(shards, len(z) // shards, *z.shape[1:]) for z in (x, y)]
+    return jnp.concatenate(parts, axis=1).reshape(len(x) + len(y), *x.shape[1:])
+
+
+def joined_positions(first: jax.Array, x: int, y: int, shards: int) -> jax.Array:
+    """Returns the positions in `join(x, y, shards)` of elements of the first array.
+
+    Args:
+        first: positions in the first array.
+        x: length of the first array.
+        y: length of the second.
+        shards: number of devices.
+    """
+    return first + first // (x // shards) * (y // shards)
+
+
+def unjoined_positions(joined: jax.Array, x: int, y: int, shards: int) -> jax.Array:
+    """Returns positions in the first array; the inverse of `joined_positions`."""
+    return joined - joined // ((x + y) // shards) * (y // shards)
+
+
+def unjoin(z: jax.Array, length: int, shards: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the two arrays that `join` made one of.
+
+    Args:
+        z: the joined array.
+        length: length of the first array.
+        shards: number of devices.
+    """
+    of_device = z.reshape(shards, len(z) // shards, *z.shape[1:])
+    first = of_device[:, : length // shards].reshape(length, *z.shape[1:])
+    return first, of_device[:, length // shards :].reshape(len(z) - length, *z.shape[1:])
 
 
 def on_cpu(mesh: Mesh) -> bool:

@@ -91,7 +91,9 @@ def build(
     transformation, learning_rate = optimizer.create(
         config.optimizer, steps_per_epoch=steps_per_epoch
     )
-    step_config = _step_config(config, network, transformation, steps_per_epoch)
+    step_config = _step_config(
+        config, network, transformation, steps_per_epoch, len(train.class_names)
+    )
 
     @functools.cache
     def cache(split: str) -> device_cache.Cache | None:
@@ -99,7 +101,7 @@ def build(
             return None
         return device_cache.load(sources[split], mesh, config.data.cache_size)
 
-    initial_state = partial(_initial_state, config, step_config, len(train.class_names), mesh.size)
+    initial_state = partial(_initial_state, config, step_config)
     abstract_state = _with_shardings(jax.eval_shape(initial_state), mesh)
     init = jax.jit(initial_state, out_shardings=sharding.shardings_of(abstract_state))
     return Experiment(
@@ -141,6 +143,7 @@ def _step_config(
     network: Network,
     transformation: optax.GradientTransformationExtraArgs,
     steps_per_epoch: int,
+    num_classes: int,
 ) -> step.StepConfig:
     return step.StepConfig(
         embedder=network.embedder,
@@ -151,6 +154,8 @@ def _step_config(
         mixing_alpha=config.proxy_synthesis.alpha,
         mixing_ratio=config.proxy_synthesis.ratio,
         memory_warmup_steps=config.memvir.warmup_epochs * steps_per_epoch,
+        num_classes=num_classes,
+        shards=network.mesh.size,
         frozen_steps=config.optimizer.frozen_epochs * steps_per_epoch,
         micro_batches=config.micro_batches,
         fixed=network.fixed,
@@ -162,19 +167,20 @@ def _step_config(
 def _initial_state(
     config: Config,
     step_config: step.StepConfig,
-    num_classes: int,
-    shards: int,
     backbone: PyTree | None = None,
 ) -> state.TrainState:
     """Returns the state before the first step, with pretrained variables if they are given."""
+    classes = step_config.num_classes
+    padded = sharding.padded(classes, step_config.shards)
     return state.create(
         jax.random.key(config.seed),
         embedder=step_config.embedder,
         optimizer=step_config.optimizer,
         image_size=config.data.image_size,
-        proxy_shape=config.loss.proxy_shape(num_classes, config.model.dim),
+        proxy_shape=config.loss.proxy_shape(classes, config.model.dim),
         proxy_init=config.proxy_init,
-        memory=_memory(config, config.loss, num_classes, shards),
+        padding=(padded - classes) * config.loss.proxies_per_class,
+        memory=_memory(config, config.loss, padded),
         fixed=step_config.fixed,
         backbone=backbone,
     )
@@ -245,9 +251,7 @@ def _warn_about_memvir(config: Config, steps_per_epoch: int) -> None:
         )
 
 
-def _memory(
-    config: Config, loss: losses.ProxyLoss, num_classes: int, shards: int
-) -> memvir.Memory | None:
+def _memory(config: Config, loss: losses.ProxyLoss, num_classes: int) -> memvir.Memory | None:
     if not config.memvir.num_steps:
         return None
     return memvir.init(
@@ -258,14 +262,16 @@ def _memory(
         dim=config.model.dim,
         dtype=jnp.dtype(config.memvir.dtype),
         loss=loss,
-        shards=shards,
     )
 
 
 def _with_shardings(shapes: state.TrainState, mesh: jax.sharding.Mesh) -> state.TrainState:
     """Returns the shapes of the state with the shardings of a run on a mesh."""
-    replicated = sharding.replicated_sharding(mesh)
-    shardings = jax.tree.map(lambda _: replicated, shapes)
+    by_row, replicated = sharding.batch_sharding(mesh), sharding.replicated_sharding(mesh)
+    proxies = jax.tree_util.DictKey("proxies")
+    shardings = jax.tree.map_with_path(
+        lambda path, _: by_row if proxies in path else replicated, shapes
+    )
     if shapes.memory is not None:
         shardings = shardings._replace(memory=memvir.shardings(shapes.memory, mesh))
     return jax.tree.map(

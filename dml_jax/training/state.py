@@ -38,7 +38,7 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]
     params: PyTree
-    """`{"embedder": ..., "proxies": [classes, dim]}`."""
+    """`{"embedder": ..., "proxies": [proxies, dim]}`; see `create`."""
     batch_stats: PyTree
     opt_state: optax.OptState
     memory: memvir.Memory | None
@@ -100,6 +100,7 @@ def create(
     image_size: int,
     proxy_shape: tuple[int, int],
     proxy_init: str,
+    padding: int,
     memory: memvir.Memory | None,
     fixed: Collection[tuple[str, ...]] = (),
     backbone: PyTree | None = None,
@@ -113,6 +114,8 @@ def create(
         image_size: height and width of an image in pixels.
         proxy_shape: number and dimension of the proxies.
         proxy_init: see `initial_proxies`.
+        padding: number of proxies of zeros that follow, so that the number of devices divides the
+            whole number. The step masks their classes, so they stay zero.
         memory: the empty memory of MemVir; None without MemVir.
         fixed: paths of the embedder's parameters that never change; see `split`.
         backbone: pretrained variables of the backbone; None for random ones.
@@ -127,6 +130,7 @@ def create(
     if backbone is not None:
         variables = {name: {**tree, "backbone": backbone[name]} for name, tree in variables.items()}
     proxies = initial_proxies(proxy_key, init=proxy_init, shape=proxy_shape)
+    proxies = jnp.pad(proxies, ((0, padding), (0, 0)))
     params = {"embedder": variables["params"], "proxies": proxies}
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -44,6 +44,10 @@ class StepConfig(NamedTuple):
     """Proxy Synthesis: synthetic classes per sample; 0 for none."""
     memory_warmup_steps: int
     """MemVir: steps before the memory is used; without effect if the state has no memory."""
+    num_classes: int
+    """Number of training classes. Further proxies are padding; see `state.create`."""
+    shards: int
+    """Number of devices that the classes are split over."""
     frozen_steps: int
     """First steps, in which the backbone and its batch statistics do not change."""
     micro_batches: int
@@ -129,12 +133,21 @@ def objective(
         The loss, and the new batch statistics and memory.
     """
     embeddings, batch_stats = embed(config, params["embedder"], state.batch_stats, batch["image"])
-    problem = {"embeddings": embeddings, "proxies": params["proxies"], "labels": batch["label"]}
+    classes = len(params["proxies"]) // config.loss.proxies_per_class
+    # Each device gets all rows, and computes the terms of its classes.
+    problem = {
+        "embeddings": sharding.replicate(embeddings),
+        "proxies": params["proxies"],
+        "labels": sharding.replicate(batch["label"]),
+        "class_mask": jnp.arange(classes) < config.num_classes,
+    }
     if config.mixing_ratio:
         problem = _mixed(config, key, **problem)
     if state.memory is None:
         return config.loss(**problem), (batch_stats, None)
-    loss, memory = memvir.loss_and_update(config.loss, state.memory, **problem)
+    loss, memory = memvir.loss_and_update(
+        config.loss, state.memory, **problem, shards=config.shards
+    )
     # The memory stays empty during the warm-up, so that it does not affect the loss.
     warm = state.step >= config.memory_warmup_steps
     memory = memory._replace(steps=jnp.where(warm, memory.steps, 0))
@@ -142,14 +155,14 @@ def objective(
 
 
 def _mixed(
-    config: StepConfig, key: PRNGKeyArray, embeddings: Array, proxies: Array, labels: Array
+    config: StepConfig,
+    key: PRNGKeyArray,
+    embeddings: Array,
+    proxies: Array,
+    labels: Array,
+    class_mask: Array,
 ) -> dict[str, Array]:
-    """Returns the arguments of the loss with synthetic classes.
-
-    A sample may be mixed with one of another device. So every device gets all rows, once, and takes
-    its share of the classes; with split rows, the compiler moves rows at each concatenation.
-    """
-    embeddings, labels = sharding.replicate(embeddings), sharding.replicate(labels)
+    """Returns the arguments of the loss with synthetic classes."""
     lam, partner = proxy_synthesis.draw(
         key, labels, alpha=config.mixing_alpha, ratio=config.mixing_ratio
     )
@@ -161,9 +174,10 @@ def _mixed(
         partner=partner,
         ratio=config.mixing_ratio,
         loss=config.loss,
+        class_mask=class_mask,
+        shards=config.shards,
     )
-    everywhere = {name: sharding.replicate(x) for name, x in mixed._asdict().items()}
-    return everywhere | {"proxies": sharding.split(everywhere["proxies"])}
+    return mixed._asdict()
 
 
 class StepMetrics(NamedTuple):
