@@ -195,13 +195,13 @@ def synthesize(
     second = partner.reshape(-1)[:padded]
     weight = jnp.repeat(jnp.atleast_1d(lam), batch)[:padded, None]
     by_class = proxies.reshape(classes, -1)
-    target_proxies = by_class[labels]
+    target_proxies = sharding.replicate(by_class[labels])
 
     def mix(vectors: Float[Array, "batch n"]) -> Float[Array, "synthetic n"]:
         return weight * vectors[first] + (1 - weight) * vectors[second]
 
     mixed_embeddings, mixed_proxies = loss.prepare(
-        mix(embeddings), mix(target_proxies).reshape(-1, proxies.shape[1])
+        sharding.replicate(mix(embeddings)), mix(target_proxies).reshape(-1, proxies.shape[1])
     )
     valid = (labels[first] != labels[second]) & (jnp.arange(padded) < count)
     class_mask = jnp.ones(classes, bool) if class_mask is None else class_mask

@@ -63,6 +63,12 @@ def split(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec("data"))
 
 
+def shards() -> int:
+    """Returns the number of devices of the current mesh; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
 def padded(length: int, shards: int) -> int:
     """Returns the smallest multiple of `shards` that is not below `length`."""
     return -(-length // shards) * shards
@@ -79,8 +85,9 @@ def join(x: jax.Array, y: jax.Array, shards: int) -> jax.Array:
         y: another one.
         shards: number of devices, which divides both lengths.
     """
-    parts = [z.reshape(shards, len(z) // shards, *z.shape[1:]) for z in (x, y)]
-    return jnp.concatenate(parts, axis=1).reshape(len(x) + len(y), *x.shape[1:])
+    parts = [split(z.reshape(shards, len(z) // shards, *z.shape[1:])) for z in (x, y)]
+    joined = split(jnp.concatenate(parts, axis=1))
+    return split(joined.reshape(len(x) + len(y), *x.shape[1:]))
 
 
 def joined_positions(first: jax.Array, x: int, y: int, shards: int) -> jax.Array:

@@ -177,7 +177,8 @@ def _mixed(
         class_mask=class_mask,
         shards=config.shards,
     )
-    return mixed._asdict()
+    of_rows = {"embeddings": mixed.embeddings, "labels": mixed.labels, "row_mask": mixed.row_mask}
+    return mixed._asdict() | jax.tree.map(sharding.replicate, of_rows)
 
 
 class StepMetrics(NamedTuple):

@@ -1,11 +1,13 @@
 from functools import partial
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
-from dml_jax.models import bninception, create_backbone, resnet
+from dml_jax._utils import sharding
+from dml_jax.models import bninception, create_backbone, layers, resnet
 
 NETWORKS = {
     "resnet": partial(resnet.ResNet, stage_sizes=(4,), bottleneck=False, width=8, stem="small"),
@@ -52,3 +54,36 @@ def test_every_block_is_rematerialised(name, blocks):
     primitives = [str(equation.primitive) for equation in traced.eqns]
     # The name of the primitive depends on the version of JAX.
     assert sum(name in ("remat2", "checkpoint") for name in primitives) == blocks, set(primitives)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_batch_norm_equals_flaxs_on_any_number_of_devices(dtype):
+    ours = layers.BatchNorm(use_running_average=False, dtype=dtype)
+    theirs = nn.BatchNorm(
+        use_running_average=False, momentum=0.9, use_fast_variance=False, dtype=dtype
+    )
+    # Means far from zero, and another one on each device.
+    x = 100 + 5 * jnp.arange(8.0)[:, None, None, None]
+    x = (x + jax.random.normal(jax.random.key(0), (8, 3, 3, 4))).astype(dtype)
+    weights = jax.random.normal(jax.random.key(1), x.shape)
+    variables = theirs.init(jax.random.key(0), x)
+    chex.assert_trees_all_equal(ours.init(jax.random.key(0), x), variables)
+
+    def results(module, mesh):
+        def objective(params, x):
+            y, updates = module.apply(variables | {"params": params}, x, mutable=["batch_stats"])
+            return jnp.sum(weights * y.astype(jnp.float32)), (y, updates)
+
+        with jax.set_mesh(mesh):
+            rows = jax.device_put(x, sharding.batch_sharding(mesh))
+            return jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))(
+                variables["params"], rows
+            )
+
+    expected = results(theirs, sharding.make_mesh(jax.devices()[:1]))
+    tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
+    for devices in (1, 2, 8):
+        found = results(ours, sharding.make_mesh(jax.devices()[:devices]))
+        chex.assert_trees_all_close(
+            *jax.device_get((found, expected)), rtol=tolerance, atol=tolerance
+        )

@@ -32,7 +32,9 @@ def losses_of_run(config, devices, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["baseline", "ps_memvir", "memvir_proxy_anchor"])
+@pytest.mark.parametrize(
+    "variant", ["baseline", "ps_memvir", "ps_memvir_proxy_anchor", "ps_memvir_soft_triple"]
+)
 def test_losses_are_the_same_on_any_number_of_devices(images, variant):
     # In a deep network, rounding changes the sign of an activation every few steps, and a high
     # learning rate carries this into the loss: hence a shallow network at the official rates. The 6
@@ -44,9 +46,13 @@ def test_losses_are_the_same_on_any_number_of_devices(images, variant):
     for devices in (2, 4, 8):
         together, state = losses_of_run(config, devices=devices, steps=30)
         np.testing.assert_allclose(together, alone, rtol=1e-5)
+        split_arrays = [state.params["proxies"]]
+        for moment in ("mu", "nu"):
+            split_arrays.append(optax.tree.get(state.opt_state, moment)["proxies"])
         if state.memory is not None:
-            for x in jax.tree.leaves(state.memory._replace(steps=None)):
-                assert {shard.data.size for shard in x.addressable_shards} == {x.size // devices}
+            split_arrays += jax.tree.leaves(state.memory._replace(steps=None))
+        for x in split_arrays:
+            assert {shard.data.size for shard in x.addressable_shards} == {x.size // devices}
 
 
 @pytest.mark.slow
