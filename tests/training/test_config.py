@@ -422,7 +422,7 @@ def test_the_memory_has_the_documented_size(name, classes):
         made = module.get_config(f"memvir_{loss}")
         of_loss = losses.create(**made.loss)
         shape = jax.eval_shape(
-            lambda m=made, x=of_loss: builder._memory(parse_with_root(m), x, classes, 1)
+            lambda m=made, x=of_loss: builder._memory(parse_with_root(m), x, classes)
         )
         sizes[loss] = f"{sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shape)) / 1e9:.1f}"
     words = " ".join(module.__doc__.split())
