@@ -177,20 +177,65 @@ def gather(
     cache: UInt8[Array, "n h w 3"], index: Int32[Array, " batch"], *, mesh: Mesh
 ) -> UInt8[Array, "batch h w 3"]:
     """Returns images by index, sharded along the batch axis; black where the index is -1."""
-
-    def gather_shard(shard: Array, index: Array) -> Array:
-        global_index = jax.lax.all_gather(index, "data", tiled=True)
-        local = global_index - jax.lax.axis_index("data") * len(shard)
-        is_local = (local >= 0) & (local < len(shard)) & (global_index >= 0)
-        rows = jnp.where(
-            is_local[:, None, None, None], shard[local.clip(0, len(shard) - 1)], jnp.uint8(0)
-        )
-        # At most one device has a row; the others contribute zeros to the sum.
-        return jax.lax.psum_scatter(rows, "data", tiled=True)
-
+    exchanges = mesh.size > 1 and not sharding.on_cpu(mesh)  # Not implemented for CPUs.
     spec = PartitionSpec("data")
-    return jax.shard_map(gather_shard, mesh=mesh, in_specs=(spec, spec), out_specs=spec)(
-        cache, index
+    return jax.shard_map(
+        _exchange_rows if exchanges else _add_rows,
+        mesh=mesh,
+        in_specs=(spec, spec),
+        out_specs=spec,
+        check_vma=not exchanges,
+    )(cache, index)
+
+
+def _exchange_rows(shard: Array, index: Array) -> Array:
+    """Returns the images of this device's rows of the batch, which their devices send to it."""
+    plan = exchange(
+        jax.lax.all_gather(index, "data"), jax.lax.axis_index("data"), shard_size=len(shard)
+    )
+    black = jnp.zeros((len(index), *shard.shape[1:]), shard.dtype)
+    return jax.lax.ragged_all_to_all(shard, black, *plan, axis_name="data")
+
+
+def _add_rows(shard: Array, index: Array) -> Array:
+    """Returns the same as a sum over devices, of which at most one has a row."""
+    global_index = jax.lax.all_gather(index, "data", tiled=True)
+    local = global_index - jax.lax.axis_index("data") * len(shard)
+    is_local = (local >= 0) & (local < len(shard)) & (global_index >= 0)
+    rows = jnp.where(
+        is_local[:, None, None, None], shard[local.clip(0, len(shard) - 1)], jnp.uint8(0)
+    )
+    return jax.lax.psum_scatter(rows, "data", tiled=True)
+
+
+class Exchange(NamedTuple):
+    """The arguments of `jax.lax.ragged_all_to_all` on one device, a row for each row of a batch."""
+
+    input_offsets: Int[Array, " batch"]
+    send_sizes: Int[Array, " batch"]
+    output_offsets: Int[Array, " batch"]
+    recv_sizes: Int[Array, " batch"]
+
+
+def exchange(
+    index: Int[Array, "devices rows"], device: Int[Array, ""], *, shard_size: int
+) -> Exchange:
+    """Returns what a device sends and receives so that each device has the rows of its index.
+
+    Args:
+        index: for each device, the global indices of the rows that it gets; -1 for none.
+        device: number of this device.
+        shard_size: number of rows that each device has.
+    """
+    devices, rows = index.shape
+    owner = index // shard_size  # -1 for none.
+    sends = owner == device
+    from_device = jnp.arange(devices)[:, None]
+    return Exchange(
+        input_offsets=jnp.where(sends, index % shard_size, 0).reshape(-1),
+        send_sizes=sends.astype(jnp.int32).reshape(-1),
+        output_offsets=jnp.tile(jnp.arange(rows), devices),
+        recv_sizes=(owner[device][None] == from_device).astype(jnp.int32).reshape(-1),
     )
 
 

@@ -100,6 +100,27 @@ def test_small_images_of_equal_shape_are_cached_unchanged():
         np.testing.assert_array_equal(views[row], expected)
 
 
+@pytest.mark.parametrize("devices", [2, 5])
+def test_the_exchange_gives_each_device_its_rows(devices):
+    """Carries out the plans of all devices as XLA specifies `ragged_all_to_all`."""
+    rows, shard_size = 7, 4
+    rng = np.random.default_rng(0)
+    index = rng.integers(-1, devices * shard_size, (devices, rows)).astype(np.int32)
+    shards = np.arange(devices * shard_size).reshape(devices, shard_size)
+    plans = [
+        device_cache.exchange(jnp.asarray(index), jnp.asarray(i), shard_size=shard_size)
+        for i in range(devices)
+    ]
+    received = np.full((devices, rows), -1)
+    for sender, plan in enumerate(plans):
+        for update, (start, size, to, _) in enumerate(zip(*map(np.asarray, plan), strict=True)):
+            receiver = update // rows
+            received[receiver, to : to + size] = shards[sender, start : start + size]
+            expected = plans[receiver].recv_sizes[sender * rows + update % rows]
+            assert size == expected
+    np.testing.assert_array_equal(received, index)
+
+
 def test_images_of_other_shapes_are_distorted_in_the_cache_only():
     source = source_of([pattern(200, 300), pattern(200, 300), pattern(300, 200)])
     cache = device_cache.load(source, mesh_of(1), 100)
