@@ -1,5 +1,6 @@
 """Embeds the images of a split and scores them by retrieval."""
 
+import json
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from dml_jax.data.splits import gallery_of
 from dml_jax.evaluation.embedding import embed_images
 from dml_jax.evaluation.features import Features, embed_features
 from dml_jax.evaluation.network import Network
+from dml_jax.retrieval import exact
 
 
 class Evaluator(NamedTuple):
@@ -53,7 +55,8 @@ class Evaluator(NamedTuple):
     ) -> dict[str, float]:
         """Returns the retrieval metrics by name; see `dml_jax.retrieval.evaluate`.
 
-        All processes return the metrics of the first, so that they decide alike.
+        All processes return the metrics of the first, so that they decide alike. If faiss searches,
+        the first process does it alone, since others on its host would share its GPU or its cores.
 
         Args:
             embeddings: the result of `embed`.
@@ -62,12 +65,23 @@ class Evaluator(NamedTuple):
         gallery = None
         if "gallery" in embeddings:
             gallery = embeddings["gallery"], self.sources["gallery"].labels
-        return processes.from_first_process(
-            retrieval.evaluate(
-                embeddings[split],
-                self.sources[split].labels,
-                recall_at=self.recall_at,
-                gallery=gallery,
-                nmi=self.nmi,
+        backend, metrics = exact.choose("auto"), dict[str, float]()
+
+        def evaluate() -> None:
+            metrics.update(
+                retrieval.evaluate(
+                    embeddings[split],
+                    self.sources[split].labels,
+                    recall_at=self.recall_at,
+                    gallery=gallery,
+                    nmi=self.nmi,
+                    backend=backend,
+                )
             )
-        )
+
+        if backend == "jax":
+            evaluate()  # On the devices of all processes.
+        else:
+            processes.in_first_process(evaluate)
+        message = json.dumps(metrics).encode()
+        return dict(json.loads(processes.bytes_from_first_process(message)))
