@@ -46,6 +46,14 @@ def test_frozen_statistics_do_not_change_and_variables_are_float32_with_bfloat16
     assert features.dtype == jnp.bfloat16
 
 
+@pytest.fixture(params=["cpu", "tpu"])
+def platform(request, monkeypatch):
+    """The platform whose branch of the pools is taken."""
+    if request.param == "tpu":
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda x, *, tpu, default: tpu(x))
+
+
+@pytest.mark.usefixtures("platform")
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_max_pool_and_its_gradient_equal_those_of_xla(padding, stride):
@@ -64,6 +72,7 @@ def test_max_pool_and_its_gradient_equal_those_of_xla(padding, stride):
         np.testing.assert_allclose(function(ours)(x), function(expected)(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("platform")
 def test_average_pool_uses_zero_padding():
     x = jax.random.normal(jax.random.key(0), (2, 5, 4, 3))
     expected = nn.avg_pool(x, (3, 3), padding=((1, 1), (1, 1)), count_include_pad=True)
