@@ -191,7 +191,7 @@ class StepMetrics(NamedTuple):
     gradient_norms: Float[Array, " arrays"]
     """Norm of the gradient of each array that trains, in the order of `jax.tree.leaves`."""
     parameter_norms: Float[Array, " arrays"]
-    """Norm of each such array before the step, in the same order."""
+    """Norm of each such array after the step, even if it is skipped, in the same order."""
 
 
 def train_step(
@@ -225,10 +225,11 @@ def train_step(
         gradients, state.opt_state, trained, step=state.step
     )
     params = optax.apply_updates(trained, updates)
-    gradient_norms, parameter_norms = _norms(gradients), _norms(trained)
+    gradient_norms, parameter_norms = _norms(gradients), _norms(params)
     gradient_norm = jnp.linalg.norm(gradient_norms)
-    # Optimizer state and memory need no check: they follow from the gradient and the loss's inputs.
-    taken = _all_finite((loss, gradient_norm, params, batch_stats))
+    # A norm is nonfinite if an element is. Optimizer state and memory need no check: they follow from
+    # the gradient and the loss's inputs.
+    taken = _all_finite((loss, gradient_norm, parameter_norms, batch_stats))
     if memory is not None and state.memory is not None:
         memory = memvir.choose(taken, memory, state.memory)
     skipped = Skipped(

@@ -107,7 +107,7 @@ def test_a_nonfinite_step_changes_nothing(images):
 
     skipped, metrics = compiled(jax.tree.map(lambda x: x.copy(), state), bad)
     assert np.isnan(metrics.loss)
-    assert np.isnan(metrics.gradient_norms).any() and np.isfinite(metrics.parameter_norms).all()
+    assert np.isnan(metrics.gradient_norms).any() and np.isnan(metrics.parameter_norms).any()
     assert int(skipped.step) == int(kept.step) + 1 == 12
     assert (int(skipped.skipped.total), int(skipped.skipped.in_a_row)) == (1, 1)
     for part in ("params", "batch_stats", "opt_state", "metrics"):
