@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from dml_jax._utils import failures
 from dml_jax._utils.errors import UserError
 from dml_jax._utils.sharding import put_batch, replicated_sharding
 
@@ -24,7 +25,8 @@ def join_processes(
 ) -> None:
     """Connects this process to the others of a run; a no-op without arguments.
 
-    Call it before any other use of JAX.
+    From then on, a failure of one process ends all; see `dml_jax._utils.failures`. Call it before
+    any other use of JAX.
 
     Args:
         detect: whether to detect the processes from SLURM, the TPU pod or MPI.
@@ -43,7 +45,13 @@ def join_processes(
         )
     if detect or coordinator is not None:
         try:
-            jax.distributed.initialize(coordinator, num_processes, process_id)
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                heartbeat_timeout_seconds=failures.HEARTBEAT_TIMEOUT,
+            )
+            failures.watch()
         except ValueError as error:
             raise UserError(f"cannot connect to the other processes: {error}") from error
 

@@ -2,12 +2,14 @@
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
+import jax
 from absl import app, flags, logging
 
-from dml_jax._utils import runtime
+from dml_jax._utils import failures, runtime
 from dml_jax._utils.errors import UserError
 from dml_jax.cli import packaged_configs
 from dml_jax.training import preemption
@@ -69,7 +71,8 @@ def user_errors() -> Iterator[None]:
     These are `UserError`, an OSError and a missing package; `--verbosity=1` adds the traceback.
     Exit code 3 means that training values became nonfinite; 75 that the run was asked to stop and
     has saved a checkpoint. Other errors, among them any other ValueError, are bugs: they pass, and
-    the program ends with the traceback and exit code 1.
+    the program ends with the traceback and exit code 1. A failure of one of several processes ends
+    all of them with the same exit code.
     """
     try:
         yield
@@ -80,9 +83,15 @@ def user_errors() -> Iterator[None]:
         _exit(f"{error}\n(--verbosity=1 shows the traceback)", 2)
     except FloatingPointError as error:
         _exit(error, 3)
+    except Exception as error:
+        if jax.distributed.is_initialized():
+            traceback.print_exc()
+            failures.end_all(repr(error), 1)
+        raise
 
 
 def _exit(error: object, code: int) -> NoReturn:
     logging.debug("traceback", exc_info=True)
     print(f"error: {error}", file=sys.stderr)
+    failures.end_all(str(error), code)
     sys.exit(code)

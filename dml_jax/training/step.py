@@ -227,8 +227,8 @@ def train_step(
     params = optax.apply_updates(trained, updates)
     gradient_norms, parameter_norms = _norms(gradients), _norms(params)
     gradient_norm = jnp.linalg.norm(gradient_norms)
-    # A norm is nonfinite if an element is. Optimizer state and memory need no check: they follow from
-    # the gradient and the loss's inputs.
+    # A norm is nonfinite if an element is. Optimizer state and memory need no check: they follow
+    # from the gradient and the loss's inputs.
     taken = _all_finite((loss, gradient_norm, parameter_norms, batch_stats))
     if memory is not None and state.memory is not None:
         memory = memvir.choose(taken, memory, state.memory)

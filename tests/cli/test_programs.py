@@ -323,8 +323,13 @@ def test_two_interrupted_processes_train_like_one_uninterrupted_process(tmp_path
         printed = [process.communicate(timeout=600) for process in processes]
         return [process.returncode for process in processes], printed
 
-    # The second process receives the stop signal in step 5; all processes stop four steps later.
+    # An error in one process ends both.
     together, does = tmp_path / "together", str(tmp_path / "does")
+    fails = {"DML_JAX_TEST_PHASE": does, "DML_JAX_TEST_FAILS": "3"}
+    codes, printed = start_two(together, program=("-m", "tests.helpers.marked"), **fails)
+    assert codes == [2, 2] and "process 1 failed: a disk has failed" in printed[0][1], printed
+
+    # The second process receives the stop signal in step 5; all processes stop four steps later.
     asks = {"DML_JAX_TEST_PHASE": does, "DML_JAX_TEST_STOPS": "5"}
     codes, printed = start_two(together, program=("-m", "tests.helpers.marked"), **asks)
     assert codes == [preemption.EXIT_CODE] * 2, printed

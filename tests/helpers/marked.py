@@ -1,7 +1,8 @@
 """scripts/train.py that records its current phase, for tests that interrupt it there.
 
 DML_JAX_TEST_PHASE is the path of a file that contains `step`, `evaluation` or nothing. With
-DML_JAX_TEST_STOPS=N the process sends itself SIGTERM during step N.
+DML_JAX_TEST_STOPS=N the process sends itself SIGTERM during step N, and with DML_JAX_TEST_FAILS=N
+it raises an error then.
 """
 
 import os
@@ -39,6 +40,8 @@ class Marked(step.Step):
         if str(self.calls) == os.environ.get("DML_JAX_TEST_STOPS"):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.5)
+        if str(self.calls) == os.environ.get("DML_JAX_TEST_FAILS"):
+            raise OSError("a disk has failed")
         return recorded("step", super().__call__)(*arguments)
 
 

@@ -1,0 +1,81 @@
+"""The example scripts that start runs on clusters, with stand-ins for the clusters' programs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import tiny
+
+LAUNCH = Path(__file__).parents[1] / "examples" / "launch"
+
+# Starts two tasks as srun does, and ends with the largest of their exit codes.
+SRUN = """#!{python}
+import os, subprocess, sys
+arguments = [x for x in sys.argv[1:] if not x.startswith("--kill-on-bad-exit")]
+tasks = [
+    subprocess.Popen(arguments, env=os.environ | {{"SLURM_PROCID": str(i), "SLURM_LOCALID": "0"}})
+    for i in range(2)
+]
+sys.exit(max(task.wait() for task in tasks))
+"""
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_NTASKS": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_JOB_NUM_NODES": "2",
+}
+
+
+def make_program(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def run_slurm(folder, *arguments):
+    path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(
+        [LAUNCH / "slurm.sh", *arguments],
+        env=os.environ | SLURM | {"PATH": path},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(("code", "queues"), [(0, False), (2, False), (75, True)])
+def test_a_stopped_run_is_queued_again(tmp_path, code, queues):
+    make_program(tmp_path / "srun", f"#!/bin/sh\necho srun $@\nexit {code}\n")
+    make_program(tmp_path / "scontrol", "#!/bin/sh\necho scontrol $@\n")
+    done = run_slurm(tmp_path, "--config=birds:ps", "--workdir=my runs")
+    assert done.returncode == code
+    lines = done.stdout.splitlines()
+    expected = "dml-jax train --distributed --config=birds:ps --workdir=my runs"
+    assert lines[0] == f"srun --kill-on-bad-exit=0 {expected}"
+    assert lines[1:] == ["scontrol requeue 4711"] * queues
+
+
+@pytest.mark.slow
+def test_two_tasks_train_one_run(tmp_path):
+    images = tiny.write_images(tmp_path / "images")
+    make_program(tmp_path / "srun", SRUN.format(python=sys.executable))
+    workdir = tmp_path / "run"
+    done = run_slurm(
+        tmp_path, *tiny.arguments(images, "ps", epochs=1, batch_size=16), f"--workdir={workdir}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((workdir / "result.json").read_text())["last"]["epoch"] == 1
+
+
+def test_the_job_set_gives_each_process_its_index():
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    spec = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())["spec"]["replicatedJobs"][0]
+    job = spec["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert f"--num_processes={job['completions']}" in container["command"]
+    assert job["completions"] == job["parallelism"] and job["completionMode"] == "Indexed"
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
