@@ -64,9 +64,8 @@ def split(x: jax.Array) -> jax.Array:
 
 
 def shards() -> int:
-    """Returns the number of devices of the current mesh; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.size
+    """Returns the number of devices that batches are split over in the current mesh, or 1."""
+    return jax.sharding.get_abstract_mesh().shape.get("data", 1)
 
 
 def padded(length: int, shards: int) -> int:

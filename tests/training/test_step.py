@@ -8,7 +8,7 @@ import pytest
 from dml_jax import data
 from dml_jax._utils import sharding
 from dml_jax.configs import glyphs
-from dml_jax.training import builder, step
+from dml_jax.training import builder, checkpoint, step
 from dml_jax.training.batches import device_batches
 from dml_jax.training.config import parse
 from dml_jax.training.state import split
@@ -53,6 +53,36 @@ def test_losses_are_the_same_on_any_number_of_devices(images, variant):
             split_arrays += jax.tree.leaves(state.memory._replace(steps=None))
         for x in split_arrays:
             assert {shard.data.size for shard in x.addressable_shards} == {x.size // devices}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_restored_on_another_number_of_devices(images, tmp_path):
+    # The 6 classes are padded to 8 on 4 devices.
+    config = tiny.config(images, "ps_memvir_soft_triple", batch_size=16, **CONV4)
+
+    def built_on(devices):
+        mesh = sharding.make_mesh(jax.devices()[:devices])
+        return builder.build(parse(config), mesh, data.InspectionReport({}, {}))
+
+    before = built_on(4)
+    state = before.init()
+    for _, batch in device_batches(before, 0, 7):
+        state, _ = before.take_step(state, batch)
+    assert int(state.memory.steps) > 0
+    with checkpoint.Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        checkpoints.save(7, state, None)
+    losses = []
+    for devices in (4, 1, 8):
+        built = built_on(devices)
+        with checkpoint.Checkpoints(tmp_path) as checkpoints:
+            state = checkpoints.restore(7, built.abstract_state)
+        classes = {1: 6, 4: 8, 8: 8}[devices]
+        assert len(state.params["proxies"]) == classes * 10
+        assert not state.params["proxies"][60:].any()
+        for _, batch in device_batches(built, 7, 10):
+            state, metrics = built.take_step(state, batch)
+        losses.append(float(metrics.loss))
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
 
 
 @pytest.mark.slow
