@@ -121,7 +121,7 @@ def unjoin(z: jax.Array, length: int, shards: int) -> tuple[jax.Array, jax.Array
 
 def on_cpu(mesh: Mesh) -> bool:
     """Returns whether the devices of a mesh are CPUs, which share the host's memory."""
-    return mesh.devices.flat[0].platform == "cpu"
+    return mesh.local_devices[0].platform == "cpu"
 
 
 def peak_memory() -> int:
