@@ -107,8 +107,8 @@ def make(
 def _affine(shapes: dict[str, PyTree]) -> frozenset[VariablePath]:
     """Returns the paths of scale and bias of all batch normalisations."""
     flat = flax.traverse_util.flatten_dict(shapes["params"])
-    # Batch normalisation is the only layer with a parameter named scale.
-    batch_norms = {path[:-1] for path in flat if path[-1] == "scale"}
+    # Other normalisations have no statistics.
+    batch_norms = {path[:-1] for path in flax.traverse_util.flatten_dict(shapes["batch_stats"])}
     return frozenset(path for path in flat if path[:-1] in batch_norms)
 
 

@@ -3,7 +3,14 @@
 import dataclasses
 
 from dml_jax.models import pretrained
-from dml_jax.models.embedder import ALL, HEAD, HEAD_INITS, POOLINGS, trainable_from
+from dml_jax.models.embedder import (
+    ALL,
+    HEAD,
+    HEAD_INITS,
+    POOLINGS,
+    prefix_tokens,
+    trainable_from,
+)
 from dml_jax.models.normalisation import CHANNELS
 from dml_jax.models.registry import BACKBONES, create_backbone
 from dml_jax.models.resnet import STEMS
@@ -51,7 +58,9 @@ class ModelConfig:
         help="Order of an image's channels, `rgb` or `bgr`; by default that of the pretraining.",
     )
     pooling: str = setting(
-        "gap", choice(POOLINGS), help="Pooling over space: average, maximum, or their sum."
+        "gap",
+        choice(POOLINGS),
+        help="Pooling over space: average, maximum, or their sum; or the class token of a ViT.",
     )
     dim: int = setting(512, integer(1), help="Dimensions of an embedding.")
     head_init: str = setting(
@@ -106,6 +115,12 @@ class ModelConfig:
             f"config.model.{option} is {value}, but {self.backbone} was pretrained with "
             f"{defaults[option]}; leave it out, or set config.model.pretrained to none"
         )
+
+    @together("pooling", "backbone")
+    def _pooling(self) -> str | None:
+        if self.pooling != "token" or prefix_tokens(create_backbone(self.backbone)):
+            return None
+        return f"config.model.pooling is 'token', but {self.backbone} has no class token"
 
     @together("train_from", "backbone")
     def _train_from(self) -> str | None:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from dml_jax._utils.errors import UserError
 
-POOLINGS = ("gap", "gmp", "gap+gmp")
+POOLINGS = ("gap", "gmp", "gap+gmp", "token")
 HEAD_INITS = ("uniform", "kaiming_fan_out")
 ALL, HEAD = "all", "head"
 """Values of `train_from`: the whole network trains, or the linear head alone."""
@@ -23,7 +23,9 @@ class Embedder(nn.Module):
         backbone: module with an attribute `input_normalisation`, from normalised images
             [B, H, W, 3] to a feature map [B, h, w, F]. To be split, it needs an attribute `parts`,
             names of consecutive parts, and must accept some of them as the argument `parts`.
-        pooling: over space: "gap" is the mean, "gmp" the maximum, "gap+gmp" their sum.
+        pooling: over space: "gap" is the mean, "gmp" the maximum, "gap+gmp" their sum. "token" is
+            the class token of a backbone that has an attribute `prefix_tokens`, the number of
+            tokens before those of space.
         dim: size of an embedding.
         head_init: initial values of the head, for F pooled features. "uniform" draws kernel and
             bias from U(-1/sqrt(F), 1/sqrt(F)), like PyTorch's nn.Linear; "kaiming_fan_out" draws
@@ -46,6 +48,8 @@ class Embedder(nn.Module):
             raise UserError(
                 f"unknown pooling {self.pooling!r}: choose one of {', '.join(POOLINGS)}"
             )
+        if self.pooling == "token" and not prefix_tokens(self.backbone):
+            raise UserError("pooling 'token' needs a backbone with a class token, such as a ViT")
         if self.head_init not in HEAD_INITS:
             raise UserError(
                 f"unknown head_init {self.head_init!r}: choose one of {', '.join(HEAD_INITS)}"
@@ -104,8 +108,16 @@ class Embedder(nn.Module):
 
     def _pool(self, x: Float[Array, "b h w f"]) -> Float[Array, "b f"]:
         x = x.astype(jnp.float32)
+        if self.pooling == "token":
+            return x[:, 0, 0]
+        x = x[:, :, prefix_tokens(self.backbone) :]
         average, maximum = x.mean((1, 2)), _maximum(x)
         return {"gap": average, "gmp": maximum, "gap+gmp": average + maximum}[self.pooling]
+
+
+def prefix_tokens(backbone: nn.Module) -> int:
+    """Returns the number of tokens before those of space; 0 for a convolutional network."""
+    return getattr(backbone, "prefix_tokens", 0)
 
 
 def trainable_from(backbone: nn.Module) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 The weights are a .safetensors file, local or on the Hugging Face hub. The modules of a backbone
 have PyTorch's names, dots included: `("params", "layer1.0", "conv1", "kernel")` is
-`layer1.0.conv1.weight`.
+`layer1.0.conv1.weight`. Other parameters, such as `cls_token`, have the same name in both.
 """
 
 import hashlib
@@ -30,7 +30,10 @@ _LEAVES = {
     "var": "running_var",
 }
 
-_CLASSIFIERS = ("fc.", "last_linear.", "classifier.")
+# Of a kernel in Flax's layout, from PyTorch's: [out, in, height, width] or [out, in].
+_AXES = {4: (2, 3, 1, 0), 2: (1, 0)}
+
+_CLASSIFIERS = ("fc.", "last_linear.", "classifier.", "head.")
 
 # A revision with ".." would be a path outside of the hub's cache.
 _HUB = re.compile(r"hf:(?P<repo_id>[\w.-]+/[\w.-]+)(?:@(?P<revision>(?!.*\.\.)\w[\w./-]*))?")
@@ -184,7 +187,8 @@ def convert(name: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
     Args:
         name: a backbone of `create_backbone`, with its default options.
-        state_dict: arrays by PyTorch name, convolution kernels as [out, in, height, width].
+        state_dict: arrays by PyTorch name, convolution kernels as [out, in, height, width] and
+            matrices as [out, in].
 
     Returns:
         {"params": ..., "batch_stats": ...}, float32.
@@ -196,9 +200,9 @@ def convert(name: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
     init = partial(create_backbone(name).init, train=False)
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     template = flax.traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0), image))
-    paths = {".".join((*path[1:-1], _LEAVES[path[-1]])): path for path in template}
+    paths = {".".join((*path[1:-1], _LEAVES.get(path[-1], path[-1]))): path for path in template}
     arrays = {
-        key: np.transpose(array, (2, 3, 1, 0)) if array.ndim == 4 else array
+        key: array.transpose(_AXES[array.ndim]) if array.ndim in _AXES else array
         for key, array in backbone_tensors(state_dict).items()
     }
     problems = [f"{key} is missing" for key in paths.keys() - arrays.keys()]
@@ -215,11 +219,12 @@ def convert(name: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
         listed = sorted(problems)[:_LISTED]
         more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
         raise UserError(f"the weights do not fit {name}: {'; '.join(listed + more)}")
-    return flax.traverse_util.unflatten_dict(
-        {path: jnp.array(arrays[key], jnp.float32) for key, path in paths.items()}
-    )
+    found = {path: jnp.array(arrays[key], jnp.float32) for key, path in paths.items()}
+    # A network without batch normalisation has no statistics.
+    return {"batch_stats": {}} | flax.traverse_util.unflatten_dict(found)
 
 
 def _torch(shape: tuple[int, ...]) -> list[int]:
-    """Returns a shape in PyTorch's layout: [out, in, height, width] for kernels."""
-    return [shape[axis] for axis in (3, 2, 0, 1)] if len(shape) == 4 else list(shape)
+    """Returns a shape in PyTorch's layout; see `_AXES`."""
+    axes = {4: (3, 2, 0, 1), 2: (1, 0)}.get(len(shape), range(len(shape)))
+    return [shape[axis] for axis in axes]

@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 
 from dml_jax._utils.registry import Registry
-from dml_jax.models import bninception, convnet, resnet
+from dml_jax.models import bninception, convnet, resnet, vit
 from dml_jax.models.embedder import ALL, Embedder
 
 BACKBONES: Registry[Callable[..., nn.Module]] = Registry("backbone", nn.Module)
@@ -14,7 +14,7 @@ BACKBONES: Registry[Callable[..., nn.Module]] = Registry("backbone", nn.Module)
 
 register_backbone = BACKBONES.register
 
-for _name, _module in resnet.VARIANTS.items():
+for _name, _module in (resnet.VARIANTS | vit.VARIANTS).items():
     register_backbone(_name)(_module)
 register_backbone("bninception")(bninception.BNInception)
 register_backbone("conv4")(convnet.ConvNet)
@@ -64,7 +64,7 @@ def create_embedder(
 
     Args:
         backbone: a name in `BACKBONES`, or the import path of a backbone.
-        pooling: "gap", "gmp" or "gap+gmp".
+        pooling: "gap", "gmp", "gap+gmp" or "token"; see `Embedder`.
         dim: size of an embedding.
         head_init: "uniform" or "kaiming_fan_out"; see `Embedder`.
         train_from: "all", a part of the backbone, or "head"; see `Embedder`.

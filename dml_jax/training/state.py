@@ -128,7 +128,8 @@ def create(
     # A network without batch normalisation has no statistics.
     variables = {"batch_stats": {}, **embedder.init(network_key, image, train=False)}
     if backbone is not None:
-        variables = {name: {**tree, "backbone": backbone[name]} for name, tree in variables.items()}
+        given = {name: {"backbone": tree} for name, tree in backbone.items() if tree}
+        variables = {name: {**tree, **given.get(name, {})} for name, tree in variables.items()}
     proxies = initial_proxies(proxy_key, init=proxy_init, shape=proxy_shape)
     proxies = jnp.pad(proxies, ((0, padding), (0, 0)))
     params = {"embedder": variables["params"], "proxies": proxies}

@@ -40,3 +40,15 @@ def _tensor(key, shape):
     if len(shape) == 1:
         return 1 + 0.1 * x
     return x * np.float32((2 / np.prod(shape[1:])) ** 0.5)
+
+
+def vit_tensor(key, shape):
+    """Returns a tensor of a vision transformer by timm's name."""
+    if len(shape) == 3:  # Tokens and position embeddings.
+        return 0.5 * np.random.RandomState(zlib.crc32(key.encode())).randn(*shape).astype("float32")
+    return _tensor(key, shape)
+
+
+def vit_images(size):
+    """Returns two normalised images of a size."""
+    return np.random.RandomState(size).randn(2, size, size, 3).astype("float32")

@@ -40,11 +40,11 @@ def test_losses_are_the_same_on_any_number_of_devices(images, variant):
     # learning rate carries this into the loss: hence a shallow network at the official rates. The 6
     # classes are not divisible by 4 and 8.
     rates = {"optimizer__learning_rate": 1e-4, "optimizer__proxy_learning_rate": 1e-2}
-    config = tiny.config(images, variant, batch_size=16, epochs=15, **rates, **tiny.RESNET)
-    alone, _ = losses_of_run(config, devices=1, steps=30)
-    assert len(set(alone)) == 30
+    config = tiny.config(images, variant, batch_size=16, epochs=7, **rates, **tiny.RESNET)
+    alone, _ = losses_of_run(config, devices=1, steps=14)
+    assert len(set(alone)) == 14
     for devices in (2, 4, 8):
-        together, state = losses_of_run(config, devices=devices, steps=30)
+        together, state = losses_of_run(config, devices=devices, steps=14)
         np.testing.assert_allclose(together, alone, rtol=1e-5)
         split_arrays = [state.params["proxies"]]
         for moment in ("mu", "nu"):

@@ -1,0 +1,255 @@
+"""Vision transformers with the architecture and the parameter names of timm.
+
+Sources: Dosovitskiy et al., An image is worth 16x16 words, ICLR 2021 (arXiv 2010.11929), the
+transformers of DeiT (arXiv 2012.12877) and DINO (arXiv 2104.14294); Oquab et al., DINOv2 (arXiv
+2304.07193); Darcet et al., Vision transformers need registers, ICLR 2024 (arXiv 2309.16588).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32
+
+from dml_jax._utils.errors import UserError
+from dml_jax.models import layers
+from dml_jax.models.normalisation import IMAGENET, InputNormalisation
+
+_LAYER_NORM_EPSILON = 1e-6
+_CUBIC = -0.5  # Coefficient of the interpolation with antialiasing, as in Pillow and PyTorch.
+
+Tokens = Float[Array, "b 1 tokens f"]
+"""A feature map of one row: the class token, the registers and the patches, row by row."""
+
+
+class LayerScale(nn.Module):
+    """Multiplies each feature by a parameter."""
+
+    @nn.compact
+    def __call__(self, x: Tokens) -> Tokens:
+        """Returns the scaled tokens."""
+        gamma = self.param("gamma", nn.initializers.constant(1e-5), (x.shape[-1],))
+        return x * gamma.astype(x.dtype).reshape(1, 1, 1, -1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention.
+
+    Attributes:
+        heads: number of heads.
+        dense: constructor of a linear layer from features and name.
+    """
+
+    heads: int
+    dense: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: Tokens) -> Tokens:
+        """Returns the tokens after attention and projection."""
+        batch, _, tokens, features = x.shape
+        qkv = self.dense(3 * features, name="qkv")(x)
+        qkv = qkv.reshape(batch, tokens, 3, self.heads, features // self.heads)
+        attended = jax.nn.dot_product_attention(*(qkv[:, :, i] for i in range(3)))
+        return self.dense(features, name="proj")(attended.reshape(x.shape))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them.
+
+    Attributes:
+        dense: constructor of a linear layer from features and name.
+    """
+
+    dense: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: Tokens) -> Tokens:
+        """Returns the result for each token."""
+        features = x.shape[-1]
+        hidden = nn.gelu(self.dense(4 * features, name="fc1")(x), approximate=False)
+        return self.dense(features, name="fc2")(hidden)
+
+
+class Block(nn.Module):
+    """Attention and a perceptron, each after a normalisation and added to its input.
+
+    Attributes:
+        heads: number of heads of the attention.
+        layer_scale: whether each is multiplied by a parameter for each feature.
+        dtype: dtype of the computation.
+    """
+
+    heads: int
+    layer_scale: bool
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Tokens) -> Tokens:
+        """Returns the tokens after the block."""
+        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=_truncated_normal)
+        parts = {"attn": Attention(self.heads, dense, name="attn"), "mlp": Mlp(dense, name="mlp")}
+        for number, part in enumerate(parts.values(), start=1):
+            y = part(_layer_norm(self.dtype, f"norm{number}")(x))
+            x = x + (LayerScale(name=f"ls{number}")(y) if self.layer_scale else y)
+        return x
+
+
+class ViT(nn.Module):
+    """A vision transformer without pooling and classifier.
+
+    Submodules have timm's names, dots included, which `pretrained.convert` relies on. Images may
+    have any size that is a multiple of the patch: the position embeddings are interpolated as timm
+    does it.
+
+    Attributes:
+        patch: side of a patch in pixels.
+        features: features of a token.
+        depth: number of blocks.
+        heads: number of heads of each attention.
+        grid: patches along a side of the images of the pretraining.
+        registers: number of register tokens.
+        position_of_class: whether the class token has a position embedding.
+        layer_scale: see `Block`.
+        dtype: dtype of the computation. Parameters and statistics of normalisations are float32.
+        remat: rematerialise the activations of each block in the backward pass.
+        input_normalisation: the normalisation of the images that the backbone expects.
+    """
+
+    patch: int
+    features: int
+    depth: int
+    heads: int
+    grid: int
+    registers: int = 0
+    position_of_class: bool = True
+    layer_scale: bool = False
+    dtype: DTypeLike = jnp.float32
+    remat: bool = False
+    input_normalisation: InputNormalisation = IMAGENET
+
+    @property
+    def prefix_tokens(self) -> int:
+        """The number of tokens before those of the patches."""
+        return 1 + self.registers
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The consecutive parts of the network: the embedding of the patches, and the blocks."""
+        return ("patch_embed", *(f"blocks.{number}" for number in range(self.depth)))
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], *, train: bool, parts: Sequence[str] | None = None
+    ) -> Float[Array, "b y x f"]:
+        """Returns the normalised tokens [B, 1, tokens, F] of normalised images [B, H, W, 3].
+
+        Args:
+            x: normalised images, or the tokens that the previous part returned.
+            train: whether the network is being trained, which makes no difference.
+            parts: consecutive parts to apply; all by default.
+
+        Raises:
+            ValueError: the patches do not cover the images.
+        """
+        del train
+        parts = self.parts if parts is None else parts
+        if "patch_embed" in parts:
+            x = layers.block(self, self._embed_patches, x)
+        block = partial(Block, self.heads, self.layer_scale, self.dtype)
+        for name in self.parts[1:]:
+            if name in parts:
+                x = layers.block(self, lambda x, name=name: block(name=name)(x), x)
+        if parts and parts[-1] == self.parts[-1]:
+            x = _layer_norm(self.dtype, "norm")(x)
+        return x
+
+    def _embed_patches(self, x: Float[Array, "b h w c"]) -> Tokens:
+        rows, columns = (side // self.patch for side in x.shape[1:3])
+        if (rows * self.patch, columns * self.patch) != x.shape[1:3]:
+            raise UserError(
+                f"patches of {self.patch} pixels do not cover images of {x.shape[1]}x{x.shape[2]}; "
+                f"choose multiples of {self.patch}"
+            )
+        size = (self.patch, self.patch)
+        patches = nn.Conv(
+            self.features, size, size, "VALID", dtype=self.dtype, name="patch_embed.proj"
+        )
+        tokens = patches(x).reshape(len(x), 1, rows * columns, self.features)
+
+        def parameter(name: str, count: int) -> Array:
+            value = self.param(name, _truncated_normal, (1, count, self.features))
+            return value.astype(self.dtype)[:, None]
+
+        classes, positions = self.position_of_class, self.grid**2
+        position = parameter("pos_embed", positions + classes)
+        weights = interpolation(self.grid, rows), interpolation(self.grid, columns)
+        of_patches = position[:, 0, classes:].reshape(self.grid, self.grid, self.features)
+        of_patches = jnp.einsum("rp,cq,pqf->rcf", *weights, of_patches.astype(jnp.float32))
+        tokens += of_patches.astype(self.dtype).reshape(1, 1, -1, self.features)
+        token = parameter("cls_token", 1) + (position[:, :, :1] if classes else 0)
+        prefix = [token, *([parameter("reg_token", self.registers)] if self.registers else [])]
+        repeated = [jnp.repeat(one, len(x), axis=0) for one in prefix]
+        return jnp.concatenate([*repeated, tokens], axis=2)
+
+
+_truncated_normal = nn.initializers.truncated_normal(0.02)
+
+
+def _layer_norm(dtype: DTypeLike, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(
+        epsilon=_LAYER_NORM_EPSILON, use_fast_variance=False, dtype=dtype, name=name
+    )
+
+
+def interpolation(before: int, after: int) -> Float32[np.ndarray, "{after} {before}"]:
+    """Returns the weights of a bicubic interpolation along one axis, with antialiasing.
+
+    They are those of PyTorch's `interpolate(mode="bicubic", antialias=True)`, with which timm
+    adapts position embeddings.
+
+    Args:
+        before: number of samples.
+        after: number of interpolated samples.
+    """
+    if before == after:
+        return np.eye(before, dtype=np.float32)
+    scale = before / after
+    width = max(scale, 1.0)
+    centres = (np.arange(after) + 0.5) * scale
+    distance = (np.arange(before)[None] + 0.5 - centres[:, None]) / width
+    weights = _cubic(np.abs(distance))
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _cubic(x: np.ndarray) -> np.ndarray:
+    """Returns the cubic convolution kernel at distances from its centre."""
+    near = ((_CUBIC + 2) * x - (_CUBIC + 3)) * x * x + 1
+    far = _CUBIC * (((x - 5) * x + 8) * x - 4)
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
+
+
+def _variant(size: str, **settings: int | bool) -> Callable[..., ViT]:
+    features, depth, heads = _SIZES[size]
+    return partial(ViT, features=features, depth=depth, heads=heads, **settings)
+
+
+_DINOV2 = {"patch": 14, "grid": 37, "layer_scale": True}
+_REGISTERS = {"registers": 4, "position_of_class": False}
+
+VARIANTS: dict[str, Callable[..., ViT]] = {
+    **{f"vit_{size}_patch16": _variant(size, patch=16, grid=14) for size in _SIZES},
+    "vit_small_patch8": _variant("small", patch=8, grid=28),
+    "vit_base_patch8": _variant("base", patch=8, grid=28),
+    **{f"vit_{size}_patch14_dinov2": _variant(size, **_DINOV2) for size in ("small", "base")},
+    **{
+        f"vit_{size}_patch14_reg4_dinov2": _variant(size, **_DINOV2, **_REGISTERS)
+        for size in ("small", "base")
+    },
+}
