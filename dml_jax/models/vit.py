@@ -158,11 +158,14 @@ class ViT(nn.Module):
         del train
         parts = self.parts if parts is None else parts
         if "patch_embed" in parts:
-            x = layers.block(self, self._embed_patches, x)
-        block = partial(Block, self.heads, self.layer_scale, self.dtype)
+            x = self._embed_patches(x)
+
+        def transform(x: Tokens, name: str) -> Tokens:
+            return Block(self.heads, self.layer_scale, self.dtype, name=name)(x)
+
         for name in self.parts[1:]:
             if name in parts:
-                x = layers.block(self, lambda x, name=name: block(name=name)(x), x)
+                x = layers.block(self, partial(transform, name=name), x)
         if parts and parts[-1] == self.parts[-1]:
             x = _layer_norm(self.dtype, "norm")(x)
         return x
@@ -232,24 +235,23 @@ def _cubic(x: np.ndarray) -> np.ndarray:
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
-_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
+_SIZES = {
+    "tiny": {"features": 192, "depth": 12, "heads": 3},
+    "small": {"features": 384, "depth": 12, "heads": 6},
+    "base": {"features": 768, "depth": 12, "heads": 12},
+}
+_PATCH16 = partial(ViT, patch=16, grid=14)
+_PATCH8 = partial(ViT, patch=8, grid=28)
+_DINOV2 = partial(ViT, patch=14, grid=37, layer_scale=True)
+_REGISTERS = partial(_DINOV2, registers=4, position_of_class=False)
 
-
-def _variant(size: str, **settings: int | bool) -> Callable[..., ViT]:
-    features, depth, heads = _SIZES[size]
-    return partial(ViT, features=features, depth=depth, heads=heads, **settings)
-
-
-_DINOV2 = {"patch": 14, "grid": 37, "layer_scale": True}
-_REGISTERS = {"registers": 4, "position_of_class": False}
-
-VARIANTS: dict[str, Callable[..., ViT]] = {
-    **{f"vit_{size}_patch16": _variant(size, patch=16, grid=14) for size in _SIZES},
-    "vit_small_patch8": _variant("small", patch=8, grid=28),
-    "vit_base_patch8": _variant("base", patch=8, grid=28),
-    **{f"vit_{size}_patch14_dinov2": _variant(size, **_DINOV2) for size in ("small", "base")},
-    **{
-        f"vit_{size}_patch14_reg4_dinov2": _variant(size, **_DINOV2, **_REGISTERS)
-        for size in ("small", "base")
-    },
+VARIANTS: dict[str, Callable[..., nn.Module]] = {
+    f"vit_{size}_{name}": partial(variant, **_SIZES[size])
+    for name, variant, sizes in (
+        ("patch16", _PATCH16, ("tiny", "small", "base")),
+        ("patch8", _PATCH8, ("small", "base")),
+        ("patch14_dinov2", _DINOV2, ("small", "base")),
+        ("patch14_reg4_dinov2", _REGISTERS, ("small", "base")),
+    )
+    for size in sizes
 }

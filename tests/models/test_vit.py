@@ -3,10 +3,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+import dml_jax
+from dml_jax._utils import sharding
+from dml_jax.inference import trained
 from dml_jax.models import create_backbone, create_embedder, pretrained, vit
 from dml_jax.models.embedder import Embedder
-from tests.helpers import weights
+from dml_jax.training import run
+from tests.helpers import tiny, weights
 
 GOLDEN = np.load(weights.GOLDEN / "vit.npz")
 CASES = sorted({tuple(key.split()[:3]) for key in GOLDEN.files})
@@ -127,3 +132,48 @@ def test_parts_are_the_whole_network():
     for parts in (backbone.parts[:1], backbone.parts[1:5], backbone.parts[5:]):
         x = backbone.apply(variables, x, train=False, parts=parts)
     np.testing.assert_allclose(x, whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_trains_the_last_block_on_cached_features_and_resumes(tmp_path):
+    """Also pretrained weights, the class token, micro-batches and rematerialisation."""
+    images = tiny.write_images(tmp_path / "images")
+    file = tmp_path / "vit.safetensors"
+    save_file(
+        {key: np.ascontiguousarray(x) for key, x in tensors("vit_tiny_patch16").items()}, file
+    )
+    settings = {
+        "model__backbone": "vit_tiny_patch16",
+        "model__width": None,
+        "model__pretrained": str(file),
+        "model__pooling": "token",
+        "model__train_from": "blocks.11",
+        "model__remat": True,
+        "data__cache": "features",
+        "data__image_size": 32,
+        "data__resize": 32,
+        "batch_size": 16,
+        "micro_batches": 2,
+    }
+    shorter = tiny.config(images, "ps_memvir", epochs=2, **settings)
+    longer = tiny.config(images, "ps_memvir", epochs=3, **settings)
+    run.train(shorter, tmp_path / "run")
+    resumed = run.train(longer, tmp_path / "run")
+    assert resumed["last"]["epoch"] == 3 and "zero_shot" in resumed
+    model = dml_jax.load(tmp_path / "run")
+    assert model.embed([images / "test" / "class0" / "0.png"]).shape == (1, 16)
+
+    _, variables, _ = trained.load(tmp_path / "run", "last", sharding.make_mesh(jax.devices()[:1]))
+    before = pretrained.load("vit_tiny_patch16", str(file))["params"]
+    after = variables["params"]["backbone"]
+    changed = {
+        name
+        for name in before
+        if any(
+            (x != y).any()
+            for x, y in zip(
+                jax.tree.leaves(before[name]), jax.tree.leaves(after[name]), strict=True
+            )
+        )
+    }
+    assert changed == {"blocks.11", "norm"}
