@@ -14,9 +14,15 @@ printf -v train '%q ' dml-jax train --distributed "$@"
 
 gcloud compute tpus queued-resources create "$name" --node-id="$name" --zone="$ZONE" \
   --accelerator-type="$TYPE" --runtime-version="${RUNTIME:-v2-alpha-tpuv5-lite}" --spot
-until [[ $(gcloud compute tpus queued-resources describe "$name" --zone="$ZONE" \
-  --format='value(state.state)') == ACTIVE ]]; do
-  sleep 60
+state=
+while [[ $state != ACTIVE ]]; do
+  state=$(gcloud compute tpus queued-resources describe "$name" --zone="$ZONE" \
+    --format='value(state.state)')
+  if [[ $state == FAILED || $state == SUSPENDED ]]; then
+    echo "error: the queued resource $name is $state" >&2
+    exit 1
+  fi
+  sleep 30
 done
 
 on_all_hosts() {
