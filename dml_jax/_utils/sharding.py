@@ -90,7 +90,7 @@ def join(x: jax.Array, y: jax.Array, shards: int) -> jax.Array:
 
 
 def joined_positions(first: jax.Array, x: int, y: int, shards: int) -> jax.Array:
-    """Returns the positions in `join(x, y, shards)` of elements of the first array.
+    """Returns the positions in a joined array of elements of the first array.
 
     Args:
         first: positions in the first array.
@@ -107,7 +107,7 @@ def unjoined_positions(joined: jax.Array, x: int, y: int, shards: int) -> jax.Ar
 
 
 def unjoin(z: jax.Array, length: int, shards: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the two arrays that `join` made one of.
+    """Returns the two arrays that `join` joined.
 
     Args:
         z: the joined array.

@@ -91,8 +91,8 @@ class Block(nn.Module):
     def __call__(self, x: Tokens) -> Tokens:
         """Returns the tokens after the block."""
         dense = partial(nn.Dense, dtype=self.dtype, kernel_init=_truncated_normal)
-        parts = {"attn": Attention(self.heads, dense, name="attn"), "mlp": Mlp(dense, name="mlp")}
-        for number, part in enumerate(parts.values(), start=1):
+        parts = Attention(self.heads, dense, name="attn"), Mlp(dense, name="mlp")
+        for number, part in enumerate(parts, start=1):
             y = part(_layer_norm(self.dtype, f"norm{number}")(x))
             x = x + (LayerScale(name=f"ls{number}")(y) if self.layer_scale else y)
         return x

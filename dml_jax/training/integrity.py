@@ -25,7 +25,7 @@ def is_partly_deleted(folder: Path) -> bool:
         folder: folder of a checkpoint.
     """
     try:
-        expected = dict(json.loads((folder / SEAL).read_text(encoding="utf-8")))
+        expected = _expected(folder)
     except FileNotFoundError:
         return True
     except (ValueError, TypeError, OSError):
@@ -40,7 +40,7 @@ def damage(folder: Path) -> str | None:
         folder: folder of a checkpoint.
     """
     try:
-        expected = dict(json.loads((folder / SEAL).read_text(encoding="utf-8")))
+        expected = _expected(folder)
     except FileNotFoundError:
         return f"{SEAL} is missing"
     except (ValueError, TypeError):
@@ -58,6 +58,11 @@ def damage(folder: Path) -> str | None:
         if digest != expected.get(name):
             return f"{name} has changed since it was written"
     return None
+
+
+def _expected(folder: Path) -> dict[str, str]:
+    """Returns the digest of each file of a sealed folder."""
+    return dict(json.loads((folder / SEAL).read_text(encoding="utf-8")))
 
 
 def _names(folder: Path) -> set[str]:

@@ -81,8 +81,8 @@ def test_in_bfloat16_features_differ_by_its_rounding():
 
 
 @pytest.mark.parametrize("name", vit.VARIANTS)
-def test_flops_and_parameters(name):
-    """The published numbers of parameters, without classifiers, in millions."""
+def test_the_number_of_parameters_is_the_published_one(name):
+    """In millions, without classifiers."""
     _, shapes = torch_names(name)
     millions = sum(x.size for x in shapes.values()) / 1e6
     expected = {"tiny": 5.5, "small": 21.9, "base": 86.2}[name.split("_")[1]]
