@@ -100,6 +100,15 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
+def cache_folder() -> Path:
+    """Returns the folder for everything that can be computed or copied again.
+
+    Raises:
+        RuntimeError: there is no home folder.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dml_jax"
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)

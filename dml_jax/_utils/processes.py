@@ -10,10 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from orbax.checkpoint import multihost
 
 from dml_jax._utils import failures
 from dml_jax._utils.errors import UserError
 from dml_jax._utils.sharding import put_batch, replicated_sharding
+
+_EXCHANGE_TIMEOUT = 3600  # Seconds; a process that fails ends the others sooner.
 
 
 def join_processes(
@@ -167,6 +170,35 @@ def bytes_from_first_process(message: bytes) -> bytes:
         size = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
         own = np.frombuffer(message, np.uint8) if is_first_process() else np.zeros(size, np.uint8)
         return np.asarray(multihost_utils.broadcast_one_to_all(own)).tobytes()
+
+
+def count() -> int:
+    """Returns the number of processes."""
+    return jax.process_count()
+
+
+def index() -> int:
+    """Returns the index of this process."""
+    return jax.process_index()
+
+
+def exchange(key: str, text: str) -> list[str]:
+    """Returns the texts of all processes, by index; blocks until all have called it.
+
+    Unlike the other functions, it may be called on any thread: it uses no device.
+
+    Args:
+        key: identifies the call; the same in all processes, and used once.
+        text: that of this process.
+    """
+    if jax.process_count() == 1:
+        return [text]
+    client = multihost.get_jax_distributed_client()
+    client.key_value_set(f"{key}/{jax.process_index()}", text)
+    timeout = 1000 * _EXCHANGE_TIMEOUT
+    return [
+        client.blocking_key_value_get(f"{key}/{i}", timeout) for i in range(jax.process_count())
+    ]
 
 
 def wait_for_all(name: str) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import jax
 
+from dml_jax._utils import files
+
 # XLA computes convolutions on the CPU with a newer library by default. Its gradient with respect to
 # the kernel is up to four times as slow as Eigen's, and less accurate. Versions of XLA that do not
 # know the flag exit.
@@ -56,8 +58,7 @@ def _cache_programs() -> None:
     """Enables the persistent compilation cache, so that a resumed run starts at once."""
     if jax.config.jax_compilation_cache_dir is None:
         try:
-            caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-            folder = caches / "dml_jax" / _processor()
+            folder = files.cache_folder() / _processor()
             folder.mkdir(parents=True, exist_ok=True)
         except (OSError, RuntimeError):  # There is no home folder, or it is read-only.
             return

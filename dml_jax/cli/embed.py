@@ -8,19 +8,19 @@ from pathlib import Path
 from absl import flags
 
 from dml_jax import data
-from dml_jax._utils import sharding
+from dml_jax._utils import sharding, storage
 from dml_jax.cli import command_line
 from dml_jax.evaluation import embedding_files
 from dml_jax.evaluation.embedding import embed_images
 from dml_jax.inference import trained
-from dml_jax.training import checkpoint, run_directory
+from dml_jax.training import bucket, checkpoint, run_directory
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder or URL of a run.", required=True)
 _CHECKPOINT = flags.DEFINE_enum(
     "checkpoint", "last", ["last", *checkpoint.BEST], "The checkpoint of the run."
 )
 _IMAGES = flags.DEFINE_string(
-    "images", None, "Folder of images, or of one folder of images per class.", required=True
+    "images", None, "Folder or URL of images, or of one folder of images per class.", required=True
 )
 _OUT = flags.DEFINE_string("out", None, "The .npz file to write.", required=True)
 
@@ -28,10 +28,10 @@ _OUT = flags.DEFINE_string("out", None, "The .npz file to write.", required=True
 def main() -> None:
     """Runs the program."""
     with command_line.user_errors():
-        if not Path(_OUT.value).absolute().parent.is_dir():
+        if not (storage.is_url(_OUT.value) or Path(_OUT.value).absolute().parent.is_dir()):
             raise FileNotFoundError(f"the folder of --out={_OUT.value} does not exist")
-        folder = Path(_WORKDIR.value)
-        given = {"images": data.images_below(_IMAGES.value)}
+        folder = bucket.copy(_WORKDIR.value)
+        given = {"images": data.images_below(storage.local(_IMAGES.value))}
         report = data.inspect(given)
         policy = run_directory.read_config(folder).data.unreadable
         images = data.accept(given, report, policy)["images"]
@@ -39,9 +39,10 @@ def main() -> None:
         mesh = sharding.make_mesh()
         network, variables, _ = trained.load(folder, _CHECKPOINT.value, mesh)
         embeddings = embed_images(network, variables, images)
-        embedding_files.save_embeddings(
-            _OUT.value, embeddings, images.labels, images.names, images.class_names
-        )
+        with storage.writing(_OUT.value) as out:
+            embedding_files.save_embeddings(
+                out, embeddings, images.labels, images.names, images.class_names
+            )
     print(f"{len(images)} embeddings of {embeddings.shape[1]} dimensions: {_OUT.value}")
 
 

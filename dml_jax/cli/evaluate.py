@@ -21,11 +21,11 @@ from dml_jax._utils.errors import UserError
 from dml_jax.cli import command_line
 from dml_jax.evaluation import embedding_files, zero_shot
 from dml_jax.models.embedder import HEAD
-from dml_jax.training import builder, checkpoint, run_directory
+from dml_jax.training import bucket, builder, checkpoint, run_directory
 from dml_jax.training.config import parse
 from dml_jax.training.state import network_variables
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder or URL of a run.")
 _CHECKPOINT = flags.DEFINE_enum(
     "checkpoint",
     None,
@@ -58,7 +58,7 @@ def main() -> None:
         if one and _EMBEDDINGS.value and not _given(_CHECKPOINT, _BACKBONE, _PRETRAINED):
             scores = _score_exported(_EMBEDDINGS.value, recall_at or [1, 2, 4, 8])
         elif one and _WORKDIR.value and not _given(_GALLERY, _BACKBONE, _PRETRAINED):
-            scores = _score_run(Path(_WORKDIR.value), recall_at)
+            scores = _score_run(bucket.copy(_WORKDIR.value), recall_at)
         elif one and _CONFIG.value and not _given(_CHECKPOINT, _GALLERY):
             scores = _score_backbone(_CONFIG.value, recall_at)
         else:

@@ -3,28 +3,30 @@
 dml-jax export runs/memvir --out=exports/memvir --checkpoint=best_map
 """
 
-from pathlib import Path
-
 from absl import flags
 
+from dml_jax._utils import storage
 from dml_jax.cli import command_line
 from dml_jax.inference import export
-from dml_jax.training import checkpoint
+from dml_jax.training import bucket, checkpoint, run_directory
 
 _CHECKPOINT = flags.DEFINE_enum(
     "checkpoint", "last", ["last", *checkpoint.BEST], "The checkpoint of the run."
 )
-_OUT = flags.DEFINE_string("out", None, "The folder to write.", required=True)
+_OUT = flags.DEFINE_string("out", None, "The folder or URL to write.", required=True)
 
 
 def main(run: str) -> None:
     """Runs the program."""
-    out = Path(_OUT.value)
-    with command_line.user_errors():
-        export.write(Path(run), out, _CHECKPOINT.value)
-    for path in sorted(out.iterdir()):
-        print(f"{path.stat().st_size / 1e6:8.2f} MB  {path}")
-    print(f"{out / export.CARD} says how to load it")
+    with (
+        command_line.user_errors(),
+        storage.writing(_OUT.value, last=run_directory.CONFIG) as out,
+    ):
+        export.write(bucket.copy(run), out, _CHECKPOINT.value)
+        sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    for name, size in sizes.items():
+        print(f"{size / 1e6:8.2f} MB  {storage.join(_OUT.value, name)}")
+    print(f"{storage.join(_OUT.value, export.CARD)} says how to load it")
 
 
 def start() -> None:

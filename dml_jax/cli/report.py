@@ -5,23 +5,23 @@ dml-jax report runs/quickstart/* --out=report.html
 The page needs no network. Runs that differ only in the seed share a row of its first table.
 """
 
-from pathlib import Path
-
 from absl import flags
 
+from dml_jax._utils import storage
 from dml_jax.cli import command_line
 from dml_jax.report import render, runs
+from dml_jax.training import bucket
 
-_OUT = flags.DEFINE_string("out", "report.html", "The page to write.")
+_OUT = flags.DEFINE_string("out", "report.html", "The page to write, a path or URL.")
 
 
 def main(*folders: str) -> None:
     """Runs the program."""
-    out = Path(_OUT.value)
-    with command_line.user_errors():
-        groups = runs.group([runs.read(Path(folder)) for folder in folders])
-        render.write(groups, out)
-    print(f"Report ({out.stat().st_size / 1e6:.1f} MB): {out.absolute()}")
+    with command_line.user_errors(), storage.writing(_OUT.value) as out:
+        copies = [bucket.copy(folder, checkpoints=False) for folder in folders]
+        render.write(runs.group([runs.read(folder) for folder in copies]), out)
+        size = out.stat().st_size
+    print(f"Report ({size / 1e6:.1f} MB): {storage.absolute(_OUT.value)}")
 
 
 def start() -> None:

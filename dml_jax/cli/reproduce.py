@@ -14,13 +14,13 @@ as in the official programs: selected on the test classes, unless validation cla
 Published scores appear with their sources; see dml_jax/published.py.
 """
 
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from dml_jax import published, retrieval
+from dml_jax._utils import storage
 from dml_jax.cli import command_line, config_flag, packaged_configs
 from dml_jax.report import comparison
 from dml_jax.training import run, variants
@@ -65,8 +65,8 @@ def main() -> None:
                 config.update_from_flattened_dict(settings)
                 origin = origins[name]._replace(overrides=settings)
                 if config.data.cache == "features" and not config.data.features:
-                    config.data.features = str(Path(_ROOT.value) / "features")
-                workdir = Path(_ROOT.value) / name / f"seed{seed}"
+                    config.data.features = storage.join(_ROOT.value, "features")
+                workdir = storage.join(_ROOT.value, f"{name}/seed{seed}")
                 print(f"\n{name}, seed {seed}: {workdir}")
                 results[name].append(run.train(config, workdir, origin=origin))
     for title, metric in retrieval.SCORES.items():

@@ -6,7 +6,6 @@ dml-jax search --index=mine.index --workdir=runs/memvir --serve
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from absl import flags
@@ -16,7 +15,7 @@ from rich.table import Table
 
 import dml_jax
 from dml_jax import data
-from dml_jax._utils import files
+from dml_jax._utils import files, storage
 from dml_jax._utils.errors import UserError
 from dml_jax.cli import command_line
 from dml_jax.search import html, index, server
@@ -51,8 +50,8 @@ def main(*queries: str) -> None:
     with command_line.user_errors():
         if bool(queries) == _SERVE.value:
             raise UserError("give either one or more query images or --serve")
-        images = [(name, Path(name).read_bytes()) for name in queries]
-        gallery = index.load(Path(_INDEX.value))
+        images = [(name, storage.local(name).read_bytes()) for name in queries]
+        gallery = index.load(storage.local(_INDEX.value))
         model = dml_jax.load(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
 
         def embed(image: bytes, name: str) -> np.ndarray:
@@ -70,7 +69,8 @@ def main(*queries: str) -> None:
                 (name, image, gallery.nearest(embed(image, name), _NEIGHBOURS.value))
                 for name, image in images
             ]
-            files.write_text(Path(_OUT.value), html.sheet(gallery, found))
+            with storage.writing(_OUT.value) as out:
+                files.write_text(out, html.sheet(gallery, found))
     if _SERVE.value:
         print(
             f"{gallery.facts}: http://{_HOST.value}:{serving.server_address[1]} (Ctrl-C stops it)"

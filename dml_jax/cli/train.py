@@ -6,13 +6,11 @@ dml-jax train --config=folder:ps --workdir=runs/mine --config.data.root=DIR
 On Ctrl-C or SIGTERM it saves a checkpoint and ends with exit code 75. The same command resumes.
 """
 
-from pathlib import Path
-
 from absl import flags
 from ml_collections import config_flags
 
 from dml_jax import retrieval
-from dml_jax._utils import processes
+from dml_jax._utils import processes, storage
 from dml_jax.cli import command_line, config_flag
 from dml_jax.training import run, run_directory
 
@@ -20,12 +18,12 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="FILE.py or the name of a packaged config; then, optionally, :variant."
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; each run needs its own.", required=True
+    "workdir", None, "Folder or URL of the run; each run needs its own.", required=True
 )
 _FORK_FROM = flags.DEFINE_string(
     "fork_from",
     None,
-    "Folder of another run; training starts from the network of its last checkpoint.",
+    "Folder or URL of another run; training starts from the network of its last checkpoint.",
 )
 
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -49,13 +47,11 @@ def main() -> None:
             num_processes=_NUM_PROCESSES.value,
             process_id=_PROCESS_ID.value,
         )
-        fork_from = Path(_FORK_FROM.value) if _FORK_FROM.value else None
-        folder = Path(_WORKDIR.value)
         result = run.train(
             _CONFIG.value,
-            folder,
+            _WORKDIR.value,
             overview=True,
-            fork_from=fork_from,
+            fork_from=_FORK_FROM.value,
             origin=config_flag.origin(),
         )
     if not processes.is_first_process():
@@ -63,7 +59,7 @@ def main() -> None:
     print(f"last: {retrieval.summary(result['last'])}")
     best = f"epoch {result['best']['epoch']}, selected on the {result['best_chosen_on']} classes"
     print(f"best: {retrieval.summary(result['best'])} ({best})")
-    print(f"results: {folder / run_directory.RESULT}")
+    print(f"results: {storage.join(_WORKDIR.value, run_directory.RESULT)}")
 
 
 def start() -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Integer
 
-from dml_jax._utils import files
+from dml_jax._utils import files, storage
 from dml_jax._utils.errors import UserError
 
 _MAX_RATIO = 100  # Unpacked over packed size; embeddings compress far less.
@@ -71,11 +71,14 @@ def save_embeddings(
 def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:
     """Reads a file that `save_embeddings` wrote; nothing in it is executed.
 
+    Args:
+        path: path or URL of the file.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a file of embeddings, damaged, pickled, or inconsistent.
     """
-    path = Path(path)
+    path = storage.local(path)
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:

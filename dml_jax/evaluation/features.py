@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float16, Float32, Int, PyTree
 
 from dml_jax import data
-from dml_jax._utils import locks, processes, progress
+from dml_jax._utils import locks, processes, progress, storage
 from dml_jax._utils.errors import UserError
 from dml_jax._utils.files import errors_with_path, read_json, write_json
 from dml_jax.data import Source
@@ -81,7 +81,7 @@ def load(
     network: Network,
     variables: dict[str, PyTree],
     sources: Mapping[str, Source],
-    folder: Path,
+    folder: str,
     interrupt: Callable[[], None] = lambda: None,
 ) -> dict[str, Features]:
     """Returns the features of all splits, from their caches if these exist.
@@ -92,7 +92,7 @@ def load(
         network: the network.
         variables: its variables.
         sources: the images by split.
-        folder: folder of all caches, on a file system that all processes share.
+        folder: folder of all caches, on a file system that all processes share, or a URL.
         interrupt: called from time to time; it may raise an error, and what was computed is kept.
 
     Returns:
@@ -126,7 +126,7 @@ class _Cache:
         self,
         network: Network,
         variables: dict[str, PyTree],
-        folder: Path,
+        folder: str,
         interrupt: Callable[[], None],
     ) -> None:
         self._network, self._variables = network, variables
@@ -137,7 +137,8 @@ class _Cache:
         """Returns the features of random views of images, or of centre crops if views is None."""
         about = self._of_network | {"images": _digest_of_images(source), **self._crops(views)}
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-        place = self._folder / digest[:32]
+        url = storage.join(self._folder, digest[:32])
+        place = _place(url)
         with contextlib.ExitStack() as stack:
             if processes.is_first_process():
                 warning = f"another process computes the features in {place}; waiting for it"
@@ -145,10 +146,12 @@ class _Cache:
             complete = (place / _COMPLETE).exists()
             if not processes.from_first_process({"complete": float(complete)})["complete"]:
                 self._compute(place, source, views)
-                processes.in_first_process(lambda: _finish(place, about))
+                processes.in_first_process(lambda: _finish(place, url, about))
             else:
                 processes.in_first_process(lambda: _check(place))
             processes.wait_for_all("features")
+        if not processes.is_first_process():
+            place = storage.local(url)
         return np.load(place / _FEATURES, mmap_mode="r", allow_pickle=False)
 
     def _crops(self, views: int | None) -> dict[str, Any]:
@@ -264,10 +267,21 @@ def _rounded(features: Float32[np.ndarray, "b *shape"]) -> Float16[np.ndarray, "
     return rounded
 
 
-def _finish(place: Path, about: Mapping[str, Any]) -> None:
-    """Records that a cache is complete."""
+def _place(url: str) -> Path:
+    """Returns the local folder of a cache; for a URL, that of its copy, or of one to be made."""
+    if not storage.is_url(url):
+        return Path(url)
+    is_there = _COMPLETE in storage.names(url)
+    return storage.local(url) if is_there else storage.local_folder(url, "computed")
+
+
+def _finish(place: Path, url: str, about: Mapping[str, Any]) -> None:
+    """Records that a cache is complete, and uploads it if it belongs to a URL."""
     write_json(place / _COMPLETE, {**about, "sha256": _sha256(place / _FEATURES)})
     (place / _PROGRESS).unlink()
+    if storage.is_url(url):
+        for name in (_FEATURES, _COMPLETE):
+            storage.upload(place, url, [name])
 
 
 def _check(place: Path) -> None:

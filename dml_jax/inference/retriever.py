@@ -18,7 +18,7 @@ from dml_jax.data.images import centre_view, decode, from_pillow
 from dml_jax.evaluation import embedding_files
 from dml_jax.inference import trained
 from dml_jax.retrieval import exact
-from dml_jax.training import run_directory
+from dml_jax.training import bucket, run_directory
 
 FUNCTION = "embed.jax_export"
 WEIGHTS = "weights.safetensors"
@@ -134,7 +134,7 @@ def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> Retr
     """Loads the trained network of a run or of an export; the images of the run are not needed.
 
     Args:
-        path: folder of the run, or of the export by `scripts/export.py`.
+        path: folder or URL of the run, or of the export by `scripts/export.py`.
         checkpoint: checkpoint of a run: `last` (the default), `best_map`, `best_r1` or `best_rp`.
 
     Returns:
@@ -145,7 +145,7 @@ def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> Retr
             a file.
         ValueError: a checkpoint is named for an export, or a file is damaged.
     """
-    folder = Path(path)
+    folder = bucket.copy(os.fspath(path))
     config = run_directory.read_config(folder)
     is_export = (folder / FUNCTION).exists()
     if is_export and checkpoint is not None:

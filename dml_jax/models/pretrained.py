@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from dml_jax._utils import storage
 from dml_jax._utils.errors import UserError
 from dml_jax.models.registry import create_backbone
 
@@ -62,7 +63,7 @@ def absolute(location: str) -> str:
     """Returns the location with an absolute path, valid in any working directory."""
     if location == NONE or location.startswith("hf:"):
         return location
-    return str(Path(location).absolute())
+    return storage.absolute(location)
 
 
 def find(location: str) -> Path | None:
@@ -77,7 +78,7 @@ def find(location: str) -> Path | None:
     if location == NONE:
         return None
     hub = _HUB.fullmatch(location)
-    path = _download(location, **hub.groupdict()) if hub else Path(location)
+    path = _download(location, **hub.groupdict()) if hub else storage.local(location)
     if not path.is_file():
         raise FileNotFoundError(f"there are no weights at {path}")
     return path

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from dml_jax._utils import extras, files
+from dml_jax._utils import extras, files, storage
 from dml_jax._utils.errors import UserError
 from dml_jax.evaluation.embedding_files import Embeddings
 from dml_jax.retrieval import exact
@@ -112,8 +112,12 @@ class Gallery(NamedTuple):
         name = os.path.normpath(self.names[row])
         if self.folder is None or os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
             return None
-        path = Path(self.folder, name)
-        return path if path.is_file() else None
+        path = storage.join(self.folder, name)
+        try:
+            file = storage.local(path)
+        except FileNotFoundError:
+            return None
+        return file if file.is_file() else None
 
     def check_network(self, first: Float32[np.ndarray, "1 d"]) -> None:
         """Checks that a network is the one that the gallery was embedded with.
@@ -176,7 +180,12 @@ def kind_for(count: int) -> str:
 
 
 def _check_files(folder: str | None, names: tuple[str, ...]) -> None:
-    missing = [name for name in names if not Path(folder, name).is_file()] if folder else []
+    if folder is None:
+        return
+    if storage.is_url(folder):
+        missing = sorted(set(names) - storage.names(folder).keys())
+    else:
+        missing = [name for name in names if not Path(folder, name).is_file()]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of the {len(names)} images are not in {folder}, such as {missing[0]}; "

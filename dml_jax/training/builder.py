@@ -1,9 +1,9 @@
 """The builder: from a configuration to data sources, network, loss, optimizer and step."""
 
 import functools
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from absl import logging
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from dml_jax import data, losses, memvir
-from dml_jax._utils import sharding
+from dml_jax._utils import sharding, storage
 from dml_jax._utils.errors import UserError
 from dml_jax.data import device_cache
 from dml_jax.data.splits import load_splits
@@ -284,7 +284,7 @@ def _with_shardings(shapes: state.TrainState, mesh: jax.sharding.Mesh) -> state.
 def with_features(
     experiment: Experiment,
     variables: dict[str, PyTree],
-    workdir: Path,
+    workdir: str,
     interrupt: Callable[[], None],
 ) -> Experiment:
     """Returns the experiment with cached features, if the config caches them.
@@ -292,7 +292,7 @@ def with_features(
     Args:
         experiment: the experiment.
         variables: variables of its network.
-        workdir: directory of the run.
+        workdir: directory or URL of the run, beside which they are cached by default.
         interrupt: see `features.load`.
 
     Raises:
@@ -301,7 +301,7 @@ def with_features(
     config = experiment.config.data
     if config.cache != "features":
         return experiment
-    folder = Path(config.features) if config.features else workdir.absolute().parent / "features"
+    folder = config.features or storage.join(os.path.dirname(workdir.rstrip("/")), "features")
     loaded = features.load(experiment.network, variables, experiment.sources, folder, interrupt)
     evaluator = experiment.evaluator._replace(features=loaded)
     return experiment._replace(features=loaded, evaluator=evaluator)

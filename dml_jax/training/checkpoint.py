@@ -23,6 +23,7 @@ from dml_jax._utils.errors import UserError
 from dml_jax.evaluation.network import Network
 from dml_jax.settings import integer, setting
 from dml_jax.training import integrity, run_directory
+from dml_jax.training.bucket import Bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,9 @@ for _logger in (logging.get_absl_logger(), getLogger("asyncio")):
 class Checkpoints:
     """The checkpoints of a run: the latest few, and the best of each metric."""
 
-    def __init__(self, workdir: Path, *, keep_last: int | None = None) -> None:
+    def __init__(
+        self, workdir: Path, *, keep_last: int | None = None, bucket: Bucket | None = None
+    ) -> None:
         """Opens the checkpoints of a run.
 
         Opening them for writing moves damaged ones aside, so that no intact checkpoint is deleted
@@ -70,15 +73,20 @@ class Checkpoints:
             workdir: directory of the run.
             keep_last: number of latest checkpoints to keep, besides the best ones. None opens them
                 for reading only.
+            bucket: where they are published. Each process then has a workdir of its own.
 
         Raises:
             ValueError: there are checkpoints, but none is intact; they are not changed.
         """
         self._directory = (workdir / run_directory.CHECKPOINTS).absolute()
-        self._writes, self._saving = keep_last is not None, 0
+        self._writes, self._saving, self._bucket = keep_last is not None, 0, bucket
         self._save: ocp.AsyncResponse[bool] | None = None
         if self._writes:
-            processes.in_first_process(lambda: _move_damaged_aside(workdir, self._directory))
+            if bucket is None:
+                processes.in_first_process(lambda: _move_damaged_aside(workdir, self._directory))
+            else:
+                _move_damaged_aside(workdir, self._directory)
+                bucket.publish()
         policies = ocp.training.preservation_policies
         best = [
             policies.BestN(
@@ -94,6 +102,10 @@ class Checkpoints:
         # MemVir pads its classes to a multiple of the devices, whose number may have changed.
         context.array.loading.enable_padding_and_truncation = True
         context.pytree.loading.partial_load = not self._writes
+        if bucket is not None and processes.count() > 1:
+            # Each process writes files of its own, named by the part of the array that they hold.
+            context.multiprocessing.primary_host = None
+            context.array.saving.use_ocdbt = False
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 self._directory,
@@ -169,10 +181,14 @@ class Checkpoints:
             ) from error
 
     def _seal(self) -> None:
-        """Adds the digests to the checkpoint that orbax has written, before it is renamed."""
-        if processes.is_first_process():
-            (written,) = self._directory.glob(f"{self._saving}.*")
-            integrity.seal(written)
+        """Seals and publishes the checkpoint that orbax has written, before it is renamed."""
+        if self._bucket is None and not processes.is_first_process():
+            return
+        (written,) = self._directory.glob(f"{self._saving}.*")
+        if self._bucket is None:
+            integrity.write(written, integrity.digests(written))
+        else:
+            self._bucket.publish_checkpoint(written, self._saving)
 
     @property
     def latest(self) -> int | None:
@@ -213,18 +229,23 @@ class Checkpoints:
             ValueError: the checkpoint is damaged.
         """
         folder = self._directory / str(step)
+        if self._bucket is not None:
+            self._bucket.complete(step)
         if not self._writes and (damage := integrity.damage(folder)):
             raise UserError(_DAMAGED.format(folder, damage))
         return self._checkpointer.load(step, like)
 
 
-def read(workdir: Path, name: str, like: dict[str, Any]) -> tuple[int, Any]:
+def read(
+    workdir: Path, name: str, like: dict[str, Any], bucket: Bucket | None = None
+) -> tuple[int, Any]:
     """Reads a checkpoint of a run, also while the run is training and deletes old checkpoints.
 
     Args:
         workdir: directory of the run.
         name: `last`, or a key of `BEST`.
         like: see `Checkpoints.restore`.
+        bucket: see `Checkpoints`.
 
     Returns:
         The step of the checkpoint, and the state.
@@ -236,17 +257,17 @@ def read(workdir: Path, name: str, like: dict[str, Any]) -> tuple[int, Any]:
     for _ in range(_ATTEMPTS):
         before = _steps(workdir / run_directory.CHECKPOINTS)
         try:
-            return _read(workdir, name, like)
+            return _read(workdir, name, like, bucket)
         except (ValueError, OSError):
             # A partly deleted checkpoint looks damaged.
             time.sleep(_PAUSE)
             if _steps(workdir / run_directory.CHECKPOINTS) == before:
                 raise
-    return _read(workdir, name, like)
+    return _read(workdir, name, like, bucket)
 
 
-def _read(workdir: Path, name: str, like: dict[str, Any]) -> tuple[int, Any]:
-    with Checkpoints(workdir) as checkpoints:
+def _read(workdir: Path, name: str, like: dict[str, Any], bucket: Bucket | None) -> tuple[int, Any]:
+    with Checkpoints(workdir, bucket=bucket) as checkpoints:
         step = checkpoints.find(name)
         return step, checkpoints.restore(step, like)
 
@@ -285,13 +306,16 @@ def _move_damaged_aside(workdir: Path, directory: Path) -> None:
         )
 
 
-def read_network(network: Network, workdir: Path, name: str) -> tuple[int, dict[str, PyTree]]:
+def read_network(
+    network: Network, workdir: Path, name: str, bucket: Bucket | None = None
+) -> tuple[int, dict[str, PyTree]]:
     """Reads only the variables of the network from a checkpoint of a run.
 
     Args:
         network: network of the run.
         workdir: directory of the run.
         name: name of the checkpoint: `last`, or a key of `BEST`.
+        bucket: see `Checkpoints`.
 
     Returns:
         The step of the checkpoint, and the variables.
@@ -302,5 +326,5 @@ def read_network(network: Network, workdir: Path, name: str) -> tuple[int, dict[
     """
     shapes = network.variables_shape
     wanted = {"params": {"embedder": shapes["params"]}, "batch_stats": shapes["batch_stats"]}
-    step, found = read(workdir, name, wanted)
+    step, found = read(workdir, name, wanted, bucket)
     return step, {"params": found["params"]["embedder"], "batch_stats": found["batch_stats"]}

@@ -2,20 +2,35 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 SEAL = "digests.json"
 
 
-def seal(folder: Path) -> None:
-    """Writes the digests of the files in the subfolders of a checkpoint.
+def digests(folder: Path) -> dict[str, str]:
+    """Returns the digest of each file in the subfolders of a checkpoint.
 
     Args:
         folder: folder of the checkpoint. Files directly in it are orbax's records of the save,
             which it changes later and does not read when restoring.
     """
-    digests = {name: _digest(folder / name) for name in sorted(_names(folder))}
-    (folder / SEAL).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+    return {name: _digest(folder / name) for name in sorted(_names(folder))}
+
+
+def write(folder: Path, of_files: Mapping[str, str]) -> None:
+    """Seals a checkpoint with the digests of its files; see `digests`."""
+    text = json.dumps(dict(sorted(of_files.items())), indent=2) + "\n"
+    (folder / SEAL).write_text(text, encoding="utf-8")
+
+
+def missing(folder: Path) -> set[str]:
+    """Returns the names of the files of a sealed folder that are not there.
+
+    Args:
+        folder: folder of a checkpoint.
+    """
+    return _expected(folder).keys() - _names(folder)
 
 
 def is_partly_deleted(folder: Path) -> bool:
@@ -25,12 +40,11 @@ def is_partly_deleted(folder: Path) -> bool:
         folder: folder of a checkpoint.
     """
     try:
-        expected = _expected(folder)
+        return bool(missing(folder))
     except FileNotFoundError:
         return True
     except (ValueError, TypeError, OSError):
         return False
-    return not expected.keys() <= _names(folder)
 
 
 def damage(folder: Path) -> str | None:

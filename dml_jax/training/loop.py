@@ -6,7 +6,15 @@ from typing import Any
 import jax
 
 from dml_jax._utils import processes
-from dml_jax.training import checkpoint, history, nonfinite, preemption, result, trackers
+from dml_jax.training import (
+    bucket,
+    checkpoint,
+    history,
+    nonfinite,
+    preemption,
+    result,
+    trackers,
+)
 from dml_jax.training.batches import device_batches
 from dml_jax.training.builder import Experiment, with_features
 from dml_jax.training.epochs import Epochs
@@ -20,6 +28,7 @@ def train(
     stop: preemption.StopRequest | None = None,
     tracker: trackers.Tracker | None = None,
     initial: TrainState | None = None,
+    published: bucket.Bucket | None = None,
 ) -> dict[str, Any]:
     """Trains to the last epoch, from the beginning or from the latest checkpoint in the workdir.
 
@@ -29,6 +38,7 @@ def train(
         stop: set when this process is asked to stop; see `preemption.listening`.
         tracker: records the run too.
         initial: state before the first step, which is donated; by default it is made if needed.
+        published: where the run is published; None if the workdir is all there is.
 
     Returns:
         The contents of `result.json`.
@@ -42,7 +52,8 @@ def train(
     """
     stop = preemption.StopRequest() if stop is None else stop
     config, steps_per_epoch = experiment.config, experiment.steps_per_epoch
-    with checkpoint.Checkpoints(workdir, keep_last=config.checkpoint.keep_last) as checkpoints:
+    keep_last = config.checkpoint.keep_last
+    with checkpoint.Checkpoints(workdir, keep_last=keep_last, bucket=published) as checkpoints:
         state, start = _start(experiment, workdir, checkpoints, initial)
         done = history.read(
             workdir,
@@ -51,7 +62,7 @@ def train(
             epochs=config.epochs,
             patience=config.evaluation.patience,
         )
-        experiment = _prepared(experiment, workdir, state, start, stop)
+        experiment = _prepared(experiment, workdir, published, state, start, stop)
         with trackers.create(workdir, config, steps_per_epoch, start, tracker) as writer:
             epochs = Epochs(experiment, done, writer, checkpoints, start)
             watch = nonfinite.Watch(experiment, workdir, writer, checkpoints)
@@ -77,7 +88,8 @@ def train(
                         break
     stop.unsaved = jax.process_count() > 1  # Other processes would wait for one that exits alone.
     _stop_if_asked(stop, "stopped after training: start again for the result")
-    return result.write(experiment, workdir, done.evaluated, epochs.test_embeddings(state))
+    embeddings = epochs.test_embeddings(state)
+    return result.write(experiment, workdir, done.evaluated, embeddings, published)
 
 
 def _stop_if_asked(stop: preemption.StopRequest, message: str) -> None:
@@ -89,6 +101,7 @@ def _stop_if_asked(stop: preemption.StopRequest, message: str) -> None:
 def _prepared(
     experiment: Experiment,
     workdir: Path,
+    published: bucket.Bucket | None,
     state: TrainState,
     start: int,
     stop: preemption.StopRequest,
@@ -96,9 +109,8 @@ def _prepared(
     """Returns the experiment with cached features, if any; scores the backbone of a new run."""
     variables = network_variables(state)
     message = "stopped while computing features: start again to resume"
-    experiment = with_features(
-        experiment, variables, workdir, lambda: _stop_if_asked(stop, message)
-    )
+    place = str(workdir.absolute()) if published is None else published.url
+    experiment = with_features(experiment, variables, place, lambda: _stop_if_asked(stop, message))
     if start == 0:
         result.score_backbone(experiment, workdir, variables)
     return experiment

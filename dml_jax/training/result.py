@@ -13,6 +13,7 @@ from dml_jax._utils.files import read_json, write_json
 from dml_jax.evaluation import embedding_files, zero_shot
 from dml_jax.models import pretrained
 from dml_jax.training import checkpoint, run_directory
+from dml_jax.training.bucket import Bucket
 from dml_jax.training.builder import Experiment
 from dml_jax.training.fork import forked_from
 from dml_jax.training.trackers import projector
@@ -44,6 +45,7 @@ def write(
     workdir: Path,
     evaluated: Sequence[Mapping[str, Any]],
     embeddings: Mapping[str, np.ndarray] | None,
+    published: Bucket | None = None,
 ) -> dict[str, Any]:
     """Exports the last embeddings of the test images, and writes and returns `result.json`.
 
@@ -53,6 +55,7 @@ def write(
         evaluated: metrics of the evaluated epochs.
         embeddings: embeddings of the test images after the last epoch; see `Evaluator.embed`. None
             if the test images are not scored.
+        published: where the run is published.
     """
     last: Mapping[str, Any] = evaluated[-1]
     best: dict[str, Mapping[str, Any]] = {
@@ -61,7 +64,7 @@ def write(
     }
     if embeddings is not None and experiment.selection_split != "test":
         last = _position(last) | experiment.evaluator.score(embeddings)
-        best = _best_on_test(experiment, workdir, evaluated)
+        best = _best_on_test(experiment, workdir, evaluated, published)
     result = {
         "last": last,
         "best": best["map@r"],
@@ -99,7 +102,10 @@ def _compare(trained: Mapping[str, Any], untrained: Mapping[str, float]) -> None
 
 
 def _best_on_test(
-    experiment: Experiment, workdir: Path, evaluated: Sequence[Mapping[str, Any]]
+    experiment: Experiment,
+    workdir: Path,
+    evaluated: Sequence[Mapping[str, Any]],
+    published: Bucket | None,
 ) -> dict[str, Mapping[str, Any]]:
     """Returns the test scores of the best checkpoints, selected on the validation classes."""
     best: dict[str, Mapping[str, Any]] = {}
@@ -108,7 +114,7 @@ def _best_on_test(
         steps = {name: saved.find(name) for name in checkpoint.BEST}
     for name, metric in checkpoint.BEST.items():
         (line,) = (line for line in evaluated if line["step"] == steps[name])
-        _, variables = checkpoint.read_network(experiment.network, workdir, name)
+        _, variables = checkpoint.read_network(experiment.network, workdir, name, published)
         evaluator = experiment.evaluator
         best[metric] = _position(line) | evaluator.score(evaluator.embed(variables, "test"))
     return best

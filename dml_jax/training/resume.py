@@ -123,7 +123,7 @@ def claim(
     config: Config,
     images: Mapping[str, Any] | None = None,
     inspection: data.InspectionReport | None = None,
-    fork_from: Path | None = None,
+    fork_from: str | None = None,
     origin: Origin | None = None,
 ) -> None:
     """Records a new run in its workdir, or the changed settings of a resumed one.
@@ -133,7 +133,7 @@ def claim(
         config: configuration of the run.
         images: fingerprints of the images; see `fingerprints`.
         inspection: inspection report of the images.
-        fork_from: directory of the run that a new run is forked from.
+        fork_from: directory or URL of the run that a new run is forked from.
         origin: origin of the configuration, for the report.
 
     Raises:
@@ -154,7 +154,7 @@ def claim(
         # A run that was killed at its start may have left one.
         (workdir / FORK).unlink(missing_ok=True)
         if fork_from is not None:
-            write_json(workdir / FORK, {"from": str(fork_from)})
+            write_json(workdir / FORK, {"from": fork_from})
     # A resumed run has no result yet.
     (workdir / RESULT).unlink(missing_ok=True)
     if is_new or changed:

@@ -11,9 +11,10 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from dml_jax import data
-from dml_jax._utils import processes, sharding
+from dml_jax._utils import processes, sharding, storage
 from dml_jax.models import pretrained
 from dml_jax.training import (
+    bucket,
     builder,
     loop,
     memory_check,
@@ -29,10 +30,10 @@ from dml_jax.training.origin import Origin
 
 def train(
     config: ConfigDict,
-    workdir: Path,
+    workdir: str | Path,
     *,
     overview: bool = False,
-    fork_from: Path | None = None,
+    fork_from: str | Path | None = None,
     origin: Origin | None = None,
     tracker: trackers.Tracker | None = None,
     inspection: data.InspectionReport | None = None,
@@ -41,9 +42,10 @@ def train(
 
     Args:
         config: all settings.
-        workdir: directory of the run: new, or that of the run to resume.
+        workdir: directory of the run: new, or that of the run to resume. A URL of object storage
+            may be given as a string; see `dml_jax.training.bucket`.
         overview: whether to print a table of the parameters first.
-        fork_from: directory of another run. A new run starts with the network of its last
+        fork_from: directory or URL of another run. A new run starts with the network of its last
             checkpoint; nothing else is taken from it.
         origin: config file and variant of the configuration, recorded for the report.
         tracker: records the run in addition to the trackers of the configuration. An error that it
@@ -58,11 +60,30 @@ def train(
         ValueError: a setting or an image is invalid, a step does not fit into memory, the workdir
             holds another run, or another process trains in it.
         FileNotFoundError: images or weights are not at the configured path.
-        ModuleNotFoundError: the config names a tracker that is not installed.
+        ModuleNotFoundError: a tracker that the config names, or the package for the protocol of a
+            URL, is not installed.
         FloatingPointError: the loss or its gradient became nonfinite.
     """
+    given = parse(config)
+    arguments = (overview, fork_from, origin, tracker, inspection)
+    if not storage.is_url(workdir):
+        return _train(given, Path(workdir), None, *arguments)
+    with bucket.opened(str(workdir)) as opened:
+        return _train(given, opened.folder, opened, *arguments)
+
+
+def _train(
+    given: Config,
+    workdir: Path,
+    published: bucket.Bucket | None,
+    overview: bool,
+    fork_from: str | Path | None,
+    origin: Origin | None,
+    tracker: trackers.Tracker | None,
+    inspection: data.InspectionReport | None,
+) -> dict[str, Any]:
     fork = forked_from(workdir, fork_from)
-    settings = _resolved(parse(config), forked=fork is not None)
+    settings = _resolved(given, forked=fork is not None)
     result = resume.finished(workdir, settings)
     if result is not None:
         return result
@@ -95,7 +116,9 @@ def train(
             resume.claim(workdir, settings, images, built.inspection, fork, origin)
 
         processes.in_first_process(claim)
-        return loop.train(built, workdir, stop, tracker, initial)
+        if published is not None:
+            published.share()
+        return loop.train(built, workdir, stop, tracker, initial, published)
 
 
 def _resolved(config: Config, *, forked: bool) -> Config:
@@ -103,7 +126,7 @@ def _resolved(config: Config, *, forked: bool) -> Config:
     weights = pretrained.NONE if forked else pretrained.absolute(config.model.pretrained)
 
     def absolute(path: str) -> str:
-        return str(Path(path).absolute()) if path else ""
+        return storage.absolute(path) if path else ""
 
     of_data = dataclasses.replace(
         config.data, root=absolute(config.data.root), features=absolute(config.data.features)

