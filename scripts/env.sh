@@ -8,6 +8,10 @@
 # versions of constraints.txt. It uses the newest supported Python that runs, or $PYTHON. A complete
 # and current environment is left unchanged, without network access.
 
+# pip installs below without compiling, so the first import of a module must be able to store its
+# bytecode: otherwise each program would compile all that it imports again, for seconds.
+unset PYTHONDONTWRITEBYTECODE
+
 fail() {
   printf 'error: ' >&2
   printf '%s\n' "$@" >&2

@@ -14,10 +14,10 @@ from pathlib import Path
 import chex
 import pytest
 
-from dml_jax._utils import sharding
-from dml_jax.training import builder, checkpoint, run_directory
+from dml_jax._utils import sharding, storage
+from dml_jax.training import bucket, builder, checkpoint, run_directory
 from dml_jax.training.config import parse
-from tests.helpers import tiny
+from tests.helpers import object_storage, tiny
 from tests.helpers.processes import marked
 
 ROOT = Path(__file__).parents[1]
@@ -105,6 +105,20 @@ def unmapped(names):
     return [name for name in names if name not in maps]
 
 
+@contextlib.contextmanager
+def places(kind, tmp_path, monkeypatch):
+    """Yields the workdir of the killed run, the folder in which its process works, and a reader."""
+    if kind == "disk":
+        yield tmp_path / "killed", tmp_path / "killed", Path
+        return
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with object_storage.served():
+        url = storage.join(object_storage.new_bucket("s3"), "runs/killed")
+        yield url, storage.local_folder(url, "runs/0"), bucket.copy
+        # Nothing remains of interrupted uploads, and no lease.
+        assert set(storage.names(url)) == set(bucket.published(storage.names(url)))
+
+
 def final_state(folder):
     built = builder.build(parse(run_directory.read_config(folder)), sharding.make_mesh())
     with checkpoint.Checkpoints(folder) as checkpoints:
@@ -113,9 +127,17 @@ def final_state(folder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_a_run_killed_twenty_times_ends_bit_for_bit_like_an_uninterrupted_run(tmp_path):
+@pytest.mark.parametrize("kind", ["disk", "bucket"])
+def test_a_run_killed_twenty_times_ends_bit_for_bit_like_an_uninterrupted_run(
+    kind, tmp_path, monkeypatch
+):
+    with places(kind, tmp_path, monkeypatch) as (workdir, works_in, read):
+        kill_twenty_times(tmp_path, workdir, works_in, read)
+
+
+def kill_twenty_times(tmp_path, workdir, works_in, read):
     images = tiny.write_images(tmp_path / "images")
-    uninterrupted, folder = tmp_path / "uninterrupted", tmp_path / "killed"
+    uninterrupted = tmp_path / "uninterrupted"
     quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL}
     subprocess.run(training(images, uninterrupted), check=True, **quiet)
 
@@ -127,17 +149,18 @@ def test_a_run_killed_twenty_times_ends_bit_for_bit_like_an_uninterrupted_run(tm
     moments = rng.sample(MOMENTS, len(MOMENTS))
     for phase, longest_delay in moments:
         start = time.time_ns()
-        program = training(images, folder, ("-m", "tests.helpers.marked"))
+        program = training(images, workdir, ("-m", "tests.helpers.marked"))
         process = subprocess.Popen(program, env=environment, **quiet)
         assert kill_in_phase(
             process,
-            functools.partial(is_in_phase, phase, folder, phase_file, start),
+            functools.partial(is_in_phase, phase, works_in, phase_file, start),
             functools.partial(rng.uniform, 0, longest_delay),
         ), f"the run ended before it could be killed in the phase {phase}"
         # The next run starts while the workers of the killed one are still ending.
-    assert not (folder / run_directory.RESULT).exists()
+    assert not (read(workdir) / run_directory.RESULT).exists()
 
-    subprocess.run(training(images, folder), env=environment, check=True, **quiet)
+    subprocess.run(training(images, workdir), env=environment, check=True, **quiet)
+    folder = read(workdir)
     chex.assert_trees_all_equal(final_state(folder), final_state(uninterrupted))
     for name in (run_directory.METRICS, run_directory.RESULT):
         assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes()

@@ -1,11 +1,16 @@
 """Object storage on this machine: an emulator of GCS, and moto's S3."""
 
 import contextlib
+import logging
 import os
 import socket
 import uuid
+from http.server import ThreadingHTTPServer
+from unittest import mock
 
 import fsspec
+from gcp_storage_emulator.server import create_server
+from moto.server import ThreadedMotoServer
 
 SCHEMES = ("memory", "gs", "s3")
 
@@ -13,27 +18,25 @@ SCHEMES = ("memory", "gs", "s3")
 @contextlib.contextmanager
 def served():
     """Serves GCS and S3, and points fsspec's clients to them, those of subprocesses too."""
-    from gcp_storage_emulator.server import create_server
-    from moto.server import ThreadedMotoServer
-
-    google = create_server("127.0.0.1", free_port(), in_memory=True)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # It logs each request.
+    port = free_port()
+    google = create_server("127.0.0.1", port, in_memory=True)
     amazon = ThreadedMotoServer("127.0.0.1", free_port(), verbose=False)
-    google.start()
+    # Otherwise a connection that a client keeps open would block all others.
+    with mock.patch("gcp_storage_emulator.server.server.HTTPServer", ThreadingHTTPServer):
+        google.start()
     amazon.start()
     settings = {
-        "STORAGE_EMULATOR_HOST": f"http://{google._api._host}:{google._api._port}",
+        "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}",
         # Its gRPC client cannot reach the emulator.
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         "AWS_ENDPOINT_URL": "http://{}:{}".format(*amazon.get_host_and_port()),
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
-        "FSSPEC_GS_TOKEN": "anon",
-        "FSSPEC_GCS_TOKEN": "anon",
     }
     before = {name: os.environ.get(name) for name in settings}
     os.environ |= settings
-    fsspec.config.set_conf_env(fsspec.config.conf)
     try:
         yield
     finally:
