@@ -33,11 +33,11 @@ def main() -> None:
         folder = storage.absolute(_IMAGES.value) if _IMAGES.value else None
         gallery, measured = index.build(images, folder=folder, kind=_KIND.value)
         index.save(gallery, out)
-        table = Table("effort", f"recall@{index.RECALL_AT} of exact search, %", "ms a query")
+        size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
+    table = Table("effort", f"recall@{index.RECALL_AT} of exact search, %", "ms a query")
     for effort, recall, milliseconds in measured:
         table.add_row(str(effort or "all"), f"{100 * recall:.1f}", f"{milliseconds:.2f}")
     Console().print(table)
-    size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     print(f"{len(gallery.names)} images, {gallery.kind} index, {size:.1f} MB: {_OUT.value}")
 
 

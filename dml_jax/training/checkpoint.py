@@ -106,6 +106,7 @@ class Checkpoints:
             # Each process writes files of its own, named by the part of the array that they hold.
             context.multiprocessing.primary_host = None
             context.array.saving.use_ocdbt = False
+            context.array.saving.use_replica_parallel = False
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 self._directory,

@@ -17,12 +17,12 @@ import pytest
 from safetensors.numpy import save_file
 
 import dml_jax
-from dml_jax._utils import files, sharding
+from dml_jax._utils import files, sharding, storage
 from dml_jax.evaluation import embedding_files
 from dml_jax.models import pretrained
-from dml_jax.training import builder, checkpoint, preemption, run_directory
+from dml_jax.training import bucket, builder, checkpoint, preemption, run_directory
 from dml_jax.training.config import parse
-from tests.helpers import tiny, weights
+from tests.helpers import object_storage, tiny, weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -292,56 +292,75 @@ def test_a_run_resumes_after_the_disk_was_full(images, tmp_path):
     assert "last: R@1" in succeed(*training)
 
 
+def start(folder, devices, arguments, program=("scripts/train.py",), **environment):
+    """Starts a process with a number of devices."""
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, *program, f"--workdir={folder}", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": flag} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_two(folder, arguments, **of_second):
+    """Runs two processes with two devices each; returns their exit codes and what they printed.
+
+    Args:
+        of_second: program and environment of the second.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    joined = [*arguments, f"--coordinator={address}", "--num_processes=2"]
+    processes = [
+        start(folder, 2, [*joined, f"--process_id={number}"], **settings)
+        for number, settings in enumerate(({}, of_second))
+    ]
+    printed = [process.communicate(timeout=600) for process in processes]
+    return [process.returncode for process in processes], printed
+
+
+def run_alone(folder, devices, arguments):
+    process = start(folder, devices, arguments)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+
+
+def losses(folder):
+    return [line["loss"] for line in files.read_json_lines(folder / run_directory.METRICS)]
+
+
+SLOW = ["--config.optimizer.learning_rate=1e-4", "--config.evaluation.recall_at=(1,2)"]
+MARKED = ("-m", "tests.helpers.marked")
+
+
 @pytest.mark.slow
 def test_two_interrupted_processes_train_like_one_uninterrupted_process(tmp_path):
     images = tiny.write_images(tmp_path / "images")
     # One process inspects the images and tells the others which to skip.
     (images / "train" / "class0" / "0.png").write_bytes(b"")
-    arguments = tiny.arguments(images, "ps_memvir", epochs=3, data__unreadable="skip")
-    slow = ["--config.optimizer.learning_rate=1e-4", "--config.evaluation.recall_at=(1,2)"]
-
-    def start(folder, devices, *flags, program=("scripts/train.py",), **environment):
-        flag = f"--xla_force_host_platform_device_count={devices}"
-        return subprocess.Popen(
-            [sys.executable, *program, f"--workdir={folder}", *arguments, *slow, *flags],
-            cwd=ROOT,
-            env=os.environ | {"XLA_FLAGS": flag} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def start_two(folder, **of_second):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
-        joined = [f"--coordinator={address}", "--num_processes=2"]
-        processes = [
-            start(folder, 2, *joined, f"--process_id={number}", **settings)
-            for number, settings in enumerate(({}, of_second))
-        ]
-        printed = [process.communicate(timeout=600) for process in processes]
-        return [process.returncode for process in processes], printed
+    arguments = [*tiny.arguments(images, "ps_memvir", epochs=3, data__unreadable="skip"), *SLOW]
 
     # An error in one process ends both.
     together, does = tmp_path / "together", str(tmp_path / "does")
     fails = {"DML_JAX_TEST_PHASE": does, "DML_JAX_TEST_FAILS": "3"}
-    codes, printed = start_two(together, program=("-m", "tests.helpers.marked"), **fails)
+    codes, printed = run_two(together, arguments, program=MARKED, **fails)
     assert codes == [2, 2] and "process 1 failed: a disk has failed" in printed[0][1], printed
 
     # The second process receives the stop signal in step 5; all processes stop four steps later.
     asks = {"DML_JAX_TEST_PHASE": does, "DML_JAX_TEST_STOPS": "5"}
-    codes, printed = start_two(together, program=("-m", "tests.helpers.marked"), **asks)
+    codes, printed = run_two(together, arguments, program=MARKED, **asks)
     assert codes == [preemption.EXIT_CODE] * 2, printed
     assert all("stopped after step 9, which is saved" in errors for _, errors in printed)
     assert (together / run_directory.CHECKPOINTS / "9").is_dir()
-    codes, printed = start_two(together)
+    codes, printed = run_two(together, arguments)
     assert codes == [0, 0], printed
     assert "last: R@1" in printed[0][0] and "R@1" not in printed[1][0]
     alone = tmp_path / "alone"
-    process = start(alone, 4)
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors
+    run_alone(alone, 4, arguments)
     lines = [files.read_json_lines(folder / run_directory.METRICS) for folder in (together, alone)]
     for ours, expected in zip(*lines, strict=True):
         assert ours.keys() == expected.keys()
@@ -357,9 +376,74 @@ def test_two_interrupted_processes_train_like_one_uninterrupted_process(tmp_path
     # Without the last checkpoint, of epoch 3, a single process repeats that epoch.
     (together / run_directory.RESULT).unlink()
     shutil.rmtree(together / run_directory.CHECKPOINTS / "12")
-    process = start(together, 1)
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors
+    run_alone(together, 1, arguments)
     resumed = files.read_json_lines(together / run_directory.METRICS)
     assert resumed[:2] == lines[0][:2]
     np.testing.assert_allclose(resumed[2]["loss"], lines[0][2]["loss"], rtol=1e-5)
+
+
+@pytest.fixture
+def bucket_url(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with object_storage.served():
+        yield object_storage.new_bucket("s3")
+
+
+@pytest.mark.slow
+def test_two_processes_without_a_common_disk_train_like_one_process(tmp_path, bucket_url):
+    images = tiny.write_images(tmp_path / "images")
+    settings = {"epochs": 3, "data__validation_classes": 0.5}
+    arguments = [*tiny.arguments(images, "ps_memvir", **settings), *SLOW]
+    together = storage.join(bucket_url, "together")
+    asks = {"DML_JAX_TEST_PHASE": str(tmp_path / "does"), "DML_JAX_TEST_STOPS": "3"}
+    # Each process has a cache, and so a local folder, of its own.
+    other = {"XDG_CACHE_HOME": str(tmp_path / "other")}
+    codes, printed = run_two(together, arguments, program=MARKED, **asks, **other)
+    assert codes == [preemption.EXIT_CODE] * 2, printed
+    codes, printed = run_two(together, arguments, **other)
+    assert codes == [0, 0], printed
+    run_alone(tmp_path / "alone", 4, arguments)
+    ours, expected = bucket.copy(together), tmp_path / "alone"
+    np.testing.assert_allclose(losses(ours), losses(expected), rtol=1e-5)
+    results = [run_directory.read_result(folder) for folder in (ours, expected)]
+    assert results[0]["best"]["epoch"] == results[1]["best"]["epoch"]
+    names = storage.names(together)
+    assert set(names) == set(bucket.published(names))
+
+    # A single process continues with the parts of both.
+    longer = [*arguments, "--config.epochs=4"]
+    run_alone(together, 1, longer)
+    run_alone(tmp_path / "alone", 4, longer)
+    np.testing.assert_allclose(losses(bucket.copy(together)), losses(expected), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_every_program_reads_and_writes_urls(images, bucket_url):
+    def at(name):
+        return storage.join(bucket_url, name)
+
+    storage.upload(
+        images, at("images"), [x.relative_to(images).as_posix() for x in images.rglob("*.png")]
+    )
+    arguments = tiny.arguments(at("images"), epochs=1)
+    assert f"results: {at('run/result.json')}" in succeed(
+        "train.py", f"--workdir={at('run')}", *arguments
+    )
+    scores = json.loads(succeed("evaluate.py", f"--workdir={at('run')}"))
+    query = storage.join(at("images"), "test/class0/0.png")
+    options = f"--images={at('images/test')}"
+    succeed("embed.py", f"--workdir={at('run')}", options, f"--out={at('mine.npz')}")
+    exported = json.loads(succeed("evaluate.py", f"--embeddings={at('mine.npz')}"))
+    assert exported["map@r"] == pytest.approx(scores["map@r"], abs=1e-6)
+    succeed("index.py", f"--embeddings={at('mine.npz')}", options, f"--out={at('index')}")
+    succeed("export.py", at("run"), f"--out={at('export')}")
+    found = succeed(
+        "search.py", f"--index={at('index')}", f"--workdir={at('export')}",
+        f"--out={at('sheet.html')}", query,
+    )  # fmt: skip
+    assert "class0/0.png" in found and at("sheet.html") in found
+    assert b"data:image" in storage.read(at("sheet.html"))
+    assert at("report.html") in succeed("report.py", at("run"), f"--out={at('report.html')}")
+    assert b"<html" in storage.read(at("report.html"))
+    again = run("index.py", f"--embeddings={at('mine.npz')}", options, f"--out={at('index')}")
+    assert again.returncode == 2 and "exists already" in again.stderr

@@ -37,6 +37,9 @@ def served():
     }
     before = {name: os.environ.get(name) for name in settings}
     os.environ |= settings
+    # An earlier server's clients are cached.
+    for scheme in ("gs", "s3"):
+        fsspec.get_filesystem_class(scheme).clear_instance_cache()
     try:
         yield
     finally:
