@@ -56,6 +56,7 @@ def names(url: str) -> dict[str, str]:
     The name of a URL that is a file itself is "".
 
     Raises:
+        ValueError: a name would lead out of the folder of a copy.
         OSError: the storage cannot be reached.
         ModuleNotFoundError: the package for its protocol is not installed.
     """
@@ -63,7 +64,11 @@ def names(url: str) -> dict[str, str]:
         system, root = _open(url)
         found = system.find(root, detail=True)
     root = root.rstrip("/")
-    return {path[len(root) + 1 :]: _state(found[path]) for path in found}
+    states = {path[len(root) + 1 :]: _state(found[path]) for path in found}
+    for name in states:
+        if os.path.isabs(name) or os.pardir in name.split("/"):
+            raise UserError(f"{url} holds an object of the name {name!r}; rename or delete it")
+    return states
 
 
 def read(url: str) -> bytes:

@@ -7,17 +7,17 @@ dml-jax prepare cub200 --download --source=downloads --out=data/cub200
 dml-jax prepare folder --source=photos --out=data/photos
 """
 
-from pathlib import Path
-
 from absl import flags
 
+from dml_jax._utils import storage
 from dml_jax.cli import command_line
+from dml_jax.data import records
 from dml_jax.data.prepare import prepare
 
 _SOURCE = flags.DEFINE_string(
-    "source", None, "Directory or archive with the published files.", required=True
+    "source", None, "Directory, archive or URL with the published files.", required=True
 )
-_OUT = flags.DEFINE_string("out", None, "Directory to create.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Directory or URL to create.", required=True)
 _DOWNLOAD = flags.DEFINE_bool(
     "download", False, "Whether to download the archives to --source first."
 )
@@ -30,11 +30,11 @@ _ALLOW = flags.DEFINE_bool(
 
 def main(data_set: str) -> None:
     """Runs the program."""
-    with command_line.user_errors():
+    with command_line.user_errors(), storage.writing(_OUT.value, last=records.MANIFEST) as out:
         index = prepare(
             data_set,
-            source=Path(_SOURCE.value),
-            out=Path(_OUT.value),
+            source=storage.local(_SOURCE.value),
+            out=out,
             download=_DOWNLOAD.value,
             allow_different_counts=_ALLOW.value,
         )

@@ -4,6 +4,7 @@ import threading
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from dml_jax._utils import files, leases, storage
@@ -177,6 +178,16 @@ def test_a_holder_that_was_suspended_stops(url, quick, monkeypatch):
         with pytest.raises(LockedError, match="taken over"):
             suspended.check()
         now.check()
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/etc/outside"])
+def test_an_object_cannot_be_copied_out_of_the_folder(name):
+    url = object_storage.new_bucket("s3") + "/a"
+    storage.write(storage.join(url, "inside"), b"")
+    system = fsspec.filesystem("s3")
+    system.call_s3("put_object", Bucket=url.split("/")[2], Key=f"a/{name}", Body=b"")
+    with pytest.raises(ValueError, match="holds an object of the name"):
+        storage.local(url)
 
 
 def test_errors_name_the_url(monkeypatch):
