@@ -40,14 +40,14 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return bool(separator) and scheme.isalnum()
 
 
-def join(path: str, name: str) -> str:
+def join(path: str | os.PathLike[str], name: str) -> str:
     """Returns the path or URL of a file in a folder."""
-    return f"{path.rstrip('/')}/{name}"
+    return f"{os.fspath(path).rstrip('/')}/{name}"
 
 
-def absolute(path: str) -> str:
+def absolute(path: str | os.PathLike[str]) -> str:
     """Returns a path that is valid in any working directory; a URL is one already."""
-    return path if is_url(path) else str(Path(path).absolute())
+    return os.fspath(path).rstrip("/") if is_url(path) else str(Path(path).absolute())
 
 
 def names(url: str) -> dict[str, str]:

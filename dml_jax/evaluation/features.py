@@ -81,7 +81,7 @@ def load(
     network: Network,
     variables: dict[str, PyTree],
     sources: Mapping[str, Source],
-    folder: str,
+    folder: str | os.PathLike[str],
     interrupt: Callable[[], None] = lambda: None,
 ) -> dict[str, Features]:
     """Returns the features of all splits, from their caches if these exist.
@@ -126,7 +126,7 @@ class _Cache:
         self,
         network: Network,
         variables: dict[str, PyTree],
-        folder: str,
+        folder: str | os.PathLike[str],
         interrupt: Callable[[], None],
     ) -> None:
         self._network, self._variables = network, variables
@@ -215,7 +215,16 @@ def _digest_of_frozen_part(network: Network, variables: dict[str, PyTree]) -> di
     for path in sorted(network.frozen):
         digest.update(repr(path).encode())
         digest.update(np.asarray(jax.device_get(flat[path])).tobytes())
-    names = ("backbone", "width", "stem", "channels", "pooling", "dtype", "train_from")
+    names = (
+        "backbone",
+        "width",
+        "stem",
+        "channels",
+        "normalisation",
+        "pooling",
+        "dtype",
+        "train_from",
+    )
     settings = {name: getattr(model, name) for name in names}
     return {"format": _FORMAT, "variables": digest.hexdigest(), **settings}
 

@@ -60,6 +60,7 @@ def make(
         head_init=model.head_init,
         train_from=model.train_from,
         channels=model.channels,
+        normalisation=model.normalisation,
         **_backbone_options(model),
     )
 

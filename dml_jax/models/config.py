@@ -11,7 +11,7 @@ from dml_jax.models.embedder import (
     prefix_tokens,
     trainable_from,
 )
-from dml_jax.models.normalisation import CHANNELS
+from dml_jax.models.normalisation import CHANNELS, NORMALISATIONS
 from dml_jax.models.registry import BACKBONES, create_backbone
 from dml_jax.models.resnet import STEMS
 from dml_jax.settings import (
@@ -51,6 +51,12 @@ class ModelConfig:
         ),
         help="Pretrained weights: `none`, a .safetensors file, or `hf:OWNER/NAME` on the Hugging "
         "Face hub, such as `hf:timm/resnet50.tv_in1k`.",
+    )
+    normalisation: str | None = setting(
+        None,
+        optional(choice(NORMALISATIONS)),
+        help="Mean and deviation of the input: `imagenet`, `inception` (0.5, as AugReg's and "
+        "SigLIP's transformers), `clip` or `caffe`; by default that of the backbone.",
     )
     channels: str | None = setting(
         None,

@@ -1,8 +1,11 @@
 """The embedder: input normalisation, backbone, pooling and a linear head."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num, PRNGKeyArray
 
@@ -124,6 +127,31 @@ def trainable_from(backbone: nn.Module) -> tuple[str, ...]:
     """Returns the values of `train_from` for a backbone."""
     # The first part stands for the whole network, which is ALL.
     return (ALL, *getattr(backbone, "parts", ())[1:], HEAD)
+
+
+def parts_above(embedder: Embedder, image_size: int) -> dict[tuple[str, ...], int]:
+    """Returns the number of parts of the network above each parameter, by path.
+
+    Of a backbone with n parts, those of the head have 0, of the last part 1, and of the first n.
+
+    Args:
+        embedder: the network.
+        image_size: sides of the images, pixels.
+    """
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
+
+    def below(part: str) -> set[tuple[str, ...]]:
+        init = partial(embedder.clone(train_from=part).init, method="frozen")
+        found = jax.eval_shape(init, jax.random.key(0), image)
+        return set(traverse_util.flatten_dict(found.get("params", {})))
+
+    init = partial(embedder.init, train=False)
+    shapes = jax.eval_shape(init, jax.random.key(0), image)["params"]
+    counts = dict.fromkeys(traverse_util.flatten_dict(shapes), 0)
+    for part in trainable_from(embedder.backbone)[1:]:
+        for path in below(part):
+            counts[path] += 1
+    return counts
 
 
 def _head_inits(

@@ -5,6 +5,8 @@ from typing import Literal, NamedTuple, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
+_HALF = (127.5, 127.5, 127.5)
+
 Channels = Literal["rgb", "bgr"]
 CHANNELS = get_args(Channels)
 
@@ -35,5 +37,18 @@ IMAGENET = InputNormalisation(
 )
 """Input of torchvision's pretrained networks."""
 
+INCEPTION = InputNormalisation(mean=_HALF, std=_HALF, channels="rgb")
+"""Input of AugReg's and SigLIP's vision transformers: pixels from -1 to 1."""
+
+CLIP = InputNormalisation(
+    mean=(122.7709383, 116.7460125, 104.09373615),
+    std=(68.5005327, 66.6321579, 70.32316305),
+    channels="rgb",
+)
+"""Input of OpenAI's CLIP."""
+
 CAFFE = InputNormalisation(mean=(104.0, 117.0, 128.0), std=(1.0, 1.0, 1.0), channels="bgr")
 """Input of networks pretrained with Caffe."""
+
+NORMALISATIONS = {"imagenet": IMAGENET, "inception": INCEPTION, "clip": CLIP, "caffe": CAFFE}
+"""By name."""

@@ -8,6 +8,7 @@ import flax.linen as nn
 from dml_jax._utils.registry import Registry
 from dml_jax.models import bninception, convnet, resnet, vit
 from dml_jax.models.embedder import ALL, Embedder
+from dml_jax.models.normalisation import NORMALISATIONS
 
 BACKBONES: Registry[Callable[..., nn.Module]] = Registry("backbone", nn.Module)
 """Modules by name. `register_backbone` adds one, also from outside the package."""
@@ -58,6 +59,7 @@ def create_embedder(
     head_init: str = "uniform",
     train_from: str = ALL,
     channels: str | None = None,
+    normalisation: str | None = None,
     **options: Any,
 ) -> Embedder:
     """Returns an embedder.
@@ -71,6 +73,7 @@ def create_embedder(
         channels: "rgb" or "bgr", the order of the backbone's input channels; by default that of its
             pretrained weights. The order of its means and standard deviations does not change: the
             first ones apply to the first channel, red or blue.
+        normalisation: a key of `NORMALISATIONS`; by default that of the backbone.
         **options: see `create_backbone`; an option of None is ignored.
 
     Returns:
@@ -82,9 +85,13 @@ def create_embedder(
     """
     given = {option: value for option, value in options.items() if value is not None}
     module = create_backbone(backbone, **given)
+    of_input = module.input_normalisation
+    if normalisation is not None:
+        of_input = NORMALISATIONS[normalisation]
     if channels is not None:
-        normalisation = module.input_normalisation._replace(channels=channels)
-        module = module.clone(input_normalisation=normalisation)
+        of_input = of_input._replace(channels=channels)
+    if of_input != module.input_normalisation:
+        module = module.clone(input_normalisation=of_input)
     return Embedder(
         backbone=module, pooling=pooling, dim=dim, head_init=head_init, train_from=train_from
     )

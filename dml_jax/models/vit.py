@@ -2,7 +2,8 @@
 
 Sources: Dosovitskiy et al., An image is worth 16x16 words, ICLR 2021 (arXiv 2010.11929), the
 transformers of DeiT (arXiv 2012.12877) and DINO (arXiv 2104.14294); Oquab et al., DINOv2 (arXiv
-2304.07193); Darcet et al., Vision transformers need registers, ICLR 2024 (arXiv 2309.16588).
+2304.07193); Darcet et al., Vision transformers need registers, ICLR 2024 (arXiv 2309.16588);
+Radford et al., CLIP (arXiv 2103.00020); Steiner et al., AugReg (arXiv 2106.10270).
 """
 
 from collections.abc import Callable, Sequence
@@ -17,13 +18,25 @@ from jaxtyping import Array, Float, Float32
 
 from dml_jax._utils.errors import UserError
 from dml_jax.models import layers
-from dml_jax.models.normalisation import IMAGENET, InputNormalisation
+from dml_jax.models.normalisation import CLIP, IMAGENET, InputNormalisation
 
-_LAYER_NORM_EPSILON = 1e-6
+TOKENS = ("cls_token", "reg_token", "pos_embed")
+"""Names of the parameters that are no weights of a layer."""
+
 _CUBIC = -0.5  # Coefficient of the interpolation with antialiasing, as in Pillow and PyTorch.
 
 Tokens = Float[Array, "b 1 tokens f"]
 """A feature map of one row: the class token, the registers and the patches, row by row."""
+
+
+def gelu(x: Tokens) -> Tokens:
+    """Returns GELU by the error function."""
+    return nn.gelu(x, approximate=False)
+
+
+def quick_gelu(x: Tokens) -> Tokens:
+    """Returns the approximation of GELU with which CLIP was trained."""
+    return x * nn.sigmoid(1.702 * x)
 
 
 class LayerScale(nn.Module):
@@ -58,19 +71,21 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between them.
+    """Two linear layers with an activation between them.
 
     Attributes:
         dense: constructor of a linear layer from features and name.
+        activation: the activation.
     """
 
     dense: Callable[..., nn.Module]
+    activation: Callable[[Tokens], Tokens]
 
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
         """Returns the result for each token."""
         features = x.shape[-1]
-        hidden = nn.gelu(self.dense(4 * features, name="fc1")(x), approximate=False)
+        hidden = self.activation(self.dense(4 * features, name="fc1")(x))
         return self.dense(features, name="fc2")(hidden)
 
 
@@ -80,20 +95,24 @@ class Block(nn.Module):
     Attributes:
         heads: number of heads of the attention.
         layer_scale: whether each is multiplied by a parameter for each feature.
+        activation: activation of the perceptron.
+        normalise: constructor of a normalisation from its name.
         dtype: dtype of the computation.
     """
 
     heads: int
     layer_scale: bool
+    activation: Callable[[Tokens], Tokens]
+    normalise: Callable[..., nn.Module]
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
         """Returns the tokens after the block."""
         dense = partial(nn.Dense, dtype=self.dtype, kernel_init=_truncated_normal)
-        parts = Attention(self.heads, dense, name="attn"), Mlp(dense, name="mlp")
+        parts = Attention(self.heads, dense, name="attn"), Mlp(dense, self.activation, name="mlp")
         for number, part in enumerate(parts, start=1):
-            y = part(_layer_norm(self.dtype, f"norm{number}")(x))
+            y = part(self.normalise(name=f"norm{number}")(x))
             x = x + (LayerScale(name=f"ls{number}")(y) if self.layer_scale else y)
         return x
 
@@ -114,6 +133,10 @@ class ViT(nn.Module):
         registers: number of register tokens.
         position_of_class: whether the class token has a position embedding.
         layer_scale: see `Block`.
+        activation: see `Block`.
+        epsilon: added to the variances of the normalisations.
+        normalises_input: whether the tokens are normalised before the first block; the embedding of
+            the patches then has no bias.
         dtype: dtype of the computation. Parameters and statistics of normalisations are float32.
         remat: rematerialise the activations of each block in the backward pass.
         input_normalisation: the normalisation of the images that the backbone expects.
@@ -127,6 +150,9 @@ class ViT(nn.Module):
     registers: int = 0
     position_of_class: bool = True
     layer_scale: bool = False
+    activation: Callable[[Tokens], Tokens] = gelu
+    epsilon: float = 1e-6
+    normalises_input: bool = False
     dtype: DTypeLike = jnp.float32
     remat: bool = False
     input_normalisation: InputNormalisation = IMAGENET
@@ -161,14 +187,21 @@ class ViT(nn.Module):
             x = self._embed_patches(x)
 
         def transform(x: Tokens, name: str) -> Tokens:
-            return Block(self.heads, self.layer_scale, self.dtype, name=name)(x)
+            options = self.activation, self._normalise, self.dtype
+            return Block(self.heads, self.layer_scale, *options, name=name)(x)
 
         for name in self.parts[1:]:
             if name in parts:
                 x = layers.block(self, partial(transform, name=name), x)
         if parts and parts[-1] == self.parts[-1]:
-            x = _layer_norm(self.dtype, "norm")(x)
+            x = self._normalise(name="norm")(x)
         return x
+
+    @property
+    def _normalise(self) -> Callable[..., nn.Module]:
+        return partial(
+            nn.LayerNorm, epsilon=self.epsilon, use_fast_variance=False, dtype=self.dtype
+        )
 
     def _embed_patches(self, x: Float[Array, "b h w c"]) -> Tokens:
         rows, columns = (side // self.patch for side in x.shape[1:3])
@@ -179,7 +212,13 @@ class ViT(nn.Module):
             )
         size = (self.patch, self.patch)
         patches = nn.Conv(
-            self.features, size, size, "VALID", dtype=self.dtype, name="patch_embed.proj"
+            self.features,
+            size,
+            size,
+            "VALID",
+            use_bias=not self.normalises_input,
+            dtype=self.dtype,
+            name="patch_embed.proj",
         )
         tokens = patches(x).reshape(len(x), 1, rows * columns, self.features)
 
@@ -196,16 +235,11 @@ class ViT(nn.Module):
         token = parameter("cls_token", 1) + (position[:, :, :1] if classes else 0)
         prefix = [token, *([parameter("reg_token", self.registers)] if self.registers else [])]
         repeated = [jnp.repeat(one, len(x), axis=0) for one in prefix]
-        return jnp.concatenate([*repeated, tokens], axis=2)
+        tokens = jnp.concatenate([*repeated, tokens], axis=2)
+        return self._normalise(name="norm_pre")(tokens) if self.normalises_input else tokens
 
 
 _truncated_normal = nn.initializers.truncated_normal(0.02)
-
-
-def _layer_norm(dtype: DTypeLike, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(
-        epsilon=_LAYER_NORM_EPSILON, use_fast_variance=False, dtype=dtype, name=name
-    )
 
 
 def interpolation(before: int, after: int) -> Float32[np.ndarray, "{after} {before}"]:
@@ -241,15 +275,24 @@ _SIZES = {
     "base": {"features": 768, "depth": 12, "heads": 12},
 }
 _PATCH16 = partial(ViT, patch=16, grid=14)
+_PATCH32 = partial(ViT, patch=32, grid=7)
 _PATCH8 = partial(ViT, patch=8, grid=28)
 _DINOV2 = partial(ViT, patch=14, grid=37, layer_scale=True)
+# timm's CLIP has GELU; OpenAI's weights were trained with the approximation.
+_CLIP = partial(_PATCH16, epsilon=1e-5, normalises_input=True, input_normalisation=CLIP)
+_CLIP32 = partial(_CLIP, patch=32, grid=7)
 _REGISTERS = partial(_DINOV2, registers=4, position_of_class=False)
 
 VARIANTS: dict[str, Callable[..., nn.Module]] = {
     f"vit_{size}_{name}": partial(variant, **_SIZES[size])
     for name, variant, sizes in (
         ("patch16", _PATCH16, ("tiny", "small", "base")),
+        ("patch32", _PATCH32, ("small", "base")),
         ("patch8", _PATCH8, ("small", "base")),
+        ("patch16_clip", _CLIP, ("base",)),
+        ("patch16_clip_quickgelu", partial(_CLIP, activation=quick_gelu), ("base",)),
+        ("patch32_clip", _CLIP32, ("base",)),
+        ("patch32_clip_quickgelu", partial(_CLIP32, activation=quick_gelu), ("base",)),
         ("patch14_dinov2", _DINOV2, ("small", "base")),
         ("patch14_reg4_dinov2", _REGISTERS, ("small", "base")),
     )

@@ -24,7 +24,7 @@ from dml_jax.evaluation.features import Features
 from dml_jax.evaluation.network import Network
 from dml_jax.evaluation.scoring import Evaluator
 from dml_jax.models import pretrained
-from dml_jax.models.embedder import HEAD
+from dml_jax.models.embedder import HEAD, parts_above
 from dml_jax.training import optimizer, state, step
 from dml_jax.training.config import Config
 
@@ -88,8 +88,10 @@ def build(
     _check_lengths(config, steps_per_epoch)
     _warn_about_memvir(config, steps_per_epoch)
     network = make_network(config, mesh)
+    by_layer = config.optimizer.layer_decay != 1.0
+    above = parts_above(network.embedder, config.data.image_size) if by_layer else {}
     transformation, learning_rate = optimizer.create(
-        config.optimizer, steps_per_epoch=steps_per_epoch
+        config.optimizer, steps_per_epoch=steps_per_epoch, parts_above=above
     )
     step_config = _step_config(
         config, network, transformation, steps_per_epoch, len(train.class_names)
@@ -284,7 +286,7 @@ def _with_shardings(shapes: state.TrainState, mesh: jax.sharding.Mesh) -> state.
 def with_features(
     experiment: Experiment,
     variables: dict[str, PyTree],
-    workdir: str,
+    workdir: str | os.PathLike[str],
     interrupt: Callable[[], None],
 ) -> Experiment:
     """Returns the experiment with cached features, if the config caches them.
@@ -301,7 +303,8 @@ def with_features(
     config = experiment.config.data
     if config.cache != "features":
         return experiment
-    folder = config.features or storage.join(os.path.dirname(workdir.rstrip("/")), "features")
+    beside = storage.join(os.path.dirname(storage.absolute(workdir)), "features")
+    folder = config.features or beside
     loaded = features.load(experiment.network, variables, experiment.sources, folder, interrupt)
     evaluator = experiment.evaluator._replace(features=loaded)
     return experiment._replace(features=loaded, evaluator=evaluator)

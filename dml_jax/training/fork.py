@@ -65,7 +65,7 @@ def read_fork(network: Network, workdir: Path) -> dict[str, PyTree]:
         ValueError: the other run trains a different network.
     """
     theirs, ours = run_directory.read_config(workdir).model, network.model
-    for name in ("backbone", "width", "stem", "channels", "dim"):
+    for name in ("backbone", "width", "stem", "channels", "normalisation", "dim"):
         if theirs.get(name) != getattr(ours, name):
             raise UserError(
                 f"config.model.{name} is {getattr(ours, name)!r}, but the run to fork from, "

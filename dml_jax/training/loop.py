@@ -109,7 +109,7 @@ def _prepared(
     """Returns the experiment with cached features, if any; scores the backbone of a new run."""
     variables = network_variables(state)
     message = "stopped while computing features: start again to resume"
-    place = str(workdir.absolute()) if published is None else published.url
+    place = workdir if published is None else published.url
     experiment = with_features(experiment, variables, place, lambda: _stop_if_asked(stop, message))
     if start == 0:
         result.score_backbone(experiment, workdir, variables)

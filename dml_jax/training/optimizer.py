@@ -2,17 +2,21 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import optax
+from flax import traverse_util
 from jaxtyping import Array, Int, PyTree
 from ml_collections import ConfigDict
 
+from dml_jax.models import vit
 from dml_jax.settings import (
     Check,
     Setting,
     choice,
+    flag,
     integer,
     number,
     optional,
@@ -71,6 +75,17 @@ class OptimizerConfig:
         number(least=0.0),
         help="Coefficient of the weight decay of every parameter, proxies too.",
     )
+    decay_vectors: bool = setting(
+        True,
+        flag(),
+        help="Whether biases, scales of normalisations and tokens have weight decay too.",
+    )
+    layer_decay: float = setting(
+        1.0,
+        number(above=0.0, most=1.0),
+        help="Factor of the learning rate from each part of the backbone to the one below it (a "
+        "block of a ViT, a stage of a ResNet); the head has the full rate.",
+    )
     schedule: str = setting(
         schedules.STEP_DECAY,
         Check(
@@ -99,6 +114,11 @@ class OptimizerConfig:
         None,
         optional(number(above=0.0)),
         help="Bound on the size of each element of a gradient; none by default.",
+    )
+    clip_norm: float | None = setting(
+        None,
+        optional(number(above=0.0)),
+        help="Bound on the norm of the gradient of all parameters together; none by default.",
     )
     frozen_epochs: int = setting(
         0,
@@ -133,17 +153,24 @@ class OptimizerConfig:
 
 
 def create(
-    config: OptimizerConfig, *, steps_per_epoch: int
+    config: OptimizerConfig,
+    *,
+    steps_per_epoch: int,
+    parts_above: Mapping[tuple[str, ...], int] = MappingProxyType({}),
 ) -> tuple[optax.GradientTransformationExtraArgs, Callable[[int], tuple[float, float]]]:
     """Returns the optimizer of parameters `{"embedder": ..., "proxies": ...}` and its schedule.
 
-    Weight decay applies to every parameter, proxies too: weight_decay * parameter is added to the
-    gradient or, in adamw, to the update before it is multiplied by the learning rate. The schedule
-    multiplies the learning rates of both groups.
+    Weight decay applies to every parameter, proxies too, or with `decay_vectors=False` to those of
+    two and more dimensions that are no tokens: weight_decay * parameter is added to the gradient
+    or, in adamw, to the update before it is multiplied by the learning rate. The schedule
+    multiplies the learning rates of both groups. Decay by layer is that of Clark et al. (ELECTRA,
+    arXiv 2003.10555).
 
     Args:
         config: settings of the optimizer.
         steps_per_epoch: optimizer steps in an epoch.
+        parts_above: for each parameter of the embedder by path, the number of parts of the network
+            above it; see `dml_jax.models.embedder.parts_above`. Needed for `layer_decay` alone.
 
     Returns:
         The gradient transformation, and a function that returns the learning rates of (embedder,
@@ -164,7 +191,7 @@ def create(
         current = factor_on_host(step)
         return config.learning_rate * current, config.proxy_learning_rate * current
 
-    direction = _direction(config.name, config.eps, config.weight_decay)
+    direction = _direction(config)
     frozen_steps = config.frozen_epochs * steps_per_epoch
     if frozen_steps:
         late = optax.conditionally_mask(
@@ -177,16 +204,46 @@ def create(
     }
     transformation = optax.chain(
         optax.identity() if config.clip_value is None else optax.clip(config.clip_value),
+        _clip_norm(config.clip_norm),
         direction,
+        _decay_by_layer(config.layer_decay, parts_above),
         optax.partition(groups, {group: group for group in groups}),
     )
     return transformation, rates
 
 
-def _direction(name: str, eps: float, weight_decay: float) -> optax.GradientTransformationExtraArgs:
+def _clip_norm(bound: float | None) -> optax.GradientTransformation:
+    return optax.identity() if bound is None else optax.clip_by_global_norm(bound)
+
+
+def _decay_by_layer(
+    factor: float, parts_above: Mapping[tuple[str, ...], int]
+) -> optax.GradientTransformation:
+    """Multiplies each update of the embedder by a power of the factor."""
+    if factor == 1.0:
+        return optax.identity()
+
+    def scale(updates: PyTree, params: PyTree) -> PyTree:
+        del params
+        flat = traverse_util.flatten_dict(updates["embedder"])
+        scaled = {path: factor ** parts_above[path] * x for path, x in flat.items()}
+        return {**updates, "embedder": traverse_util.unflatten_dict(scaled)}
+
+    return optax.stateless(scale)
+
+
+def _has_decay(params: PyTree) -> PyTree:
+    """Returns whether each parameter has weight decay if vectors and tokens have none."""
+    return jax.tree.map_with_path(
+        lambda path, x: x.ndim > 1 and getattr(path[-1], "key", None) not in vit.TOKENS, params
+    )
+
+
+def _direction(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """Returns the transformation of a gradient before it is multiplied by the learning rate."""
-    decay = optax.add_decayed_weights(weight_decay)
-    adam = optax.scale_by_adam(b1=0.9, b2=0.999, eps=eps)
+    mask = None if config.decay_vectors else _has_decay
+    decay = optax.add_decayed_weights(config.weight_decay, mask)
+    adam = optax.scale_by_adam(b1=0.9, b2=0.999, eps=config.eps)
     rms = optax.scale_by_rms(decay=0.99, eps=1e-8, eps_in_sqrt=False)
     directions = {
         "adam": (decay, adam),
@@ -195,7 +252,7 @@ def _direction(name: str, eps: float, weight_decay: float) -> optax.GradientTran
         "rmsprop": (decay, rms, optax.trace(decay=0.9)),
         "sgd": (decay, optax.trace(decay=0.9, nesterov=True)),
     }
-    return optax.chain(*directions[name])
+    return optax.chain(*directions[config.name])
 
 
 def _descend(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:

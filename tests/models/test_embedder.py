@@ -10,7 +10,7 @@ import scipy.stats
 from dml_jax.models import Embedder, create_backbone, create_embedder, resnet
 from dml_jax.models import embedder as embedder_module
 from dml_jax.models.embedder import trainable_from
-from dml_jax.models.normalisation import InputNormalisation
+from dml_jax.models.normalisation import CLIP, IMAGENET, InputNormalisation
 
 
 def make(*, pooling="gap", **options):
@@ -70,6 +70,25 @@ def test_normalisation_reorders_channels_for_bgr_backbones():
     red, green, blue = 130, 7, 9
     image = jnp.array([red, green, blue], jnp.uint8).reshape(1, 1, 1, 3)
     assert caffe.normalise(image).ravel().tolist() == [9 - 104, 7 - 117, 1]
+
+
+def test_a_normalisation_is_chosen_by_name(images):
+    def input_of(**options):
+        embedder = create_embedder(backbone="conv4", pooling="gap", dim=8, **options)
+        return embedder.backbone.input_normalisation
+
+    assert input_of() == input_of(normalisation="imagenet") == IMAGENET
+    half = input_of(normalisation="inception")
+    ends = half.normalise(jnp.array([0, 255, 51], jnp.uint8).reshape(1, 1, 1, 3))
+    np.testing.assert_allclose(ends.ravel(), [-1, 1, -0.6], rtol=1e-6)
+    bgr = input_of(normalisation="clip", channels="bgr")
+    assert bgr == CLIP._replace(channels="bgr")
+    # The means and deviations that CLIP's and Hugging Face's configs publish, in units of 0..1.
+    published = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    for ours, theirs in zip((CLIP.mean, CLIP.std), published, strict=True):
+        np.testing.assert_allclose(ours, 255 * np.array(theirs), rtol=1e-7)
+    vits = create_embedder(backbone="vit_base_patch32_clip", pooling="token", dim=8)
+    assert vits.backbone.input_normalisation == CLIP
 
 
 @pytest.mark.parametrize("backbone", ["resnet6", "conv4", "bninception"])

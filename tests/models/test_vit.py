@@ -86,6 +86,8 @@ def test_the_number_of_parameters_is_the_published_one(name):
     _, shapes = torch_names(name)
     millions = sum(x.size for x in shapes.values()) / 1e6
     expected = {"tiny": 5.5, "small": 21.9, "base": 86.2}[name.split("_")[1]]
+    if "patch32" in name:
+        expected = {"small": 22.5, "base": 87.5}[name.split("_")[1]]
     assert abs(millions - expected) / expected < 0.02
 
 
@@ -154,6 +156,9 @@ def test_a_run_trains_the_last_block_on_cached_features_and_resumes(tmp_path):
         "data__resize": 32,
         "batch_size": 16,
         "micro_batches": 2,
+        "optimizer__layer_decay": 0.75,
+        "optimizer__decay_vectors": False,
+        "optimizer__clip_norm": 3.0,
     }
     shorter = tiny.config(images, "ps_memvir", epochs=2, **settings)
     longer = tiny.config(images, "ps_memvir", epochs=3, **settings)

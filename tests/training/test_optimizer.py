@@ -1,11 +1,14 @@
 from pathlib import Path
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from dml_jax import models
+from dml_jax.models.embedder import parts_above
 from dml_jax.training import optimizer, schedules, state
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -218,3 +221,78 @@ def test_a_schedule_of_optax_multiplies_both_rates_on_host_and_device():
 def test_invalid_schedules_are_refused(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         schedules.create(name, arguments, 10)
+
+
+VIT = {
+    "embedder": {
+        "backbone": {
+            "cls_token": jnp.ones((1, 1, 4)),
+            "pos_embed": jnp.ones((1, 5, 4)),
+            "blocks.0": {"fc1": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}},
+            "norm": {"scale": jnp.ones(4)},
+        },
+        "head": {"kernel": jnp.ones((4, 2))},
+    },
+    "proxies": jnp.ones((3, 2)),
+}
+
+
+def changes(gradients, **settings):
+    """Returns by how much each parameter of 1 decreases in one step."""
+    transformation, _ = create(**SETTINGS | settings)
+    updates, _ = transformation.update(
+        gradients, transformation.init(VIT), VIT, step=jnp.zeros((), jnp.int32)
+    )
+    flat = flax.traverse_util.flatten_dict(updates)
+    return {path[-1] if path[0] == "proxies" else path[-2:]: -x.min() for path, x in flat.items()}
+
+
+@pytest.mark.parametrize("name", optimizer.NAMES)
+def test_vectors_and_tokens_may_have_no_weight_decay(name):
+    zero = jax.tree.map(jnp.zeros_like, VIT)
+    decayed = changes(zero, name=name, weight_decay=0.5, decay_vectors=False)
+    without = {("backbone", "cls_token"), ("backbone", "pos_embed"), ("fc1", "bias")}
+    without |= {("norm", "scale")}
+    assert {path for path, change in decayed.items() if change == 0} == without
+    assert all(change > 0 for change in changes(zero, name=name, weight_decay=0.5).values())
+
+
+def test_the_norm_of_the_whole_gradient_is_bounded():
+    ones = jax.tree.map(jnp.ones_like, VIT)
+    norm = float(optax.tree.norm(ones))
+    for bound, factor in ((norm / 4, 0.25), (2 * norm, 1.0)):
+        plain, clipped = changes(ones), changes(ones, clip_norm=bound)
+        for path, change in plain.items():
+            np.testing.assert_allclose(clipped[path], factor * change, rtol=1e-6)
+
+
+def test_the_learning_rate_decays_from_layer_to_layer():
+    embedder = models.create_embedder(
+        backbone="vit_tiny_patch16", pooling="token", dim=8, depth=3, features=12
+    )
+    above = parts_above(embedder, 32)
+    of = {"/".join(path[1:]): count for path, count in above.items()}
+    assert of["cls_token"] == of["pos_embed"] == of["patch_embed.proj/kernel"] == 4
+    assert [of[f"blocks.{i}/norm1/scale"] for i in range(3)] == [3, 2, 1]
+    assert of["norm/scale"] == 1 and of["kernel"] == of["bias"] == 0
+
+    counts = {path[1:]: 0 for path in flax.traverse_util.flatten_dict(VIT) if len(path) > 1}
+    counts |= {path: 2 for path in counts if "_" in path[-1]}
+    counts |= {path: 1 for path in counts if path[1] in ("blocks.0", "norm")}
+    ones = jax.tree.map(jnp.ones_like, VIT)
+    transformation, _ = optimizer.create(
+        optimizer.OptimizerConfig(
+            **{name: x for name, x in SETTINGS.items() if name != "steps_per_epoch"},
+            layer_decay=0.5,
+        ),
+        steps_per_epoch=2,
+        parts_above=counts,
+    )
+    state_before, step = transformation.init(VIT), jnp.zeros((), jnp.int32)
+    updates, _ = transformation.update(ones, state_before, VIT, step=step)
+    plain, _ = create(**SETTINGS)
+    expected, _ = plain.update(ones, plain.init(VIT), VIT, step=step)
+    for path, x in flax.traverse_util.flatten_dict(updates["embedder"]).items():
+        full = flax.traverse_util.flatten_dict(expected["embedder"])[path]
+        np.testing.assert_allclose(x, full * 0.5 ** counts[path], rtol=1e-6)
+    np.testing.assert_array_equal(updates["proxies"], expected["proxies"])
