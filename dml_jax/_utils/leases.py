@@ -137,7 +137,7 @@ def _wait_for_expiry(url: str) -> dict[int, bytes]:
 
 
 def _numbers(url: str) -> list[int]:
-    return [int(name) for name in storage.names(storage.join(url, FOLDER))]
+    return [int(x) for x in storage.names(storage.join(url, FOLDER)) if x.isdecimal()]
 
 
 def _name(number: int) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from dml_jax._utils import extras, locks
 from dml_jax._utils.errors import UserError
 from dml_jax._utils.files import (
     PART_SUFFIX,
-    atomic_write,
     cache_folder,
     read_json,
     write_json,
 )
 
+_PORTION = 500  # Files that are copied before the record is written.
+_ONLY = "file"  # Stands for the name of a URL that is a file.
 _ATTEMPTS = 5  # To copy a folder whose files another process replaces meanwhile.
 _IN_CACHE = "storage"
 
@@ -53,7 +54,8 @@ def absolute(path: str | os.PathLike[str]) -> str:
 def names(url: str) -> dict[str, str]:
     """Returns the files below a URL, each with a text that changes when the file does.
 
-    The name of a URL that is a file itself is "".
+    Objects that stand for folders, such as the consoles of clouds make, are left out. The name of a
+    URL that is a file itself is "".
 
     Raises:
         ValueError: a name would lead out of the folder of a copy.
@@ -64,7 +66,8 @@ def names(url: str) -> dict[str, str]:
         system, root = _open(url)
         found = system.find(root, detail=True)
     root = root.rstrip("/")
-    states = {path[len(root) + 1 :]: _state(found[path]) for path in found}
+    files = [path for path in found if not path.endswith("/")]
+    states = {path[len(root) + 1 :]: _state(found[path]) for path in files}
     for name in states:
         if os.path.isabs(name) or os.pardir in name.split("/"):
             raise UserError(f"{url} holds an object of the name {name!r}; rename or delete it")
@@ -160,7 +163,8 @@ def local(
 ) -> Path:
     """Returns a local path; for a URL, that of a copy, which is brought up to date.
 
-    Copies are kept in `cache_folder()`, so that only changed files are read again.
+    Copies are kept in `cache_folder()`, so that only changed files are read again. An interrupted
+    copy is continued.
 
     Args:
         path: a path, or the URL of a file or folder.
@@ -174,45 +178,64 @@ def local(
     if not is_url(path):
         return Path(path)
     url = os.fspath(path).rstrip("/")
-    copy = local_folder(url)
-    with locks.exclusive(copy.with_name(f"{copy.name}.lock")):
+    copy, record = local_folder(url), local_folder(url, "records")
+    with locks.exclusive(record.with_name(f"{record.name}.lock")):
         for attempt in range(_ATTEMPTS):
             found = names(url)
             chosen = {name: found[name] for name in wanted(found)}
             if not chosen:
                 raise FileNotFoundError(f"there is nothing at {url}")
             try:
-                _bring_up_to_date(copy, url, chosen)
+                _bring_up_to_date(copy, record.with_name(f"{record.name}.record"), url, chosen)
                 break
-            except FileNotFoundError:
+            except FileNotFoundError:  # Another process has replaced or deleted a file.
                 if attempt == _ATTEMPTS - 1:
                     raise
     return copy
 
 
-def _bring_up_to_date(copy: Path, url: str, chosen: Mapping[str, str]) -> None:
-    record = copy.with_name(f"{copy.name}.json")
-    known = read_json(record) or {}
-    current = {name: known[name] for name in known if known[name] == chosen.get(name)}
-    current = {name: state for name, state in current.items() if (copy / name).is_file()}
-    for file in [copy] if copy.is_file() else _files(copy):
-        if (file.relative_to(copy).as_posix() if file != copy else "") not in current:
-            file.unlink()
-    # Written first, so that a killed process leaves no record of a file that it has not copied.
-    copy.parent.mkdir(parents=True, exist_ok=True)
+def _bring_up_to_date(copy: Path, record: Path, url: str, chosen: Mapping[str, str]) -> None:
+    known, current = read_json(record) or {}, {}
+    for name, state in known.items():
+        file = copy / name
+        # The size differs after a power failure, for example.
+        is_whole = file.is_file() and file.stat().st_size == _size(state)
+        if is_whole and state == chosen.get(name):
+            current[name] = state
+    _delete_others(copy, current)
     write_json(record, current)
-    missing = chosen.keys() - current.keys()
-    if "" in chosen:
-        if missing:
-            with atomic_write(copy) as part:
-                part.write_bytes(read(url))
-    else:
-        with tempfile.TemporaryDirectory(dir=copy.parent, suffix=PART_SUFFIX) as part:
-            download(url, Path(part), missing)
-            for name in missing:
-                (copy / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(Path(part, name), copy / name)
-    write_json(record, chosen)
+    missing = sorted(chosen.keys() - current.keys())
+    part = copy.with_name(f"{copy.name}{PART_SUFFIX}")
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    # In portions, so that an interrupted copy of many files can be continued.
+    for start in range(0, len(missing), _PORTION):
+        portion = missing[start : start + _PORTION]
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        for name in portion:
+            if not name:
+                (part / _ONLY).write_bytes(read(url))
+        download(url, part, filter(None, portion))
+        for name in portion:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(part / (name or _ONLY), copy / name)
+        current |= {name: chosen[name] for name in portion}
+        write_json(record, current)
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def _delete_others(copy: Path, current: Collection[str]) -> None:
+    """Deletes what is in a copy besides current files, empty folders too."""
+    if copy.is_file():
+        if "" not in current:
+            copy.unlink()
+        return
+    for folder, _, files in os.walk(copy, topdown=False):
+        for file in files:
+            if Path(folder, file).relative_to(copy).as_posix() not in current:
+                Path(folder, file).unlink()
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
 
 
 @contextlib.contextmanager
@@ -267,24 +290,32 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _state(info: Mapping[str, Any]) -> str:
-    return hashlib.sha256(repr(sorted((key, str(info[key])) for key in info)).encode()).hexdigest()
+    digest = hashlib.sha256(repr(sorted((key, str(info[key])) for key in info)).encode())
+    return f"{info['size']} {digest.hexdigest()}"
+
+
+def _size(state: str) -> int:
+    return int(state.partition(" ")[0])
 
 
 def _open(url: str) -> tuple[Any, str]:
     """Returns fsspec's file system of a URL, and the path of the URL in it."""
     with extras.required_by("storage"):
         import fsspec  # Not needed for local files.
+    scheme = url.partition("://")[0]
+    if scheme in ("file", "local"):
+        raise UserError(f"{url} is a local file: give its path")
     try:
-        system, path = fsspec.url_to_fs(url, use_listings_cache=False)
+        # Not `url_to_fs`: it takes a name with two colons for a chain of file systems.
+        system = fsspec.filesystem(scheme, use_listings_cache=False)
     except ImportError as error:
-        scheme = url.partition(":")[0]
         raise ModuleNotFoundError(
             f'the package for {scheme}:// is not installed: pip install "dml_jax[storage]" has '
             f"those for gs:// and s3:// ({error})"
         ) from None
     except ValueError as error:
         raise UserError(f"{url}: {error}") from None
-    return system, path
+    return system, system._strip_protocol(url)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from absl import flags
 from dml_jax._utils import storage
 from dml_jax.cli import command_line
 from dml_jax.report import render, runs
-from dml_jax.training import bucket
 
 _OUT = flags.DEFINE_string("out", "report.html", "The page to write, a path or URL.")
 
@@ -18,8 +17,7 @@ _OUT = flags.DEFINE_string("out", "report.html", "The page to write, a path or U
 def main(*folders: str) -> None:
     """Runs the program."""
     with command_line.user_errors(), storage.writing(_OUT.value) as out:
-        copies = [bucket.copy(folder, checkpoints=False) for folder in folders]
-        render.write(runs.group([runs.read(folder) for folder in copies]), out)
+        render.write(runs.group([runs.read(folder) for folder in folders]), out)
         size = out.stat().st_size
     print(f"Report ({size / 1e6:.1f} MB): {storage.absolute(_OUT.value)}")
 

@@ -149,6 +149,7 @@ class _Cache:
                 processes.in_first_process(lambda: _finish(place, url, about))
             else:
                 processes.in_first_process(lambda: _check(place))
+                processes.in_first_process(lambda: _upload(place, url))
             processes.wait_for_all("features")
         if not processes.is_first_process():
             place = storage.local(url)
@@ -288,7 +289,12 @@ def _finish(place: Path, url: str, about: Mapping[str, Any]) -> None:
     """Records that a cache is complete, and uploads it if it belongs to a URL."""
     write_json(place / _COMPLETE, {**about, "sha256": _sha256(place / _FEATURES)})
     (place / _PROGRESS).unlink()
-    if storage.is_url(url):
+    _upload(place, url)
+
+
+def _upload(place: Path, url: str) -> None:
+    """Uploads a complete cache that belongs to a URL and is not there."""
+    if storage.is_url(url) and _COMPLETE not in storage.names(url):
         for name in (_FEATURES, _COMPLETE):
             storage.upload(place, url, [name])
 

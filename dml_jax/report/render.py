@@ -108,7 +108,7 @@ def write(
 
 
 def _command(groups: Sequence[Group], path: Path) -> str:
-    folders = [str(run.folder) for group in groups for run in group.runs]
+    folders = [run.place for group in groups for run in group.runs]
     words = ["python scripts/report.py", *map(shlex.quote, folders), shlex.quote(f"--out={path}")]
     return " \\\n    ".join(words)
 
@@ -123,7 +123,7 @@ def _sources(run: Run) -> dict[str, data.Source]:
         if embedded is not None and sources[split].names != embedded.names:
             raise UserError(
                 f"the {split} images in {config.data.root or config.data.name} differ from those "
-                f"{run.folder} was tested on; restore them, or train again"
+                f"{run.place} was tested on; restore them, or train again"
             )
     return sources
 

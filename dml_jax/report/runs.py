@@ -9,13 +9,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dml_jax._utils import files
+from dml_jax._utils import files, storage
 from dml_jax._utils.errors import UserError
 from dml_jax.evaluation import embedding_files
 from dml_jax.evaluation.embedding_files import Embeddings
 from dml_jax.published import Reference
+from dml_jax.training import bucket, run_directory
 from dml_jax.training import config as configs
-from dml_jax.training import run_directory
 from dml_jax.training.origin import Origin
 
 
@@ -24,7 +24,8 @@ class Run:
     """The files of a finished run.
 
     Attributes:
-        folder: the workdir.
+        folder: the workdir, or a copy of it.
+        place: the workdir as it was given, a path or a URL.
         config: the configuration.
         metrics: one dict per epoch, from `metrics.jsonl`.
         timings: one dict per epoch, from `timings.jsonl`.
@@ -36,6 +37,7 @@ class Run:
     """
 
     folder: Path
+    place: str
     config: ConfigDict
     metrics: list[dict[str, Any]]
     timings: list[dict[str, Any]]
@@ -69,24 +71,29 @@ class Group:
         return self.runs[0]
 
 
-def read(folder: Path) -> Run:
+def read(path: str | Path) -> Run:
     """Reads a finished run.
+
+    Args:
+        path: path or URL of its workdir.
 
     Raises:
         FileNotFoundError: the folder holds no run, or the run has not finished.
         ValueError: a file of the run is damaged.
     """
+    folder = bucket.copy(str(path))
     config = run_directory.read_config(folder)
     configs.parse(config)
     result = run_directory.read_result(folder)
     if result is None:
         raise FileNotFoundError(
-            f"the run in {folder} has not finished: it has no {run_directory.RESULT}; resume it by "
+            f"the run in {path} has not finished: it has no {run_directory.RESULT}; resume it by "
             "its training command, then make the report"
         )
     gallery = folder / run_directory.GALLERY
     return Run(
         folder=folder,
+        place=str(path),
         config=config,
         metrics=files.read_json_lines(folder / run_directory.METRICS),
         timings=files.read_json_lines(folder / run_directory.TIMINGS),
@@ -114,10 +121,10 @@ def group(runs: Sequence[Run]) -> list[Group]:
 
 
 def _check_same_images(runs: Sequence[Run]) -> None:
-    folders = [run.folder.resolve() for run in runs]
-    for folder in folders:
-        if folders.count(folder) > 1:
-            raise UserError(f"{folder} is given twice; give each run once")
+    paths = [_path(run) for run in runs]
+    for run, path in zip(runs, paths, strict=True):
+        if paths.count(path) > 1:
+            raise UserError(f"{run.place} is given twice; give each run once")
     first = runs[0]
     for run in runs[1:]:
         images, first_images = (
@@ -126,9 +133,16 @@ def _check_same_images(runs: Sequence[Run]) -> None:
         )
         if images != first_images:
             raise UserError(
-                f"{run.folder} and {first.folder} were tested on different images; make a separate "
+                f"{run.place} and {first.place} were tested on different images; make a separate "
                 "report of each"
             )
+
+
+def _path(run: Run) -> str:
+    """Returns the place of a run as an absolute path, which for a URL is none of the system."""
+    if storage.is_url(run.place):
+        return os.path.normpath(os.path.join(os.sep, run.place.replace("://", os.sep)))
+    return os.path.realpath(run.place)
 
 
 def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
@@ -137,11 +151,11 @@ def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
     The path of a group with several seeds is their common parent folder.
     """
     common = [
-        os.path.commonpath([run.folder.resolve() for run in runs]) if len(runs) > 1 else None
+        os.path.commonpath([_path(run) for run in runs]) if len(runs) > 1 else None
         for runs in groups
     ]
     folders = [
-        str(runs[0].folder.resolve()) if path is None or common.count(path) > 1 else path
+        _path(runs[0]) if path is None or common.count(path) > 1 else path
         for runs, path in zip(groups, common, strict=True)
     ]
     if len(folders) == 1:

@@ -184,7 +184,7 @@ def _command(run: Run, origin: Origin) -> str:
     words = [
         "dml-jax train",
         f"--config={shlex.quote(config)}",
-        f"--workdir={shlex.quote(str(run.folder))}",
+        f"--workdir={shlex.quote(run.place)}",
         *([f"--fork_from={shlex.quote(str(forked))}"] if forked else []),
         *(
             f"--config.{path}={shlex.quote(_flag(value))}"

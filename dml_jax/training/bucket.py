@@ -13,13 +13,13 @@ published of a run is always consistent:
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from absl import logging
 
-from dml_jax._utils import leases, processes, storage
-from dml_jax._utils.errors import UserError
+from dml_jax._utils import leases, locks, processes, storage
+from dml_jax._utils.errors import LockedError, UserError
 from dml_jax._utils.files import PART_SUFFIX
 from dml_jax.training import integrity, run_directory
 
@@ -37,6 +37,7 @@ class Bucket:
         """
         self.url, self.folder = url, folder
         self._check = check
+        self._identity = folder.stat().st_ino
         self._published = self._states()
 
     def publish(self, saving: int | None = None) -> None:
@@ -54,6 +55,11 @@ class Bucket:
         if not processes.is_first_process():
             return
         self._check()
+        if not self.folder.exists() or self.folder.stat().st_ino != self._identity:
+            raise FileNotFoundError(
+                f"the local folder {self.folder} was deleted during the run; what is published at "
+                f"{self.url} is unchanged: start again to resume"
+            )
         states = self._states()
         changed = {name for name in states if states[name] != self._published.get(name)}
         storage.upload(self.folder, self.url, changed - {run_directory.RESULT})
@@ -91,6 +97,7 @@ class Bucket:
             LockedError: another process has taken over the run.
             OSError: a file cannot be written.
         """
+        self._check()  # The other processes wait for the first below.
         own = integrity.digests(written)
         key = f"{self.url} {step}"
         # Replicated arrays and the structure are equal in all processes; those of the first count.
@@ -145,14 +152,27 @@ def opened(url: str) -> Iterator[Bucket]:
         OSError: the storage cannot be reached.
     """
     url = url.rstrip("/")
+    if url.partition("://")[2].count("/") == 0:
+        raise UserError(f"--workdir={url} is a whole bucket; choose a folder in it")
+    # The first collective has a short timeout, and the first process may wait for a lease.
+    processes.wait_for_all("start")
     folder = storage.local_folder(url, f"runs/{processes.index()}")
     with contextlib.ExitStack() as stack:
         checks: list[Callable[[], None]] = [lambda: None]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = stack.enter_context(folder.with_name(f"{folder.name}.lock").open("a"))
+        is_free = locks.acquire(lock, folder)
 
         def lease() -> None:
-            checks.append(stack.enter_context(leases.held(url)).check)
+            if is_free:
+                checks.append(stack.enter_context(leases.held(url)).check)
 
         processes.in_first_process(lease)
+        if processes.any_process(not is_free):
+            raise LockedError(
+                f"another process of this host is training in {url}, or is suspended; end it, or "
+                "choose another --workdir"
+            )
         storage.new_folder(folder)
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         storage.download(url, folder, published(storage.names(url)))
@@ -183,22 +203,17 @@ def published(names: Iterable[str]) -> list[str]:
     ]
 
 
-def copy(path: str, *, checkpoints: bool = True) -> Path:
+def copy(path: str) -> Path:
     """Returns a local folder of a run to read; for a URL, a copy that is brought up to date.
 
     Args:
         path: folder or URL of the run, which may be training.
-        checkpoints: whether checkpoints are read.
 
     Raises:
         FileNotFoundError: there is nothing at the URL.
         OSError: the storage cannot be reached.
     """
-
-    def wanted(names: Mapping[str, str]) -> list[str]:
-        return [name for name in published(names) if checkpoints or _is_small(name)]
-
-    return storage.local(path, wanted)
+    return storage.local(path, published)
 
 
 def _items(part: str) -> Iterable[tuple[str, str]]:

@@ -86,7 +86,7 @@ class Checkpoints:
                 processes.in_first_process(lambda: _move_damaged_aside(workdir, self._directory))
             else:
                 _move_damaged_aside(workdir, self._directory)
-                bucket.publish()
+                processes.in_first_process(bucket.publish)
         policies = ocp.training.preservation_policies
         best = [
             policies.BestN(

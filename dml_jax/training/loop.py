@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from dml_jax._utils import processes
+from dml_jax._utils.errors import UserError
 from dml_jax.training import (
     bucket,
     checkpoint,
@@ -124,6 +125,13 @@ def _start(
 ) -> tuple[TrainState, int]:
     """Returns the state to train from, and the number of steps done."""
     latest = checkpoints.latest
+    step = -1.0 if latest is None else float(latest)
+    # Without a common disk, each process has a copy of its own.
+    if processes.any_process(processes.from_first_process({"step": step})["step"] != step):
+        raise UserError(
+            "the processes have different checkpoints: a copy of the latest one is damaged on some "
+            "of the hosts; see their warnings, and start again"
+        )
     if latest is not None:
         return checkpoints.restore(latest, experiment.abstract_state), latest
     fork = forked_from(workdir, None)

@@ -65,6 +65,11 @@ def train(
         FloatingPointError: the loss or its gradient became nonfinite.
     """
     given = parse(config)
+    if given.deterministic:
+        # JAX reads the flags when it initialises its devices.
+        flag, flags = "--xla_gpu_deterministic_ops=true", os.environ.get("XLA_FLAGS", "")
+        if flag not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {flag}"
     arguments = (overview, fork_from, origin, tracker, inspection)
     if not storage.is_url(workdir):
         return _train(given, Path(workdir), None, *arguments)
@@ -91,11 +96,6 @@ def _train(
     is_new = not (workdir / run_directory.CONFIG).exists()
     if is_new:
         pretrained.find(settings.model.pretrained)  # Before images are read and a step compiled.
-    if settings.deterministic:
-        # JAX reads the flags when it initialises its devices.
-        flag, flags = "--xla_gpu_deterministic_ops=true", os.environ.get("XLA_FLAGS", "")
-        if flag not in flags:
-            os.environ["XLA_FLAGS"] = f"{flags} {flag}"
     with preemption.listening() as stop, contextlib.ExitStack() as lock:
         # Other processes would wait for one that exits alone.
         stop.unsaved = jax.process_count() > 1

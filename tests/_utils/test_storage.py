@@ -54,11 +54,14 @@ def test_a_local_copy_follows_the_objects(url):
     assert contents(copy) == {"x": b"1", "y/z": b"2", "gone": b"3"}
 
     # Only what has changed is read again.
-    (copy / "y/z").write_bytes(b"only here")
+    (copy / "y/z").write_bytes(b"h")
     storage.write(storage.join(url, "x"), b"10")
     storage.delete(url, ["gone", "never there"])
     assert storage.local(url) == copy
-    assert contents(copy) == {"x": b"10", "y/z": b"only here"}
+    assert contents(copy) == {"x": b"10", "y/z": b"h"}
+    # What a power failure may have left is read again, too.
+    (copy / "y/z").write_bytes(b"")
+    assert contents(storage.local(url))["y/z"] == b"2"
     (copy / "y/z").unlink()
     assert contents(storage.local(url))["y/z"] == b"2"
     assert contents(storage.local(url, lambda names: [x for x in names if x != "x"])) == {
@@ -71,6 +74,62 @@ def test_a_local_copy_follows_the_objects(url):
     assert storage.local(storage.join(url, "x")).read_bytes() == b"11"
     with pytest.raises(FileNotFoundError, match=f"nothing at {url}/missing"):
         storage.local(f"{url}/missing")
+
+
+def test_folders_come_and_go(url):
+    for name in ("a/b/c", "d"):
+        storage.write(storage.join(url, name), b"1")
+    storage.local(url)
+    storage.delete(url, ["a/b/c", "d"])
+    storage.write(storage.join(url, "a"), b"2")
+    storage.write(storage.join(url, "d/e"), b"3")
+    copy = storage.local(url)
+    assert contents(copy) == {"a": b"2", "d/e": b"3"}
+    assert {path.name for path in copy.rglob("*")} == {"a", "d", "e"}
+
+
+def test_objects_that_stand_for_folders_are_left_out():
+    url = object_storage.new_bucket("s3") + "/images"
+    for key in ("images/", "images/train/", "images/.leases/"):
+        system = fsspec.filesystem("s3")
+        system.call_s3("put_object", Bucket=url.split("/")[2], Key=key, Body=b"")
+    assert not storage.names(url)
+    with storage.writing(url, last="x") as folder, leases.held(url):
+        folder.mkdir()
+        files.write_json(folder / "x", {})
+    assert list(storage.names(url)) == ["x"]
+
+
+def test_names_of_a_copy_do_not_meet_those_of_records(url):
+    values = {name: name.encode() for name in ("p", "p.json", "p.lock", "p.record")}
+    if not url.startswith("memory"):  # It knows no names with two colons.
+        values["a::b"] = b"2"
+    for name, value in values.items():
+        storage.write(storage.join(url, name), value)
+    for name, value in values.items():
+        assert storage.local(storage.join(url, name)).read_bytes() == value
+    assert contents(storage.local(url)) == values
+
+
+def test_a_copy_of_many_files_is_continued(url, monkeypatch):
+    monkeypatch.setattr(storage, "_PORTION", 2)
+    for number in range(5):
+        storage.write(storage.join(url, str(number)), b"1")
+    downloads, download = [], storage.download
+
+    def fail_at_the_second(*given):
+        downloads.append(sorted(given[2]))
+        if len(downloads) == 2:
+            raise OSError("the network is down")
+        download(url, given[1], downloads[-1])
+
+    monkeypatch.setattr(storage, "download", fail_at_the_second)
+    with pytest.raises(OSError, match="network"):
+        storage.local(url)
+    copy = storage.local(url)
+    assert downloads == [["0", "1"], ["2", "3"], ["2", "3"], ["4"]]
+    assert len(contents(copy)) == 5
+    assert [path.name for path in copy.parent.iterdir()] == ["b"]
 
 
 def test_a_copy_that_was_interrupted_is_completed(url, monkeypatch):
@@ -194,6 +253,7 @@ def test_errors_name_the_url(monkeypatch):
     for url, message in (
         ("s3://no-such-bucket-here/a", "s3://no-such-bucket-here/a"),
         ("nonsense://a/b", "nonsense://a/b: Protocol not known"),
+        ("file:///a/b", "is a local file: give its path"),
     ):
         with pytest.raises((OSError, ValueError), match=message):
             storage.write(url, b"")

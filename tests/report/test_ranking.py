@@ -28,6 +28,7 @@ def embeddings(seed, count, spread=1.0):
 def make(tmp_path, gallery=False):
     return Run(
         folder=tmp_path,
+        place=str(tmp_path),
         config=ConfigDict(),
         metrics=[],
         timings=[],

@@ -17,6 +17,7 @@ def make(path, config, score=0.5, names=("a", "b"), origin=None):
     embedded = Embeddings(np.eye(2, dtype=np.float32), np.arange(2), tuple(names), ("x", "y"))
     return runs.Run(
         folder=Path(path),
+        place=str(path),
         config=config,
         metrics=[],
         timings=[],
@@ -35,6 +36,20 @@ def seeded(module, variant, seed, **settings):
 
 def of_cars(variant, **overrides):
     return origin_of("configs/cars196.py", variant, vars(cars196), overrides)
+
+
+def test_runs_in_a_bucket_are_named_like_runs_on_disk():
+    found = [
+        make(f"gs://bucket/cub/{name}/seed{seed}", seeded(cars196, name, seed))
+        for name in ("baseline", "ps")
+        for seed in range(2)
+    ]
+    assert [group.name for group in runs.group(found)] == ["baseline", "ps"]
+    on_disk = make("/r/memvir", seeded(cars196, "memvir", 0))
+    names = [group.name for group in runs.group([found[0], on_disk])]
+    assert names == ["gs/bucket/cub/baseline/seed0", "r/memvir"]
+    with pytest.raises(ValueError, match="gs://bucket/cub/baseline/seed0/ is given twice"):
+        runs.group([make("gs://bucket/cub/baseline/seed0/", found[0].config), found[0]])
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_group():

@@ -1,3 +1,5 @@
+import shutil
+
 import jax
 import pytest
 
@@ -113,6 +115,52 @@ def test_a_run_that_was_taken_over_publishes_nothing(images, monkeypatch):
     assert run_directory.CONFIG not in storage.names(url)
     with pytest.raises(LockedError):
         opened.__exit__(None, None, None)
+
+
+def test_a_suspended_process_of_the_same_host_keeps_its_folder(monkeypatch):
+    url = new_run("memory")
+    with bucket.opened(url) as suspended:
+        monkeypatch.setattr(leases, "EXPIRY", 0.2)
+        with pytest.raises(LockedError, match="another process of this host"):
+            bucket.opened(url).__enter__()
+        assert suspended.folder.exists()
+    with bucket.opened(url):
+        pass
+
+
+def test_nothing_is_deleted_if_the_local_folder_vanishes(stored):
+    before = storage.names(stored)
+    opened = bucket.opened(stored)
+    ours = opened.__enter__()
+    shutil.rmtree(ours.folder)
+    with pytest.raises(FileNotFoundError, match="was deleted during the run"):
+        opened.__exit__(None, None, None)
+    assert storage.names(stored) == before
+
+
+def test_the_root_of_a_bucket_is_no_workdir(images):
+    with pytest.raises(ValueError, match="is a whole bucket; choose a folder in it"):
+        run.train(tiny.config(images), object_storage.new_bucket("memory") + "/")
+
+
+def test_a_cache_of_features_whose_upload_failed_is_uploaded_by_the_next_run(images, monkeypatch):
+    settings = {"model__train_from": "head", "data__cache": "features", "epochs": 1}
+    first, second = new_run("memory"), new_run("memory")
+    place = first.rpartition("/")[0]
+    features = {"data__features": storage.join(place, "shared")}
+    upload = storage.upload
+
+    def fail(folder, url, names):
+        if "shared" in url:
+            raise OSError("the network is down")
+        upload(folder, url, names)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(storage, "upload", fail)
+        with pytest.raises(OSError, match="network"):
+            run.train(tiny.config(images, **settings, **features), first)
+    run.train(tiny.config(images, **settings, **features), second)
+    assert any(x.endswith("complete.json") for x in storage.names(features["data__features"]))
 
 
 def test_an_upload_that_fails_ends_the_run_and_keeps_what_was_published(

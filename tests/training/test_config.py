@@ -540,7 +540,9 @@ OPTIONAL = {
     "model.width": int,
     "model.stem": str,
     "model.channels": str,
+    "model.normalisation": str,
     "optimizer.clip_value": float,
+    "optimizer.clip_norm": float,
 }
 
 
