@@ -15,6 +15,12 @@ from moto.server import ThreadedMotoServer
 SCHEMES = ("memory", "gs", "s3")
 
 
+class Concurrent(ThreadingHTTPServer):
+    """A server that takes many connections at once, as fsspec's clients make them."""
+
+    request_queue_size = 256
+
+
 @contextlib.contextmanager
 def served():
     """Serves GCS and S3, and points fsspec's clients to them, those of subprocesses too."""
@@ -22,8 +28,7 @@ def served():
     port = free_port()
     google = create_server("127.0.0.1", port, in_memory=True)
     amazon = ThreadedMotoServer("127.0.0.1", free_port(), verbose=False)
-    # Otherwise a connection that a client keeps open would block all others.
-    with mock.patch("gcp_storage_emulator.server.server.HTTPServer", ThreadingHTTPServer):
+    with mock.patch("gcp_storage_emulator.server.server.HTTPServer", Concurrent):
         google.start()
     amazon.start()
     settings = {
