@@ -305,19 +305,19 @@ def start(folder, devices, arguments, program=("scripts/train.py",), **environme
     )
 
 
-def run_two(folder, arguments, **of_second):
-    """Runs two processes with two devices each; returns their exit codes and what they printed.
+def run_together(folder, arguments, count=2, **of_last):
+    """Runs processes with four devices in all; returns their exit codes and what they printed.
 
     Args:
-        of_second: program and environment of the second.
+        of_last: program and environment of the last process.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    joined = [*arguments, f"--coordinator={address}", "--num_processes=2"]
+    joined = [*arguments, f"--coordinator={address}", f"--num_processes={count}"]
     processes = [
-        start(folder, 2, [*joined, f"--process_id={number}"], **settings)
-        for number, settings in enumerate(({}, of_second))
+        start(folder, 4 // count, [*joined, f"--process_id={number}"], **settings)
+        for number, settings in enumerate([{}] * (count - 1) + [of_last])
     ]
     printed = [process.communicate(timeout=600) for process in processes]
     return [process.returncode for process in processes], printed
@@ -347,16 +347,16 @@ def test_two_interrupted_processes_train_like_one_uninterrupted_process(tmp_path
     # An error in one process ends both.
     together, does = tmp_path / "together", str(tmp_path / "does")
     fails = {"DML_JAX_TEST_PHASE": does, "DML_JAX_TEST_FAILS": "3"}
-    codes, printed = run_two(together, arguments, program=MARKED, **fails)
+    codes, printed = run_together(together, arguments, program=MARKED, **fails)
     assert codes == [2, 2] and "process 1 failed: a disk has failed" in printed[0][1], printed
 
     # The second process receives the stop signal in step 5; all processes stop four steps later.
     asks = {"DML_JAX_TEST_PHASE": does, "DML_JAX_TEST_STOPS": "5"}
-    codes, printed = run_two(together, arguments, program=MARKED, **asks)
+    codes, printed = run_together(together, arguments, program=MARKED, **asks)
     assert codes == [preemption.EXIT_CODE] * 2, printed
     assert all("stopped after step 9, which is saved" in errors for _, errors in printed)
     assert (together / run_directory.CHECKPOINTS / "9").is_dir()
-    codes, printed = run_two(together, arguments)
+    codes, printed = run_together(together, arguments)
     assert codes == [0, 0], printed
     assert "last: R@1" in printed[0][0] and "R@1" not in printed[1][0]
     alone = tmp_path / "alone"
@@ -382,6 +382,18 @@ def test_two_interrupted_processes_train_like_one_uninterrupted_process(tmp_path
     np.testing.assert_allclose(resumed[2]["loss"], lines[0][2]["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["save", "evaluation"])
+def test_four_processes_end_if_one_fails_in_a_save_or_an_evaluation(images, tmp_path, moment):
+    fails = {"DML_JAX_TEST_PHASE": str(tmp_path / "does"), "DML_JAX_TEST_FAILS": moment}
+    codes, printed = run_together(
+        tmp_path / "run", tiny.arguments(images), 4, program=MARKED, **fails
+    )
+    assert codes == [2] * 4, printed
+    assert printed[3][1].startswith("error: a disk has failed"), printed[3][1]
+    assert all("process 3 failed: a disk has failed" in errors for _, errors in printed[:3])
+
+
 @pytest.fixture
 def bucket_url(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -398,9 +410,9 @@ def test_two_processes_without_a_common_disk_train_like_one_process(tmp_path, bu
     asks = {"DML_JAX_TEST_PHASE": str(tmp_path / "does"), "DML_JAX_TEST_STOPS": "3"}
     # Each process has a cache, and so a local folder, of its own.
     other = {"XDG_CACHE_HOME": str(tmp_path / "other")}
-    codes, printed = run_two(together, arguments, program=MARKED, **asks, **other)
+    codes, printed = run_together(together, arguments, program=MARKED, **asks, **other)
     assert codes == [preemption.EXIT_CODE] * 2, printed
-    codes, printed = run_two(together, arguments, **other)
+    codes, printed = run_together(together, arguments, **other)
     assert codes == [0, 0], printed
     run_alone(tmp_path / "alone", 4, arguments)
     ours, expected = bucket.copy(together), tmp_path / "alone"

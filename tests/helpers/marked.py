@@ -1,8 +1,8 @@
 """scripts/train.py that records its current phase, for tests that interrupt it there.
 
 DML_JAX_TEST_PHASE is the path of a file that contains `step`, `evaluation` or nothing. With
-DML_JAX_TEST_STOPS=N the process sends itself SIGTERM during step N, and with DML_JAX_TEST_FAILS=N
-it raises an error then.
+DML_JAX_TEST_STOPS=N the process sends itself SIGTERM during step N. With DML_JAX_TEST_FAILS=N it
+raises an error then, with `save` or `evaluation` in the first one.
 """
 
 import os
@@ -14,7 +14,7 @@ import jax
 
 from dml_jax.cli import command_line, train
 from dml_jax.evaluation import scoring
-from dml_jax.training import step
+from dml_jax.training import checkpoint, step
 
 
 def recorded(phase, function):
@@ -41,11 +41,20 @@ class Marked(step.Step):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.5)
         if str(self.calls) == os.environ.get("DML_JAX_TEST_FAILS"):
-            raise OSError("a disk has failed")
+            fail()
         return recorded("step", super().__call__)(*arguments)
+
+
+def fail(*_):
+    """Fails like a disk."""
+    raise OSError("a disk has failed")
 
 
 if __name__ == "__main__":
     step.Step = Marked
+    if os.environ.get("DML_JAX_TEST_FAILS") == "save":
+        checkpoint.Checkpoints.save = fail
+    if os.environ.get("DML_JAX_TEST_FAILS") == "evaluation":
+        scoring.Evaluator.embed = fail
     scoring.Evaluator.embed = recorded("evaluation", scoring.Evaluator.embed)
     command_line.run(train.main)
