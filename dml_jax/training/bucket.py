@@ -109,7 +109,8 @@ class Bucket:
             files = set(own)
         storage.upload(written, self._checkpoint(step), files)
         parts = processes.exchange(f"{key} uploaded", json.dumps(own))
-        integrity.write(written, {x: digest for part in parts for x, digest in _items(part)})
+        digests = {name: x for part in parts for name, x in json.loads(part).items()}
+        integrity.write(written, digests)
         if processes.is_first_process():
             self.publish(step)
             self._check()
@@ -214,10 +215,6 @@ def copy(path: str) -> Path:
         OSError: the storage cannot be reached.
     """
     return storage.local(path, published)
-
-
-def _items(part: str) -> Iterable[tuple[str, str]]:
-    return json.loads(part).items()
 
 
 def _folder(name: str) -> str:
