@@ -6,8 +6,9 @@ have PyTorch's names, dots included: `("params", "layer1.0", "conv1", "kernel")`
 """
 
 import hashlib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import safetensors.numpy
 
 from dml_jax._utils import storage
 from dml_jax._utils.errors import UserError
+from dml_jax.models.normalisation import NORMALISATIONS, InputNormalisation
 from dml_jax.models.registry import create_backbone
 
 _LEAVES = {
@@ -84,24 +86,31 @@ def find(location: str) -> Path | None:
     return path
 
 
-def load(name: str, location: str) -> dict[str, Any] | None:
+def load(
+    name: str, location: str, normalisation: InputNormalisation | None = None
+) -> dict[str, Any] | None:
     """Returns the pretrained variables of a backbone; None for the location `none`.
 
     Args:
         name: a backbone of `create_backbone`, with its default options.
         location: `none`, a local .safetensors file, or hf:OWNER/NAME for the file
             model.safetensors there; its tensors have PyTorch's names.
+        normalisation: that of the network's input, compared with the one that a config.json on the
+            hub gives, if there is one.
 
     Returns:
         {"params": ..., "batch_stats": ...}, float32.
 
     Raises:
         FileNotFoundError: the file does not exist or cannot be downloaded.
-        ValueError: it is not a safetensors file, or its tensors do not fit the backbone.
+        ValueError: it is not a safetensors file, its tensors do not fit the backbone, or its input
+            is normalised otherwise.
     """
     path = find(location)
     if path is None:
         return None
+    if normalisation is not None:
+        _check_normalisation(location, normalisation)
     try:
         return convert(name, safetensors.numpy.load_file(path))
     except OSError:
@@ -113,6 +122,36 @@ def load(name: str, location: str) -> dict[str, Any] | None:
             f"{path} is damaged or not a safetensors file ({error}); "
             "scripts/convert_weights.py converts a .pth file"
         ) from None
+
+
+def _check_normalisation(location: str, ours: InputNormalisation) -> None:
+    hub = _HUB.fullmatch(location)
+    theirs = _published_normalisation(**hub.groupdict()) if hub else None
+    if theirs is None or np.allclose(255 * np.array(theirs), (ours.mean, ours.std), rtol=1e-3):
+        return
+    fits = [
+        name
+        for name, known in NORMALISATIONS.items()
+        if np.allclose(255 * np.array(theirs), (known.mean, known.std), rtol=1e-3)
+    ]
+    advice = f"set config.model.normalisation={fits[0]}" if fits else "choose other weights"
+    mean, std = theirs
+    raise UserError(
+        f"{location} was trained with images of mean {mean} and standard deviation {std}, which "
+        f"are not those of the network's input; {advice}"
+    )
+
+
+def _published_normalisation(
+    repo_id: str, revision: str | None
+) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Returns mean and deviation, in units of 0..1, of timm's config.json; None without one."""
+    try:
+        file = huggingface_hub.hf_hub_download(repo_id, "config.json", revision=revision)
+        config = json.loads(Path(file).read_text(encoding="utf-8"))["pretrained_cfg"]
+        return config["mean"], config["std"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _download(location: str, repo_id: str, revision: str | None) -> Path:

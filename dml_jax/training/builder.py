@@ -116,7 +116,7 @@ def build(
         step_config=step_config,
         take_step=step.compile_step(step_config, abstract_state, mesh),
         learning_rate=learning_rate,
-        init=lambda: init(pretrained.load(config.model.backbone, config.model.pretrained)),
+        init=lambda: init(_pretrained(network)),
         abstract_state=abstract_state,
         network=network,
         evaluator=Evaluator(
@@ -128,6 +128,12 @@ def build(
         ),
         cache=cache,
     )
+
+
+def _pretrained(network: Network) -> PyTree | None:
+    """Returns the pretrained variables of the backbone; None for random ones."""
+    model, backbone = network.model, network.embedder.backbone
+    return pretrained.load(model.backbone, model.pretrained, backbone.input_normalisation)
 
 
 def _check_devices(config: Config, mesh: jax.sharding.Mesh) -> None:

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from dml_jax._utils import sharding
 from dml_jax.models import pretrained
+from dml_jax.models.normalisation import IMAGENET, INCEPTION
 from dml_jax.training import builder
 from dml_jax.training.config import parse
 from dml_jax.training.state import network_variables
@@ -213,6 +214,19 @@ def test_a_file_of_the_hub_is_read_from_its_cache(state_dict, tmp_path):
     for location in ("hf:somebody/resnet18.mine@v2", "hf:somebody/else"):
         with pytest.raises(FileNotFoundError, match=f"{location} .*hf download.*HF_HUB_OFFLINE"):
             pretrained.load("resnet18", location)
+
+    # timm's config.json states the normalisation of the input; without one it is not known.
+    location = "hf:somebody/resnet18.mine"
+    pretrained.load("resnet18", location, INCEPTION)
+    published = {"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}
+    config = repository / "snapshots" / commit / "config.json"
+    config.write_text(json.dumps(published))
+    chex.assert_trees_all_equal(pretrained.load("resnet18", location, INCEPTION), expected)
+    with pytest.raises(ValueError, match="set config.model.normalisation=inception"):
+        pretrained.load("resnet18", location, IMAGENET)
+    config.write_text(json.dumps(published).replace("0.5", "0.1"))
+    with pytest.raises(ValueError, match="was trained with images of mean .* choose other weights"):
+        pretrained.load("resnet18", location, IMAGENET)
 
 
 @pytest.mark.parametrize("location", ["none", "a/b.safetensors", "hf:timm/resnet50.tv_in1k@main"])
