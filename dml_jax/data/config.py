@@ -32,12 +32,14 @@ class DataConfig:
     name: str = setting(
         "folder",
         registered(sources.REGISTRY),
-        help="Data set: built-in, `folder` for any folder of images, or a source of your own.",
+        help="Data set: built-in, `folder` for any folder of images, `table` for a CSV or Parquet "
+        "file that lists them, or a source of your own.",
     )
     root: str = setting(
         "",
-        text("it must be the path of a directory"),
-        help="Folder of the data set; empty for data sets that come with their images.",
+        text("it must be the path of a directory or a table"),
+        help="Folder of the data set, or the file of a table; empty for data sets that come with "
+        "their images.",
         resumable=True,
     )
     unreadable: str = setting(

