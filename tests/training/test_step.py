@@ -56,6 +56,17 @@ def test_losses_are_the_same_on_any_number_of_devices(images, variant):
 
 
 @pytest.mark.slow
+def test_losses_in_bfloat16_agree_on_several_devices_to_its_rounding(images):
+    rates = {"optimizer__learning_rate": 1e-4, "optimizer__proxy_learning_rate": 1e-2}
+    half = {"model__dtype": "bfloat16"} | rates | tiny.RESNET
+    config = tiny.config(images, "ps_memvir", batch_size=16, epochs=7, **half)
+    alone, _ = losses_of_run(config, devices=1, steps=14)
+    together, _ = losses_of_run(config, devices=8, steps=14)
+    error = np.abs(together / alone - 1).max()
+    assert 1e-6 < error < 1e-3
+
+
+@pytest.mark.slow
 def test_a_checkpoint_is_restored_on_another_number_of_devices(images, tmp_path):
     # The 6 classes are padded to 8 on 4 devices.
     config = tiny.config(images, "ps_memvir_soft_triple", batch_size=16, **CONV4)
