@@ -23,6 +23,7 @@ from dml_jax import data
 from dml_jax._utils import sharding, topologies
 from dml_jax._utils.errors import UserError
 from dml_jax.cli import command_line, config_flag, packaged_configs
+from dml_jax.data.splits import load_sources
 from dml_jax.training import compile_ahead
 from dml_jax.training.builder import Experiment
 from dml_jax.training.compile_ahead import Analysis, DoesNotFitError
@@ -102,7 +103,7 @@ def _size(config: Config) -> tuple[int, int]:
         images = _IMAGES.value or max(2 * _CLASSES.value, 100 * config.batch_size)
         return _CLASSES.value, images
     try:
-        train = data.create(config.data.name, root=config.data.root or None)["train"]
+        train = load_sources(config.data)["train"]
     except FileNotFoundError as error:
         raise UserError(f"{error}; give --classes to compile without the images") from error
     if config.data.validation_classes:

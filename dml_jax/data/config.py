@@ -47,6 +47,12 @@ class DataConfig:
         choice(POLICIES),
         help="Treatment of images that cannot be read: `fail`, or `skip` and count them.",
     )
+    split_classes: float = setting(
+        0.0,
+        number(least=0.0, below=1.0),
+        help="Share of the classes that are tested on, chosen at random, of images that are not "
+        "split into training and test classes; 0 for images that are.",
+    )
     validation_classes: float = setting(
         0.0,
         number(least=0.0, below=1.0),

@@ -10,6 +10,9 @@ from dml_jax import data
 from dml_jax._utils import processes
 from dml_jax._utils.errors import UserError
 from dml_jax.data.config import DataConfig
+from dml_jax.data.sources.source import UNSPLIT
+
+_LISTED = 10  # Classes in a message.
 
 
 def load_splits(
@@ -29,7 +32,7 @@ def load_splits(
         ValueError: an image cannot be read, or a split has too few images or classes.
         FileNotFoundError: the images are not where the configuration says.
     """
-    sources = data.create(config.name, root=config.root or None)
+    sources = load_sources(config)
     report = inspection or _inspect_once(sources)
     sources = data.accept(sources, report, config.unreadable)
     if inspection is None and processes.is_first_process():
@@ -50,6 +53,37 @@ def load_splits(
                 "needs at least two classes"
             )
     return sources, report
+
+
+def load_sources(config: DataConfig) -> dict[str, data.Source]:
+    """Returns the images that a configuration names by split, without inspecting them.
+
+    Raises:
+        ValueError: they are not split and the configuration does not split them, or the reverse.
+        FileNotFoundError: the images are not where the configuration says.
+    """
+    sources = data.create(config.name, root=config.root or None)
+    if config.split_classes and sources.keys() != {UNSPLIT}:
+        raise UserError(
+            f"config.data.split_classes is {config.split_classes}, but the images are split "
+            "already; set it to 0"
+        )
+    if sources.keys() != {UNSPLIT}:
+        return sources
+    if not config.split_classes:
+        raise UserError(
+            f"the images at {config.root} are not split into training and test classes (train/ and "
+            "test/, or a column `split`); config.data.split_classes=0.5 tests on half of them"
+        )
+    # The same classes for every seed of the run, so that runs can be compared.
+    train, test = data.split_classes(sources[UNSPLIT], config.split_classes, seed=0)
+    if processes.is_first_process():
+        print(
+            f"{len(train.class_names)} classes are trained on, and {len(test.class_names)} tested: "
+            f"{', '.join(test.class_names[:_LISTED])}"
+            + (", ..." if len(test.class_names) > _LISTED else "")
+        )
+    return {"train": train, "test": test}
 
 
 def gallery_of(sources: Mapping[str, data.Source], split: str) -> data.Source | None:

@@ -275,6 +275,7 @@ OURS = {
     "seed",
     "deterministic",
     "data.root",
+    "data.split_classes",
     "data.num_workers",
     "data.cache",
     "data.cache_size",
@@ -445,7 +446,10 @@ BAD = {
     "epochs": (0, "config.epochs is 0; it must be an integer from 1 to"),
     "batch_size": (127, "config.batch_size is 127; it must be a multiple of .*n_instance, 2"),
     "micro_batches": (3, "config.micro_batches is 3; it must be a divisor of .*batch_size, 128"),
-    "data.name": ("cifar", "config.data.name is 'cifar'; choose one of folder, glyphs, .*inshop"),
+    "data.name": (
+        "cifar",
+        "config.data.name is 'cifar'; choose one of folder, table, glyphs, .*inshop",
+    ),
     "data.root": ("letters", "config.data.root is 'letters', but glyphs comes with its images"),
     "data.resize": (16, "config.data.resize is 16; it must be at least config.data.image_size, 32"),
     "data.augmentation.crop_scale": (

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from dml_jax._utils.errors import UserError
-from dml_jax.data.sources.source import Source, Sources, from_classes
+from dml_jax.data.sources.source import UNSPLIT, Source, Sources, from_classes
 
 IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".webp")
 """Extensions of image files, in lower case."""
@@ -15,10 +15,15 @@ _NOT_IMAGES = ("thumbs.db", "desktop.ini")  # Written by file managers, like hid
 def load(root: Path) -> Sources:
     """Returns the splits of a folder with train/CLASS/* and test/CLASS/*.
 
+    A folder with CLASS/* alone has one split, `UNSPLIT`.
+
     Raises:
         FileNotFoundError: a directory is missing.
         ValueError: a split has no class, a class has no image, or a file is not named like one.
     """
+    is_split = any((root / split).exists() for split in ("train", "test"))
+    if root.is_dir() and not is_split and any(path.is_dir() for path in visible_entries(root)):
+        return {UNSPLIT: _load_split(root, "")}
     for directory in (root, root / "train", root / "test"):
         if not directory.is_dir():
             raise FileNotFoundError(

@@ -81,6 +81,9 @@ class Source:
 Sources = dict[str, Source]
 """Splits by name."""
 
+UNSPLIT = "all"
+"""Name of the only split of images that are not divided into training and test classes."""
+
 
 def from_classes(classes: Mapping[str, Sequence[tuple[str, bytes | str]]]) -> Source:
     """Returns a source of (name, record) pairs by class; classes are numbered in their order."""

@@ -24,7 +24,7 @@ from PIL import Image
 from dml_jax._utils import extras, files, locks
 from dml_jax._utils.errors import UserError
 from dml_jax.data.images import decode
-from dml_jax.data.sources.source import Source, Sources
+from dml_jax.data.sources.source import UNSPLIT, Source, Sources
 
 _TRAIN, _TEST = ("train", "training"), ("test", "validation", "valid", "val")
 _BOX = ("x_1", "y_1", "x_2", "y_2")
@@ -35,6 +35,8 @@ _ROWS = 256  # Rows that are read at once when images are copied.
 def load(path: Path) -> Sources:
     """Returns the splits of a table: train, test and, if queries are searched in others, gallery.
 
+    A table in which no row has a split has one, `UNSPLIT`.
+
     Args:
         path: a .csv or .parquet file, or a folder that holds .parquet files, directly or in its
             folder `data`, or .csv files.
@@ -44,8 +46,9 @@ def load(path: Path) -> Sources:
         ModuleNotFoundError: pyarrow is not installed.
         ValueError: a column is missing or a row is wrong; the message has the file and the row.
     """
-    listed = _files(path)
-    rows = _Rows.read(listed)
+    rows = _Rows.read(_files(path))
+    if rows.is_train is None:
+        return {UNSPLIT: rows.source(np.arange(len(rows.labels)), sorted(set(rows.labels)))}
     numbers = {"train": np.flatnonzero(rows.is_train)}
     held_out = np.flatnonzero(~rows.is_train)
     queries, gallery = rows.is_query[held_out], rows.is_gallery[held_out]
@@ -88,7 +91,7 @@ class _Rows:
     labels: np.ndarray
     records: Sequence[bytes | str]
     names: tuple[str, ...]
-    is_train: Bool[np.ndarray, " n"]
+    is_train: Bool[np.ndarray, " n"] | None  # None if no row has a split.
     is_query: Bool[np.ndarray, " n"]
     is_gallery: Bool[np.ndarray, " n"]
     boxes: Int64[np.ndarray, "n 4"] | None
@@ -134,22 +137,22 @@ class _Rows:
         if repeated:
             row = next(row for row in reversed(range(len(names))) if names[row] in repeated)
             raise UserError(f"{where(row)}: {names[row]} is listed twice")
-        splits = column("split", None)
-        is_train = np.array(
-            [
-                _is_train(split, listed[f], where(row))
-                for row, (split, (f, _)) in enumerate(zip(splits, numbers, strict=True))
-            ]
-        )
+        splits = [
+            _of_file(listed[f]) if split is None else split
+            for split, (f, _) in zip(column("split", None), numbers, strict=True)
+        ]
+        is_split = any(split is not None for split in splits)
+        is_train = np.array([is_split and _is_train(x, where(r)) for r, x in enumerate(splits)])
+        is_no_test = is_train if is_split else np.ones(len(splits), bool)
         return cls(
             files=listed,
             numbers=numbers,
             labels=np.array(labels),
             records=records,
             names=tuple(names),
-            is_train=is_train,
-            is_query=_truth(column("is_query", True), is_train, "is_query", where),
-            is_gallery=_truth(column("is_gallery", True), is_train, "is_gallery", where),
+            is_train=is_train if is_split else None,
+            is_query=_truth(column("is_query", True), is_no_test, "is_query", where),
+            is_gallery=_truth(column("is_gallery", True), is_no_test, "is_gallery", where),
             boxes=_boxes(column, where),
         )
 
@@ -224,10 +227,13 @@ def _class_names(schema: Any) -> list[str] | None:
         return None
 
 
-def _is_train(split: Any, file: Path, where: str) -> bool:
-    if split is None:
-        of_file = _OF_FILE.fullmatch(file.name.lower())
-        split = of_file["split"] if of_file else None
+def _of_file(file: Path) -> str | None:
+    """Returns the split with which the name of a file begins; None if it begins with none."""
+    found = _OF_FILE.fullmatch(file.name.lower())
+    return found["split"] if found and found["split"] in _TRAIN + _TEST else None
+
+
+def _is_train(split: Any, where: str) -> bool:
     if str(split).lower() not in _TRAIN + _TEST:
         raise UserError(
             f"{where}: the split is {split!r}; in the column `split`, or at the start of the name "
