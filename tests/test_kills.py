@@ -34,8 +34,8 @@ MOMENTS = [
 ]
 
 
-def training(images, folder, program=("scripts/train.py",), workers=2):
-    settings = {"epochs": 24, "evaluation__every_epochs": 8, "data__num_workers": workers}
+def training(images, folder, program=("scripts/train.py",)):
+    settings = {"epochs": 24, "evaluation__every_epochs": 8, "data__num_workers": 2}
     arguments = tiny.arguments(images, "ps_memvir", deterministic=True, **settings)
     return [sys.executable, *program, f"--workdir={folder}", *arguments]
 
@@ -132,14 +132,14 @@ def test_a_run_killed_twenty_times_ends_bit_for_bit_like_an_uninterrupted_run(
     kind, tmp_path, monkeypatch
 ):
     with places(kind, tmp_path, monkeypatch) as (workdir, works_in, read):
-        kill_twenty_times(tmp_path, workdir, works_in, read, workers=2 if kind == "disk" else 0)
+        kill_twenty_times(tmp_path, workdir, works_in, read)
 
 
-def kill_twenty_times(tmp_path, workdir, works_in, read, workers):
+def kill_twenty_times(tmp_path, workdir, works_in, read):
     images = tiny.write_images(tmp_path / "images")
     uninterrupted = tmp_path / "uninterrupted"
     quiet = {"cwd": ROOT, "stdout": subprocess.DEVNULL}
-    subprocess.run(training(images, uninterrupted, workers=workers), check=True, **quiet)
+    subprocess.run(training(images, uninterrupted), check=True, **quiet)
 
     mark = f"DML_JAX_TEST={uuid.uuid4()}"
     phase_file = tmp_path / "phase"
@@ -149,7 +149,7 @@ def kill_twenty_times(tmp_path, workdir, works_in, read, workers):
     moments = rng.sample(MOMENTS, len(MOMENTS))
     for phase, longest_delay in moments:
         start = time.time_ns()
-        program = training(images, workdir, ("-m", "tests.helpers.marked"), workers)
+        program = training(images, workdir, ("-m", "tests.helpers.marked"))
         process = subprocess.Popen(program, env=environment, **quiet)
         assert kill_in_phase(
             process,
@@ -159,7 +159,7 @@ def kill_twenty_times(tmp_path, workdir, works_in, read, workers):
         # The next run starts while the workers of the killed one are still ending.
     assert not (read(workdir) / run_directory.RESULT).exists()
 
-    subprocess.run(training(images, workdir, workers=workers), env=environment, check=True, **quiet)
+    subprocess.run(training(images, workdir), env=environment, check=True, **quiet)
     folder = read(workdir)
     chex.assert_trees_all_equal(final_state(folder), final_state(uninterrupted))
     for name in (run_directory.METRICS, run_directory.RESULT):

@@ -211,10 +211,10 @@ def test_a_run_directory_is_locked_by_one_process(tmp_path):
 
 def test_the_origin_of_a_fork_is_recorded(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
-    assert fork.forked_from(new, old) == old
-    resume.claim(new, parse(glyphs.get_config()), fork_from=old)
-    assert fork.forked_from(new, None) == old
-    assert fork.forked_from(new, old) == old
+    assert fork.forked_from(new, old) == str(old)
+    resume.claim(new, parse(glyphs.get_config()), fork_from=str(old))
+    assert fork.forked_from(new, None) == str(old)
+    assert fork.forked_from(new, old) == str(old)
     with pytest.raises(ValueError, match="forked from .*old, not from .*other"):
         fork.forked_from(new, tmp_path / "other")
     resume.claim(old, parse(glyphs.get_config()))
