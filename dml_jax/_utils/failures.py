@@ -37,39 +37,40 @@ def end_all(message: str, code: int) -> None:
     """
     if not jax.distributed.is_initialized():
         return
-    client = _client()
+    store = client()
     failure = {"process": jax.process_index(), "message": message, "code": code}
     try:
-        client.key_value_set(_FAILURE, json.dumps(failure))
+        store.key_value_set(_FAILURE, json.dumps(failure))
     except jax.errors.JaxRuntimeError:  # Another process has reported one.
-        failure = json.loads(client.key_value_try_get(_FAILURE))
-    _end(client, failure)
+        failure = json.loads(store.key_value_try_get(_FAILURE))
+    _end(store, failure)
 
 
-def _client() -> Any:
+def client() -> Any:
+    """Returns the client of JAX's coordination service, whose store all processes share."""
     return multihost.get_jax_distributed_client()
 
 
 def _watch() -> None:
     try:
-        client = _client()
+        store = client()
         while True:
             time.sleep(_PAUSE)
             try:
-                failure = client.key_value_try_get(_FAILURE)
+                failure = store.key_value_try_get(_FAILURE)
             except jax.errors.JaxRuntimeError as error:
                 if "NOT_FOUND" in str(error):
                     continue
                 return  # The service is lost, and ends this process.
             failure = json.loads(failure)
             if failure["process"] != jax.process_index():
-                _end(client, failure)
+                _end(store, failure)
             return
     except (ValueError, AttributeError):
         return  # The processes have parted at the end of the run.
 
 
-def _end(client: Any, failure: dict[str, Any]) -> NoReturn:
+def _end(store: Any, failure: dict[str, Any]) -> NoReturn:
     """Ends this process without waiting for the others, as a normal exit would."""
     if failure["process"] != jax.process_index():
         reason = failure["message"]
@@ -77,10 +78,10 @@ def _end(client: Any, failure: dict[str, Any]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        client.key_value_set(f"{_ENDING}{jax.process_index()}", "")
+        store.key_value_set(f"{_ENDING}{jax.process_index()}", "")
         deadline = time.monotonic() + _GRACE
         while jax.process_index() == 0 and time.monotonic() < deadline:
-            if len(client.key_value_dir_get(_ENDING)) == jax.process_count():
+            if len(store.key_value_dir_get(_ENDING)) == jax.process_count():
                 break
             time.sleep(_PAUSE / 10)
     finally:

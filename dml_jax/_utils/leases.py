@@ -68,7 +68,7 @@ class Lease:
                 storage.write(_object(self._url, self._number), _contents())
             except LockedError:
                 return
-            except OSError as error:
+            except Exception as error:  # If the thread died, the lease would expire.
                 logging.warning("the lease of %s could not be renewed: %s", self._url, error)
 
 

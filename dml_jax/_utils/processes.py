@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from orbax.checkpoint import multihost
 
 from dml_jax._utils import failures
 from dml_jax._utils.errors import UserError
@@ -172,16 +171,6 @@ def bytes_from_first_process(message: bytes) -> bytes:
         return np.asarray(multihost_utils.broadcast_one_to_all(own)).tobytes()
 
 
-def count() -> int:
-    """Returns the number of processes."""
-    return jax.process_count()
-
-
-def index() -> int:
-    """Returns the index of this process."""
-    return jax.process_index()
-
-
 def exchange(key: str, text: str) -> list[str]:
     """Returns the texts of all processes, by index; blocks until all have called it.
 
@@ -193,7 +182,7 @@ def exchange(key: str, text: str) -> list[str]:
     """
     if jax.process_count() == 1:
         return [text]
-    client = multihost.get_jax_distributed_client()
+    client = failures.client()
     client.key_value_set(f"{key}/{jax.process_index()}", text)
     timeout = 1000 * _EXCHANGE_TIMEOUT
     return [

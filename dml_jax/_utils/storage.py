@@ -279,12 +279,6 @@ def local_folder(url: str, purpose: str = "copies") -> Path:
     return cache_folder() / _IN_CACHE / purpose / digest / name
 
 
-def new_folder(folder: Path) -> None:
-    """Makes an empty folder, or empties it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
 def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 

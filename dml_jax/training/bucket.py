@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import jax
 from absl import logging
 
 from dml_jax._utils import leases, locks, processes, storage
@@ -28,7 +29,7 @@ class Bucket:
     """The published copy of a run that this process trains."""
 
     def __init__(self, url: str, folder: Path, check: Callable[[], None]) -> None:
-        """Starts from a local folder that holds what is published.
+        """Starts from a local folder that holds what is published, without checkpoints.
 
         Args:
             url: URL of the run.
@@ -39,6 +40,7 @@ class Bucket:
         self._check = check
         self._identity = folder.stat().st_ino
         self._published = self._states()
+        self._has_checkpoints = False
 
     def publish(self, saving: int | None = None) -> None:
         """Publishes changed files other than checkpoints, and deletes what was deleted locally.
@@ -66,6 +68,8 @@ class Bucket:
         storage.upload(self.folder, self.url, changed & {run_directory.RESULT})
         storage.delete(self.url, self._published.keys() - states.keys())
         self._published = states
+        if not self._has_checkpoints:
+            return
         kept = {path.name for path in (self.folder / run_directory.CHECKPOINTS).glob("*")}
         published = storage.names(self._checkpoint())
         gone = {name for name in published if name.partition("/")[0] not in kept | {str(saving)}}
@@ -74,15 +78,22 @@ class Bucket:
         storage.delete(self._checkpoint(), gone - seals)
 
     def share(self) -> None:
-        """Publishes the files of the first process and copies them to the folders of the others.
+        """Publishes the files of the first process, and copies to all folders what they lack.
+
+        These are the checkpoints, which a run that is finished does not need, and for processes
+        other than the first the files that it has just written.
 
         Raises:
             ValueError, OSError: see `publish`.
         """
         processes.in_first_process(self.publish)
-        if not processes.is_first_process():
-            found = storage.names(self.url)
-            storage.download(self.url, self.folder, filter(_is_small, found))
+        is_first = processes.is_first_process()
+        found = published(storage.names(self.url))
+        storage.download(
+            self.url, self.folder, [x for x in found if not (is_first and _is_small(x))]
+        )
+        self._has_checkpoints = True
+        processes.wait_for_all("checkpoints copied")
 
     def publish_checkpoint(self, written: Path, step: int) -> None:
         """Publishes a checkpoint, of which each process has written its part, and seals it.
@@ -157,7 +168,7 @@ def opened(url: str) -> Iterator[Bucket]:
         raise UserError(f"--workdir={url} is a whole bucket; choose a folder in it")
     # The first collective has a short timeout, and the first process may wait for a lease.
     processes.wait_for_all("start")
-    folder = storage.local_folder(url, f"runs/{processes.index()}")
+    folder = storage.local_folder(url, f"runs/{jax.process_index()}")
     with contextlib.ExitStack() as stack:
         checks: list[Callable[[], None]] = [lambda: None]
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -174,9 +185,10 @@ def opened(url: str) -> Iterator[Bucket]:
                 f"another process of this host is training in {url}, or is suspended; end it, or "
                 "choose another --workdir"
             )
-        storage.new_folder(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        storage.download(url, folder, published(storage.names(url)))
+        storage.download(url, folder, filter(_is_small, storage.names(url)))
         processes.wait_for_all("run copied")
         bucket = Bucket(url, folder, checks[-1])
         try:

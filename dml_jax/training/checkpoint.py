@@ -102,7 +102,7 @@ class Checkpoints:
         # MemVir pads its classes to a multiple of the devices, whose number may have changed.
         context.array.loading.enable_padding_and_truncation = True
         context.pytree.loading.partial_load = not self._writes
-        if bucket is not None and processes.count() > 1:
+        if bucket is not None and jax.process_count() > 1:
             # Each process writes files of its own, named by the part of the array that they hold.
             context.multiprocessing.primary_host = None
             context.array.saving.use_ocdbt = False

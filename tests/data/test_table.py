@@ -179,7 +179,10 @@ def test_a_run_trains_on_a_table_as_on_the_folder(images, tmp_path, monkeypatch)
         ({"label": ""}, "list.csv, row 3: there is no label"),
         ({"path": ""}, "list.csv, row 3: there is no path"),
         ({"split": "dev"}, "list.csv, row 3: the split is 'dev'"),
-        ({"path": "train/class0/1.png"}, "row 3: train/class0/1.png is listed twice"),
+        (
+            {"path": "train/class0/1.png"},
+            "row 3: train/class0/1.png is listed twice, first in .*list.csv, row 2",
+        ),
         ({"split": "test", "is_query": "maybe", "is_gallery": "1"}, "row 3: is_query is 'maybe'"),
     ],
 )

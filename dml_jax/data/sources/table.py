@@ -133,10 +133,12 @@ class _Rows:
         else:
             records = _Images(tuple(listed), tuple(numbers))
             names = [f"{listed[f].name}:{r}" for f, r in numbers]
-        repeated = {name for name in names if names.count(name) > 1} if _repeats(names) else set()
-        if repeated:
-            row = next(row for row in reversed(range(len(names))) if names[row] in repeated)
-            raise UserError(f"{where(row)}: {names[row]} is listed twice")
+        first: dict[str, int] = {}
+        for row, name in enumerate(names):
+            if first.setdefault(name, row) != row:
+                raise UserError(
+                    f"{where(row)}: {name} is listed twice, first in {where(first[name])}"
+                )
         splits = [
             _of_file(listed[f]) if split is None else split
             for split, (f, _) in zip(column("split", None), numbers, strict=True)
@@ -177,10 +179,6 @@ class _Rows:
 def _where(listed: Sequence[Path], number: tuple[int, int]) -> str:
     """Returns a file and a row in it, counted from 1 without the header."""
     return f"{listed[number[0]]}, row {number[1] + 1}"
-
-
-def _repeats(names: Sequence[str]) -> bool:
-    return len(set(names)) < len(names)
 
 
 def _read(path: Path) -> tuple[dict[str, list[Any]], int]:
