@@ -193,6 +193,28 @@ def test_the_cache_of_a_bfloat16_memory_matches_the_rounded_vectors(name):
     )
 
 
+def test_labels_are_smoothed_over_the_classes_of_their_own_step():
+    rows, classes, smoothing, scale = 4, 3, 0.3, 5.0
+    rng = np.random.default_rng(0)
+    loss = losses.create("norm_softmax", scale=scale, label_smoothing=smoothing)
+    sizes = {"num_classes": classes, "dim": 6, "batch_size": rows}
+    memory = memvir.init(num_steps=1, step_gap=0, loss=loss, **sizes)
+    embeddings, proxies = rng.normal(size=(2, rows, 6)), rng.normal(size=(2, classes, 6))
+    labels = rng.integers(classes, size=(2, rows))
+    for t in range(2):
+        step = (jnp.asarray(x[t], jnp.float32) for x in (embeddings, proxies))
+        value, memory = memvir.loss_and_update(loss, memory, *step, jnp.asarray(labels[t]))
+    unit = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (embeddings, proxies)]
+    logits = scale * np.einsum("srd,tcd->srtc", *unit)
+    targets = np.zeros_like(logits)
+    for t in range(2):
+        targets[t, :, t] = smoothing / classes
+        targets[t, np.arange(rows), t, labels[t]] += 1 - smoothing
+    log_sums = np.log(np.exp(logits).sum((2, 3)))
+    expected = np.mean(log_sums - (targets * logits).sum((2, 3)))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
 def test_drift_of_virtual_classes():
     axes = jnp.eye(3)
     memory = memvir.init(num_steps=2, step_gap=0, batch_size=3, num_classes=2, dim=3)

@@ -27,9 +27,20 @@ from dml_jax.settings import flag, number, setting
 class SoftmaxLoss(ProxyLoss):
     """Cross-entropy over classes: the mean over rows of `log(sum_c exp(z_c)) - z_label`.
 
+    With label smoothing s, a row's target is 1 - s for its label, and s is shared by the classes of
+    its step, synthetic ones too: `log(sum_c exp(z_c)) - (1 - s) z_label - s mean_c z_c`.
+
     A subclass defines `logits`. It overrides `prepare` to change the normalisation, and `target`
     to add a margin.
+
+    Source of label smoothing: Szegedy et al., arXiv 1512.00567, section 7.
     """
+
+    label_smoothing: float = setting(
+        0.0,
+        number(least=0.0, below=1.0),
+        help="Share of the target that all classes have in common.",
+    )
 
     def target(self, logits: RowLogits, embeddings: Embeddings) -> RowLogits:
         """Returns the target logits with the margin applied; by default they are unchanged.
@@ -49,14 +60,21 @@ class SoftmaxLoss(ProxyLoss):
         row_mask: RowMask,
         class_mask: ClassMask,
     ) -> tuple[AnchorTerms, AnchorTerms]:
-        """Returns each row's log-sum-exp over classes and its target logit, with the margin."""
+        """Returns each row's log-sum-exp over classes and its target logit, with the margin.
+
+        With label smoothing, the second is the mean of the logits under the smoothed target.
+        """
         del row_mask
         logits = self.logits(embeddings, proxies)
         targets = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
         targets = self.target(targets, embeddings)
         is_target = labels[:, None] == jnp.arange(logits.shape[1])[None]
         logits = jnp.where(is_target, targets[:, None], logits)
-        return numerics.log_sum_exp(logits, axis=1, where=class_mask[None]), targets
+        log_sums = numerics.log_sum_exp(logits, axis=1, where=class_mask[None])
+        if not self.label_smoothing:
+            return log_sums, targets
+        means = jnp.mean(logits, axis=1, where=class_mask[None])
+        return log_sums, targets + self.label_smoothing * (means - targets)
 
     def mean(
         self, log_sums: AnchorTerms, positives: AnchorTerms, anchor_mask: AnchorMask

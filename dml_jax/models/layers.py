@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from dml_jax._utils import sharding
+from dml_jax.models import linear
 
 _MOMENTUM, _EPSILON = 0.9, 1e-5  # Of batch normalisation.
 
@@ -35,7 +35,7 @@ def convolution(
     kernel_init: nn.initializers.Initializer = kaiming_normal,
     dtype: DTypeLike,
     name: str,
-) -> nn.Conv:
+) -> linear.Conv:
     """Returns a square convolution, padded by half the kernel on each side.
 
     Args:
@@ -47,16 +47,15 @@ def convolution(
         dtype: dtype of the computation.
         name: name of the module.
     """
-    return nn.Conv(
+    return linear.Conv(
         features,
-        (kernel, kernel),
+        kernel,
         stride,
         # "SAME" would pad a strided convolution more on the right than on the left.
         padding=kernel // 2,
         use_bias=use_bias,
         kernel_init=kernel_init,
         dtype=dtype,
-        conv_general_dilated=_convolve,
         name=name,
     )
 
@@ -198,30 +197,3 @@ def _reduce_windows(
         return jax.lax.reduce_window(x, initial, reduce, sizes, strides, padding)
 
     return jax.lax.platform_dependent(x, tpu=windows, default=slices)
-
-
-def _convolve(
-    x: Float[Array, "b h w c"],
-    kernel: Float[Array, "k k c f"],
-    strides: Sequence[int],
-    padding: Any,
-    **options: Any,
-) -> Float[Array, "b y x f"]:
-    """Returns `lax.conv_general_dilated`, with a workaround for a defect of XLA on the CPU.
-
-    If the kernel is larger than the feature map, XLA exchanges the two, and its CPU compiler emits
-    a loop about 50 times slower than expected. So small feature maps are unfolded into patches and
-    multiplied as matrices. The size of the output decides, since it is the map of the gradient.
-    """
-    size = kernel.shape[0]
-    (stride, _), ((low, high), _) = strides, padding
-    height, width = ((n + low + high - size) // stride + 1 for n in x.shape[1:3])
-    if height * width >= size**2:
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    patches = [
-        x[:, i : i + stride * height : stride, j : j + stride * width : stride]
-        for i in range(size)
-        for j in range(size)
-    ]
-    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])

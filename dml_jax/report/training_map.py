@@ -122,7 +122,9 @@ def _restore(
 ) -> tuple[Any, np.ndarray, memvir.Memory | None] | None:
     """Returns network variables, proxies and memory of the last checkpoint, or None without one."""
     everything = built.abstract_state
-    wanted = {name: getattr(everything, name) for name in ("params", "batch_stats", "memory")}
+    wanted = {
+        name: getattr(everything, name) for name in ("params", "batch_stats", "average", "memory")
+    }
     try:
         found = everything._replace(**checkpoint.read(folder, "last", wanted)[1])
     except FileNotFoundError:

@@ -166,6 +166,7 @@ def _step_config(
         shards=network.mesh.size,
         frozen_steps=config.optimizer.frozen_epochs * steps_per_epoch,
         micro_batches=config.micro_batches,
+        average_decay=config.optimizer.average_decay,
         fixed=network.fixed,
         images=_images(config, network),
         cached_features=config.data.cache == "features",
@@ -189,6 +190,7 @@ def _initial_state(
         proxy_init=config.proxy_init,
         padding=(padded - classes) * config.loss.proxies_per_class,
         memory=_memory(config, config.loss, padded),
+        averaged=bool(step_config.average_decay),
         fixed=step_config.fixed,
         backbone=backbone,
     )

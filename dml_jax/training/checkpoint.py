@@ -310,7 +310,7 @@ def _move_damaged_aside(workdir: Path, directory: Path) -> None:
 def read_network(
     network: Network, workdir: Path, name: str, bucket: Bucket | None = None
 ) -> tuple[int, dict[str, PyTree]]:
-    """Reads only the variables of the network from a checkpoint of a run.
+    """Reads only the variables of the network from a checkpoint of a run: the average, if any.
 
     Args:
         network: network of the run.
@@ -326,6 +326,9 @@ def read_network(
         ValueError: it is damaged.
     """
     shapes = network.variables_shape
+    if run_directory.read_config(workdir).optimizer.get("average_decay"):
+        step, found = read(workdir, name, {"average": shapes}, bucket)
+        return step, found["average"]
     wanted = {"params": {"embedder": shapes["params"]}, "batch_stats": shapes["batch_stats"]}
     step, found = read(workdir, name, wanted, bucket)
     return step, {"params": found["params"]["embedder"], "batch_stats": found["batch_stats"]}

@@ -120,6 +120,7 @@ def analyse(built: Experiment) -> Analysis:
     parts = {
         "network": bytes_per_device((state.params["embedder"], state.batch_stats)),
         "proxies": bytes_per_device(state.params["proxies"]),
+        "average": bytes_per_device(state.average),
         "optimizer": bytes_per_device(state.opt_state),
         "MemVir's memory": bytes_per_device(state.memory),
         "batch": bytes_per_device(batch),

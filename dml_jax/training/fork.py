@@ -12,7 +12,7 @@ from dml_jax.training import checkpoint, run_directory
 from dml_jax.training.bucket import copy
 from dml_jax.training.builder import Experiment
 from dml_jax.training.run_directory import CONFIG, FORK
-from dml_jax.training.state import TrainState
+from dml_jax.training.state import TrainState, with_network
 
 
 def forked_from(workdir: Path, given: str | Path | None) -> str | None:
@@ -49,8 +49,7 @@ def initial_state(experiment: Experiment, fork: str | None) -> TrainState:
     if fork is None:
         return state
     variables = read_fork(experiment.network, copy(fork))
-    params = {**state.params, "embedder": variables["params"]}
-    return state._replace(params=params, batch_stats=variables["batch_stats"])
+    return with_network(state, variables)
 
 
 def read_fork(network: Network, workdir: Path) -> dict[str, PyTree]:

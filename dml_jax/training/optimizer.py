@@ -125,6 +125,12 @@ class OptimizerConfig:
         integer(0),
         help="Epochs at the start in which the backbone does not change.",
     )
+    average_decay: float = setting(
+        0.0,
+        number(least=0.0, below=1.0),
+        help="Decay of the moving average of the network over steps, which is then evaluated and "
+        "exported in its place, such as 0.999; 0 for no average.",
+    )
 
     @together("decay_every", "decay_epochs")
     def _decays(self) -> str | None:

@@ -1,6 +1,6 @@
 """The train state, which a checkpoint holds: everything that the next step depends on."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import flax
@@ -40,6 +40,8 @@ class TrainState(NamedTuple):
     params: PyTree
     """`{"embedder": ..., "proxies": [proxies, dim]}`; see `create`."""
     batch_stats: PyTree
+    average: PyTree | None
+    """Moving average of the network's variables, which is evaluated; None for none."""
     opt_state: optax.OptState
     memory: memvir.Memory | None
     metrics: EpochMetrics
@@ -102,6 +104,7 @@ def create(
     proxy_init: str,
     padding: int,
     memory: memvir.Memory | None,
+    averaged: bool = False,
     fixed: Collection[tuple[str, ...]] = (),
     backbone: PyTree | None = None,
 ) -> TrainState:
@@ -117,6 +120,7 @@ def create(
         padding: number of proxies of zeros that follow, so that the number of devices divides the
             whole number. The step masks their classes, so they stay zero.
         memory: the empty memory of MemVir; None without MemVir.
+        averaged: whether the state has a moving average of the network's variables.
         fixed: paths of the embedder's parameters that never change; see `split`.
         backbone: pretrained variables of the backbone; None for random ones.
 
@@ -137,6 +141,7 @@ def create(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables["batch_stats"],
+        average=jax.tree.map(jnp.copy, variables) if averaged else None,
         opt_state=optimizer.init(split(params, fixed)[0]),
         memory=memory,
         metrics=EpochMetrics.empty(),
@@ -145,5 +150,42 @@ def create(
 
 
 def network_variables(train_state: TrainState) -> dict[str, PyTree]:
-    """Returns the variables of the network, as `Network.embed` takes them."""
+    """Returns the variables to evaluate, as `Network.embed` takes them: the average, if any."""
+    if train_state.average is not None:
+        return train_state.average
     return {"params": train_state.params["embedder"], "batch_stats": train_state.batch_stats}
+
+
+def with_network(train_state: TrainState, variables: Mapping[str, PyTree]) -> TrainState:
+    """Returns a state that starts from other variables of the network.
+
+    Args:
+        train_state: a state before the first step.
+        variables: `params` and `batch_stats` of the embedder.
+    """
+    return train_state._replace(
+        params={**train_state.params, "embedder": variables["params"]},
+        batch_stats=variables["batch_stats"],
+        average=None if train_state.average is None else jax.tree.map(jnp.copy, dict(variables)),
+    )
+
+
+def updated_average(
+    before: PyTree, variables: PyTree, *, decay: float, step: Int[Array, ""]
+) -> PyTree:
+    """Returns the moving average of variables after a step.
+
+    The decay grows to its final value as (1 + step) / (10 + step), so that the average soon leaves
+    the initial values.
+
+    Source: Polyak and Juditsky, Acceleration of stochastic approximation by averaging, SIAM J.
+    Control Optim. 1992; the exponential form and the growing decay are TensorFlow's.
+
+    Args:
+        before: the average before the step.
+        variables: the variables after the step.
+        decay: final decay, in [0, 1).
+        step: number of steps before this one.
+    """
+    current = jnp.minimum(decay, (1 + step) / (10 + step))
+    return optax.incremental_update(variables, before, 1 - current)

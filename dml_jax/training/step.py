@@ -13,7 +13,14 @@ from jaxtyping import Array, Bool, Float, Num, PRNGKeyArray, PyTree
 from dml_jax import losses, memvir, proxy_synthesis
 from dml_jax._utils import sharding
 from dml_jax.models import Embedder
-from dml_jax.training.state import EpochMetrics, Skipped, TrainState, merge, split
+from dml_jax.training.state import (
+    EpochMetrics,
+    Skipped,
+    TrainState,
+    merge,
+    split,
+    updated_average,
+)
 
 _VIEWS = 2**32 - 1  # Folded into the key of a step for the random views of its images.
 
@@ -52,6 +59,8 @@ class StepConfig(NamedTuple):
     """First steps, in which the backbone and its batch statistics do not change."""
     micro_batches: int
     """Number of equal parts in which a batch is embedded, one after another; see `embed`."""
+    average_decay: float = 0.0
+    """Decay of the moving average of the network's variables; without effect if there is none."""
     fixed: frozenset[tuple[str, ...]] = frozenset()
     """Paths of the embedder's parameters that never change; see `state.split`."""
     images: Callable[[Mapping[str, Array], PRNGKeyArray], Array] = images_of_batch
@@ -236,6 +245,11 @@ def train_step(
         total=state.skipped.total + ~taken,
         in_a_row=jnp.where(taken, 0, state.skipped.in_a_row + 1),
     )
+    average = state.average
+    if average is not None:
+        network = {"params": merge(params, fixed)["embedder"], "batch_stats": batch_stats}
+        later = updated_average(average, network, decay=config.average_decay, step=state.step)
+        average = _where(taken, later, average)
     epoch_starts = state.step % config.steps_per_epoch == 0
     so_far = _where(epoch_starts, EpochMetrics.empty(), state.metrics)
     now = EpochMetrics.single_from_model_output(loss=loss, gradient_norm=gradient_norm)
@@ -243,6 +257,7 @@ def train_step(
         step=state.step + 1,
         params=merge(_where(taken, params, trained), fixed),
         batch_stats=_where(taken, batch_stats, state.batch_stats),
+        average=average,
         opt_state=_where(taken, opt_state, state.opt_state),
         memory=memory,
         metrics=_where(taken, so_far.merge(now), so_far),

@@ -24,13 +24,13 @@ SCORES = {"recall@1": 0.75, "r_precision": 0.5, "map@r": 0.25}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """An untrained run whose images have been moved since."""
+    """An untrained run with an average of the network, whose images have been moved since."""
     root = tmp_path_factory.mktemp("export")
     images = tiny.write_images(root / "images")
-    config = tiny.config(images, "ps_memvir")
+    config = tiny.config(images, "ps_memvir", optimizer__average_decay=0.9)
     built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
     state = built.init()
-    state = state._replace(batch_stats=jax.tree.map(lambda x: x + 0.25, state.batch_stats))
+    state = state._replace(average=jax.tree.map(lambda x: x + 0.25, state.average))
     resume.claim(root / "run", parse(config))
     with checkpoint.Checkpoints(root / "run", keep_last=2) as checkpoints:
         checkpoints.save(4, state, SCORES)

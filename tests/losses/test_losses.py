@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dml_jax import losses, memvir, proxy_synthesis
@@ -124,6 +125,22 @@ class TestEveryLoss:
             order=1,
             atol=2e-2,
         )
+
+
+@pytest.mark.parametrize(("name", "margin"), [("norm_softmax", 0.0), ("cosface", 0.3)])
+def test_label_smoothing_equals_the_cross_entropy_of_optax(name, margin, problem):
+    embeddings, proxies, labels = problem
+    hyperparameters = {"margin": margin} if margin else {}
+    loss = losses.create(name, scale=7.0, label_smoothing=0.2, **hyperparameters)
+    classes = jnp.arange(CLASSES) < CLASSES - 1
+    labels = labels % (CLASSES - 1)
+    vectors = prepared(name, embeddings, proxies[:-1])
+    targets = jax.nn.one_hot(labels, CLASSES - 1)
+    expected = optax.losses.softmax_cross_entropy(
+        7 * (vectors[0] @ vectors[1].T - margin * targets), optax.smooth_labels(targets, 0.2)
+    )
+    value = loss(embeddings, proxies, labels, class_mask=classes)
+    chex.assert_trees_all_close(value, expected.mean(), rtol=1e-5)
 
 
 def degenerate(name, embeddings, proxies, labels):

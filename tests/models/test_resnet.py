@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dml_jax.models import create_backbone, layers, resnet
+from dml_jax.models import create_backbone, resnet
 
 # Compiles in a second.
 TINY = {"stage_sizes": (1, 1), "bottleneck": False, "width": 4, "stem": "small"}
@@ -98,33 +98,6 @@ def test_frozen_statistics_do_not_change_while_scale_and_bias_train(images):
         assert (layer["bias"] != 0).any()
     training, _ = backbone.apply(variables, images, train=True, mutable=["batch_stats"])
     np.testing.assert_array_equal(training, backbone.apply(variables, images, train=False))
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (4, 3)])
-def test_convolution_of_small_maps_equals_that_of_xla(shape, stride):
-    x = jax.random.normal(jax.random.key(0), (2, *shape, 5))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, 5, 7))
-    arguments = (stride, stride), [(1, 1), (1, 1)]
-    numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
-    ours = layers._convolve(x, kernel, *arguments, **numbers)
-    expected = jax.lax.conv_general_dilated(x, kernel, *arguments, **numbers)
-    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_convolution_of_small_maps_is_lowered_to_a_matrix_product():
-    def lowered(size):
-        images = jax.ShapeDtypeStruct((2, size, size, 5), jnp.float32)
-        kernel = jax.ShapeDtypeStruct((3, 3, 5, 7), jnp.float32)
-        numbers = ("NHWC", "HWIO", "NHWC")
-        padding = [(1, 1), (1, 1)]
-        function = jax.jit(
-            lambda x, k: layers._convolve(x, k, (1, 1), padding, dimension_numbers=numbers)
-        )
-        return function.lower(images, kernel).as_text()
-
-    assert "convolution" not in lowered(2)
-    assert "convolution" in lowered(3)
 
 
 def test_an_unknown_stem_raises_and_lists_the_known_ones():

@@ -74,9 +74,10 @@ def test_a_last_epoch_without_an_evaluation_is_refused(images, tmp_path):
 
 def test_a_fork_starts_from_a_copy_of_the_network_of_another_run(images, tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
-    run.train(tiny.config(images, "ps_memvir", epochs=2), old)
+    averages = {"optimizer__average_decay": 0.5}
+    run.train(tiny.config(images, "ps_memvir", epochs=2, **averages), old)
     # Another loss, no MemVir and another seed: only the network is taken from the old run.
-    config = tiny.config(images, "proxy_nca", epochs=1, seed=3, checkpoint__keep_last=9)
+    config = tiny.config(images, "proxy_nca", epochs=1, seed=3, checkpoint__keep_last=9, **averages)
     result = run.train(config, new, fork_from=old)
     built = builder.build(parse(config), sharding.make_mesh())
     like = built.abstract_state

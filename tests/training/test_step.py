@@ -11,7 +11,7 @@ from dml_jax.configs import glyphs
 from dml_jax.training import builder, checkpoint, step
 from dml_jax.training.batches import device_batches
 from dml_jax.training.config import parse
-from dml_jax.training.state import split
+from dml_jax.training.state import network_variables, split
 from tests.helpers import tiny
 
 
@@ -227,6 +227,29 @@ def test_only_frozen_scales_and_biases_do_not_train(images, epochs):
 
 
 FROM_LAYER2 = {"model__train_from": "layer2", **tiny.RESNET}
+
+
+def test_the_average_of_the_network_follows_its_formula(images):
+    config = tiny.config(images, optimizer__average_decay=0.3, model__freeze_bn=False)
+    built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
+    state = built.init()
+    expected = jax.device_get(network_variables(state))
+    chex.assert_trees_all_equal(expected["params"], jax.device_get(state.params["embedder"]))
+    for done, batch in device_batches(built, 0, 6):
+        if done == 3:
+            batch["label"] = np.full_like(batch["label"], 10**6)
+        state, metrics = built.take_step(state, batch)
+        assert bool(metrics.skipped.in_a_row) == (done == 3)
+        if done == 3:
+            continue
+        decay = min(0.3, done / (9 + done))
+        now = {"params": state.params["embedder"], "batch_stats": state.batch_stats}
+        expected = jax.tree.map(
+            lambda old, new, decay=decay: decay * old + (1 - decay) * new,
+            expected,
+            jax.device_get(now),
+        )
+    chex.assert_trees_all_close(network_variables(state), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_what_lies_below_train_from_is_frozen(images):
