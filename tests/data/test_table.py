@@ -12,7 +12,8 @@ from PIL import Image
 
 from dml_jax import data
 from dml_jax._utils import sharding
-from dml_jax.data.sources import table
+from dml_jax.data.sources import parquet, table
+from dml_jax.data.sources import rows as rows_module
 from dml_jax.training import run
 from tests.helpers import tiny
 
@@ -26,7 +27,7 @@ def images(tmp_path_factory):
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield
-    table._column.cache_clear()
+    parquet.column.cache_clear()
 
 
 def rows_of(images):
@@ -39,6 +40,10 @@ def rows_of(images):
         for split in ("train", "test")
         for path in sorted((images / split).rglob("*.png"))
     ]
+
+
+def whole_file(images):
+    return (images / "train/class0/0.png").read_bytes()
 
 
 def write_csv(path, rows):
@@ -78,7 +83,7 @@ def test_a_csv_file_is_read_like_the_folder_that_it_lists(images):
 def test_labels_stay_as_they_are_written(images):
     rows = [row | {"label": "007" if "class0" in row["path"] else "7"} for row in rows_of(images)]
     file = write_csv(images / "numbers.csv", rows)
-    assert table.load(file)["train"].class_names == ("007", "7")
+    assert table.load(file)[rows_module.UNSPLIT].class_names == ("007", "7")
     file.unlink()
 
 
@@ -115,10 +120,10 @@ def test_images_are_cropped_to_their_boxes(images, names):
         rows[1] |= dict(zip(names, box, strict=True))
         with pytest.raises(ValueError, match=message):
             table.load(write_csv(images / "list.csv", rows))
-    rows[1] |= dict(zip(names, (2, 3, 17, 9), strict=True))
-    source = table.load(write_csv(images / "list.csv", rows))["train"]
-    with pytest.raises(ValueError, match="exceeds the image of 16x16 pixels"):
-        source.image(1)
+    # Not through a source, of whose records the shape checks read any.
+    cropped = rows_module._Cropped((whole_file(images),), np.array([[2, 3, 17, 9]]), ("x",))
+    with pytest.raises(ValueError, match="x: the box .* exceeds the image of 16x16 pixels"):
+        cropped[0]
     (images / "list.csv").unlink()
 
 
@@ -155,7 +160,7 @@ def test_parquet_files_of_the_hub_hold_the_images(images, tmp_path, features, st
     # The copies are made once.
     (copies,) = tmp_path.glob("cache/dml_jax/parquet")
     before = {path: path.stat().st_mtime_ns for path in copies.iterdir()}
-    table._column.cache_clear()
+    parquet.column.cache_clear()
     contents(data.create("table", root=folder.parent))
     after = {path: path.stat().st_mtime_ns for path in copies.glob("*.arrow")}
     assert after == {path: before[path] for path in after} and len(after) == 3
