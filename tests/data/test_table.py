@@ -12,10 +12,13 @@ from PIL import Image
 
 from dml_jax import data
 from dml_jax._utils import sharding
+from dml_jax.data.config import DataConfig
 from dml_jax.data.sources import parquet, table
 from dml_jax.data.sources import rows as rows_module
+from dml_jax.data.splits import load_sources
 from dml_jax.training import run
-from tests.helpers import tiny
+from dml_jax.training.config import parse
+from tests.helpers import hub, tiny
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +221,114 @@ def test_wrong_tables_are_refused(images, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "dml_jax\[tables\]"'):
         table.load(tmp_path / "a.csv")
+
+
+def classification(images, root, *, name="{split}-00000-of-00001.parquet", **options):
+    """Writes the training images as the hub has classification sets: all classes in both splits."""
+    files = sorted((images / "train").rglob("*.png"))
+    names = [f"class{k}" for k in reversed(range(tiny.TRAIN_CLASSES))]
+    for number, split in enumerate(("train", "test")):
+        part = files[number::2]
+        columns = {
+            options.get("pictures", "image"): [path.read_bytes() for path in part],
+            options.get("labels", "label"): [names.index(path.parent.name) for path in part],
+        }
+        hub.write_parquet(
+            root / name.format(split=split),
+            columns,
+            images=options.get("pictures", "image"),
+            classes={options.get("labels", "label"): names},
+        )
+
+
+@pytest.mark.parametrize(
+    ("repository", "options"),
+    [
+        ("plain", {"name": "data/{split}-00000-of-00001.parquet"}),
+        ("converted", {"name": "default/{split}/0000.parquet"}),
+        ("named", {"pictures": "img", "labels": "fine_label"}),
+    ],
+)
+def test_a_classification_set_of_the_hub_is_joined_and_split_by_class(images, repository, options):
+    if repository == "converted":
+        hub.snapshot(repository)
+        folder = hub.snapshot(repository, revision="refs/convert/parquet", commit=hub.CONVERTED)
+    else:
+        folder = hub.snapshot(repository)
+    classification(images, folder, **options)
+    root = f"hf:datasets/somebody/{repository}"
+    sources = load_sources(DataConfig(name="table", root=root, split_classes=0.5))
+    found = contents(sources)
+    expected = contents(data.create("folder", root=images))["train"]
+    assert sorted(found["train"] + found["test"]) == sorted(expected)
+    assert len(sources["test"].class_names) == 3
+    assert not set(sources["train"].class_names) & set(sources["test"].class_names)
+    again = load_sources(DataConfig(name="table", root=str(folder), split_classes=0.5))
+    assert again["test"].names == sources["test"].names
+    with pytest.raises(ValueError, match=f"images at {root} are not split .* different classes"):
+        load_sources(DataConfig(name="table", root=root))
+    resolved = run._resolved(parse(tiny.config(root, data__name="table")), forked=False)
+    assert resolved.data.root == root
+
+
+def test_wrong_locations_on_the_hub_are_refused(images):
+    for name, root in (("table", "hf:datasets/cars"), ("folder", "hf:datasets/a/b")):
+        with pytest.raises(ValueError, match=f"root is {root}; .* for a data set of table or tar"):
+            data.create(name, root=root)
+    with pytest.raises(FileNotFoundError, match="hf:datasets/somebody/nowhere cannot be read"):
+        data.create("table", root="hf:datasets/somebody/nowhere")
+    folder = hub.snapshot("subsets")
+    classification(images, folder, name="small/{split}/0000.parquet")
+    classification(images, folder, name="large/{split}/0000.parquet")
+    with pytest.raises(ValueError, match="several tables, in the folders large, small; name one"):
+        data.create("table", root="hf:datasets/somebody/subsets")
+    assert list(data.create("table", root="hf:datasets/somebody/subsets/small")) == ["all"]
+
+
+def test_only_the_columns_that_are_needed_are_read(images, tmp_path):
+    encoded = [path.read_bytes() for path in sorted((images / "train").rglob("*.png"))]
+    columns = {"image": encoded, "label": ["a", "b"] * 18, "path": ["x"] * 36, "mask": encoded}
+    hub.write_parquet(tmp_path / "all.parquet", columns)
+    assert parquet.read(tmp_path / "all.parquet", table._WANTED).values.keys() == {"label", "path"}
+    # Encoded images are used, not the paths that they once had.
+    source = table.load(tmp_path / "all.parquet")[rows_module.UNSPLIT]
+    assert source[5] == encoded[5] and source.names[5] == "all.parquet:5"
+
+
+def test_a_missing_or_wrong_image_is_named(images, tmp_path):
+    hub.write_parquet(tmp_path / "a.parquet", {"image": [None, b"x"], "label": ["a", "b"]})
+    found = parquet.Images((tmp_path / "a.parquet",), ("image",), ((0, 0), (0, 1)))
+    assert found[1] == b"x"
+    with pytest.raises(ValueError, match="a.parquet, row 1: there is no image"):
+        found[0]
+    about = pyarrow.table({"image": [1, 2], "label": ["a", "b"]})
+    pyarrow.parquet.write_table(about, tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match="column 'image' of .*b.parquet holds no encoded images"):
+        parquet.column(tmp_path / "b.parquet", "image")
+    hub.write_parquet(
+        tmp_path / "c.parquet", {"image": [b"x"], "label": [2]}, classes={"label": ["a", "b"]}
+    )
+    with pytest.raises(ValueError, match="c.parquet, row 1: there is no class 2 in 'label'"):
+        table.load(tmp_path / "c.parquet")
+
+
+def test_queries_and_gallery_need_classes_of_their_own(images):
+    rows = [row | {"label": "a", "is_query": "1", "is_gallery": "0"} for row in rows_of(images)]
+    rows[-1] |= {"is_query": "0", "is_gallery": "1"}
+    with pytest.raises(ValueError, match="1 classes are both in training and in testing: a;"):
+        table.load(write_csv(images / "list.csv", rows))
+    for row in rows:
+        row |= {"label": row["split"], "is_query": "1", "is_gallery": "0"}
+    with pytest.raises(ValueError, match="no test rows in which is_gallery is true"):
+        table.load(write_csv(images / "list.csv", rows))
+    (images / "list.csv").unlink()
+
+
+def test_a_box_that_is_no_number_is_named(images):
+    rows = rows_of(images)
+    rows[2] |= {"x_1": "nan", "y_1": "nan", "x_2": "nan", "y_2": "nan"}
+    assert table.load(write_csv(images / "list.csv", rows)).keys() == {"train", "test"}
+    rows[2] |= {"x_1": "left"}
+    with pytest.raises(ValueError, match="row 3: the box"):
+        table.load(write_csv(images / "list.csv", rows))
+    (images / "list.csv").unlink()
