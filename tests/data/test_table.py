@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 
 from dml_jax import data
-from dml_jax._utils import sharding
+from dml_jax._utils import sharding, storage
 from dml_jax.data.config import DataConfig
 from dml_jax.data.sources import parquet, table
 from dml_jax.data.sources import rows as rows_module
 from dml_jax.data.splits import load_sources
 from dml_jax.training import run
 from dml_jax.training.config import parse
-from tests.helpers import hub, tiny
+from tests.helpers import hub, object_storage, tiny
 
 
 @pytest.fixture(scope="module")
@@ -332,3 +332,15 @@ def test_a_box_that_is_no_number_is_named(images):
     with pytest.raises(ValueError, match="row 3: the box"):
         table.load(write_csv(images / "list.csv", rows))
     (images / "list.csv").unlink()
+
+
+def test_a_table_in_object_storage_is_copied_with_its_images(images, tmp_path):
+    file = write_csv(images / "list.csv", rows_of(images))
+    expected = contents(table.load(file))
+    with object_storage.served():
+        url = object_storage.new_bucket("s3") + "/photos"
+        names = [path.relative_to(images).as_posix() for path in images.rglob("*.*")]
+        storage.upload(images, url, [name for name in names if (images / name).is_file()])
+        for root in (url, f"{url}/list.csv"):
+            assert contents(data.create("table", root=root)) == expected
+    file.unlink()

@@ -71,6 +71,13 @@ def shards(images, root, made=with_cls, name="{split}-{number:06}.tar"):
     return root
 
 
+def shards_of_training(images, tmp_path):
+    root = shards(images, tmp_path / "only")
+    for file in root.glob("test-*"):
+        file.unlink()
+    return root
+
+
 def contents(sources):
     """Returns class and encoded image of each image by split."""
     return {
@@ -124,6 +131,8 @@ def test_shards_that_are_not_split_are_split_by_class(images, tmp_path):
     config = DataConfig(name="tar", root=str(file), split_classes=0.5)
     sources = load_sources(config)
     assert {split: len(x.class_names) for split, x in sources.items()} == {"train": 3, "test": 3}
+    # Shards of training images only are not split either.
+    assert list(data.create("tar", root=shards_of_training(images, tmp_path))) == [rows.UNSPLIT]
     # A classification split, with the same classes in both, is joined first.
     root = tmp_path / "shards"
     write_shard(root / "train-0.tar", members[::2] + members[1::2])

@@ -114,4 +114,12 @@ def create(name: str, *, root: str | os.PathLike[str] | None = None) -> Sources:
         )
     if name in WITH_IMAGES and root:
         raise UserError(f"data set {name!r} comes with its images and takes no root, got {root}")
-    return load(str(storage.local(root)) if root else "")
+    return load(str(_local(name, os.fspath(root))) if root else "")
+
+
+def _local(name: str, root: str) -> Path:
+    """Returns a local path; for a URL, that of a copy."""
+    if name == "table" and storage.is_url(root) and root.endswith(".csv"):
+        folder, _, file = root.rpartition("/")
+        return storage.local(folder) / file  # The images that it lists are below its folder.
+    return storage.local(root)

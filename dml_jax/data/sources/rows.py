@@ -159,6 +159,16 @@ class Rows:
         )
 
 
+def splits_of_files(listed: Sequence[Path]) -> list[str | None]:
+    """Returns the split of each file, see `split_of_file`; None for all if there is only one.
+
+    Many data sets that are not split are in files named like training images.
+    """
+    splits = [split_of_file(file) for file in listed]
+    are_split = len({split in _TRAIN for split in splits if split is not None}) > 1
+    return splits if are_split else [None] * len(splits)
+
+
 def split_of_file(file: Path) -> str | None:
     """Returns the split that a file belongs to by its name or its folder; None if by neither.
 

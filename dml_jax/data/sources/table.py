@@ -15,7 +15,7 @@ from typing import Any
 from dml_jax._utils import extras
 from dml_jax._utils.errors import UserError
 from dml_jax.data.sources import parquet
-from dml_jax.data.sources.rows import ALIASES, BOX, OPTIONAL, Rows, split_of_file
+from dml_jax.data.sources.rows import ALIASES, BOX, OPTIONAL, Rows, splits_of_files
 from dml_jax.data.sources.source import Sources
 
 _WANTED = ("label", "path", *OPTIONAL, *ALIASES)
@@ -80,7 +80,7 @@ def _rows(listed: Sequence[Path], path: Path) -> Rows:
         records = [
             os.path.join(folders[f], name) for (f, _), name in zip(numbers, names, strict=True)
         ]
-    splits = [split_of_file(file if path.is_file() else file.relative_to(path)) for file in listed]
+    splits = splits_of_files([x if path.is_file() else x.relative_to(path) for x in listed])
     columns = {name: column(name, None) for name in BOX} | {
         name: column(name, True) for name in ("is_query", "is_gallery")
     }

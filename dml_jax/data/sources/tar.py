@@ -19,7 +19,7 @@ from jaxtyping import Int64
 from dml_jax._utils import files, locks
 from dml_jax._utils.errors import UserError
 from dml_jax.data.sources.folder import IMAGE_EXTENSIONS
-from dml_jax.data.sources.rows import ALIASES, OPTIONAL, Rows, split_of_file
+from dml_jax.data.sources.rows import ALIASES, OPTIONAL, Rows, splits_of_files
 from dml_jax.data.sources.source import Sources
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -71,7 +71,7 @@ def _rows(shards: Sequence[Path], path: Path) -> Rows:
     if not samples:
         raise UserError(f"{path} holds no images named {', '.join(IMAGE_EXTENSIONS)}")
     relative = [Path(x.name) if path.is_file() else x.relative_to(path) for x in shards]
-    splits = [split_of_file(file) for file in relative]
+    splits = splits_of_files(relative)
 
     def column(name: str, missing: Any) -> list[Any]:
         return [sample.columns.get(name, missing) for _, sample in samples]
