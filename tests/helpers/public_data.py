@@ -282,7 +282,7 @@ FOLDER_COUNTS = {"train": (2, 3), "test": (1, 2)}
 def cars196_hub(root: Path) -> Path:
     """Writes `data/train-*` and `data/test-*` with `image` and a numbered `label`.
 
-    As tanganke/stanford_cars and Donghyun99/Stanford-Cars. The order is that of the names.
+    As tanganke/stanford_cars. The order here is that of the names.
     """
     for number, name in enumerate(("train-00000-of-00002", "train-00001-of-00002", "test-0")):
         columns = {
