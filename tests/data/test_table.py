@@ -213,6 +213,9 @@ def test_wrong_tables_are_refused(images, tmp_path, monkeypatch):
         table.load(write_csv(tmp_path / "a.csv", [{"name": "x"}]))
     with pytest.raises(ValueError, match="has no rows of the split 'test'"):
         table.load(write_csv(tmp_path / "a.csv", rows_of(images)[:36]))
+    (tmp_path / "a.csv").write_text("path,label\n")
+    with pytest.raises(ValueError, match="a.csv has no rows"):
+        table.load(tmp_path / "a.csv")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 but nothing else")
     with pytest.raises(ValueError, match="a.parquet cannot be read"):
         table.load(tmp_path / "a.parquet")

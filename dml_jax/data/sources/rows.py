@@ -61,6 +61,8 @@ class Rows:
         Raises:
             ValueError: a row is wrong, or a split has none.
         """
+        if not len(self.labels):
+            raise UserError(f"{path} has no rows")
         labels = self._checked_labels()
         self._check_names()
         boxes = _boxes([self._column(name) for name in BOX], self.where)
