@@ -3,19 +3,26 @@
 docs/how-to/data-sets.md says where to get the public data sets.
 
 dml-jax prepare cars196 --source=stanford_cars --out=data/cars196
+dml-jax prepare cars196 --source=hf:datasets/tanganke/stanford_cars --out=data/cars196
 dml-jax prepare cub200 --download --source=downloads --out=data/cub200
 dml-jax prepare folder --source=photos --out=data/photos
 """
 
+from pathlib import Path
+
 from absl import flags
 
-from dml_jax._utils import storage
+from dml_jax._utils import hub, storage
+from dml_jax._utils.errors import UserError
 from dml_jax.cli import command_line
 from dml_jax.data import records
 from dml_jax.data.prepare import prepare
 
 _SOURCE = flags.DEFINE_string(
-    "source", None, "Directory, archive or URL with the published files.", required=True
+    "source",
+    None,
+    "Directory, archive or URL with the published files, or hf:datasets/OWNER/NAME.",
+    required=True,
 )
 _OUT = flags.DEFINE_string("out", None, "Directory or URL to create.", required=True)
 _DOWNLOAD = flags.DEFINE_bool(
@@ -33,7 +40,7 @@ def main(data_set: str) -> None:
     with command_line.user_errors(), storage.writing(_OUT.value, last=records.MANIFEST) as out:
         index = prepare(
             data_set,
-            source=storage.local(_SOURCE.value),
+            source=_local(_SOURCE.value),
             out=out,
             download=_DOWNLOAD.value,
             allow_different_counts=_ALLOW.value,
@@ -41,6 +48,14 @@ def main(data_set: str) -> None:
     for name, split in index.splits.items():
         print(f"{name}: {len(split.labels)} images of {len(set(split.labels))} classes")
     print(f"prepared: {_OUT.value}")
+
+
+def _local(source: str) -> Path:
+    if not hub.is_data_set(source):
+        return storage.local(source)
+    if _DOWNLOAD.value:
+        raise UserError("--download is for --source=DIRECTORY; hf:datasets/... needs none")
+    return hub.data_set(source, ".parquet")
 
 
 def start() -> None:

@@ -33,12 +33,13 @@ class DataConfig:
         "folder",
         registered(sources.REGISTRY),
         help="Data set: built-in, `folder` for any folder of images, `table` for a CSV or Parquet "
-        "file that lists them, or a source of your own.",
+        "file that lists them, `tar` for tar shards, or a source of your own.",
     )
     root: str = setting(
         "",
         text("it must be the path of a directory or a table"),
-        help="Folder of the data set, or the file of a table; empty for data sets that come with "
+        help="Folder of the data set, or the file of a table; for `table` and `tar` also "
+        "`hf:datasets/OWNER/NAME` on the Hugging Face hub; empty for data sets that come with "
         "their images.",
         resumable=True,
     )

@@ -73,7 +73,8 @@ def load_sources(config: DataConfig) -> dict[str, data.Source]:
     if not config.split_classes:
         raise UserError(
             f"the images at {config.root} are not split into training and test classes (train/ and "
-            "test/, or a column `split`); config.data.split_classes=0.5 tests on half of them"
+            "test/, or a column `split`, with different classes in both); "
+            "config.data.split_classes=0.5 tests on half of them"
         )
     # The same classes for every seed of the run, so that runs can be compared.
     train, test = data.split_classes(sources[UNSPLIT], config.split_classes, seed=0)

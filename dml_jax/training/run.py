@@ -126,7 +126,7 @@ def _resolved(config: Config, *, forked: bool) -> Config:
     weights = pretrained.NONE if forked else pretrained.absolute(config.model.pretrained)
 
     def absolute(path: str) -> str:
-        return storage.absolute(path) if path else ""
+        return storage.absolute(path) if path and not path.startswith("hf:") else path
 
     of_data = dataclasses.replace(
         config.data, root=absolute(config.data.root), features=absolute(config.data.features)

@@ -1,6 +1,7 @@
 """Folders, lists and images of arbitrary content raise only the documented errors."""
 
 import os
+import tarfile
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,6 +11,7 @@ from dml_jax import data
 from dml_jax.data import images, records
 from dml_jax.data.prepare import DATA_SETS, layouts, prepare
 from tests.data.test_inspection import BAD, GOOD
+from tests.data.test_tar import write_shard
 from tests.helpers import public_data
 from tests.helpers.fuzz import CHANGES, apply_changes, damaged
 
@@ -100,6 +102,30 @@ def test_matlab_annotations(tmp_path):
     def try_all(content):
         file.write_bytes(content)
         check_layout("cars196", root)
+
+    try_all()
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tar_shards(format, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    members = [
+        (f"{'folder' * 20}/{k}.{extension}", content)
+        for k in range(3)
+        for extension, content in (("json", {"label": k % 2, "x1": k}), ("jpg", GOOD["cmyk.jpg"]))
+    ]
+    file = write_shard(tmp_path / "a.tar", members, format=format)
+    original = file.read_bytes()
+
+    @settings(max_examples=EXAMPLES)
+    @given(damaged(original))
+    def try_all(content):
+        file.write_bytes(content)
+        try:
+            found = data.create("tar", root=file)
+            data.accept(found, data.inspect(found), "skip")
+        except (ValueError, OSError) as error:
+            assert str(file) in str(error) or "images of" in str(error)
 
     try_all()
 

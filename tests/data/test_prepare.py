@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from dml_jax import data
 from dml_jax.data import prepare as preparation
 from dml_jax.data import records
-from tests.helpers import public_data
+from tests.helpers import hub, public_data
 
 LAYOUTS = {
     "cars196_annos": ("cars196", public_data.cars196_annos, public_data.CARS_COUNTS),
@@ -27,6 +27,11 @@ LAYOUTS = {
         public_data.CARS_COUNTS,
     ),
     "cub200": ("cub200", public_data.cub200, public_data.CUB_COUNTS),
+    "cars196_hub": ("cars196", public_data.cars196_hub, public_data.CARS_COUNTS),
+    "cub200_hub": ("cub200", public_data.cub200_hub, public_data.CUB_COUNTS),
+    "cub200_hub_numbers": ("cub200", public_data.cub200_hub_numbers, public_data.CUB_COUNTS),
+    "sop_hub": ("sop", public_data.sop_hub, public_data.SOP_COUNTS),
+    "inshop_hub": ("inshop", public_data.inshop_hub, public_data.INSHOP_COUNTS),
     "sop": ("sop", public_data.sop, public_data.SOP_COUNTS),
     "inshop": ("inshop", public_data.inshop, public_data.INSHOP_COUNTS),
     "omniglot": ("omniglot", public_data.omniglot, public_data.OMNIGLOT_COUNTS),
@@ -45,12 +50,17 @@ def cub(tmp_path):
     return public_data.cub200(tmp_path / "cub")
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_prepared_with_disjoint_classes(layout, tmp_path):
     name, make, counts = LAYOUTS[layout]
-    make(tmp_path / "source")
+    source = make(tmp_path / "source")
     out = tmp_path / "data" / "out"
-    prepare(name, tmp_path / "source", out, counts)
+    prepare(name, source, out, counts)
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
     found = data.create(name, root=out)
@@ -66,7 +76,11 @@ def test_every_layout_is_prepared_with_disjoint_classes(layout, tmp_path):
 
     if layout == "grocery":
         assert found["train"].class_names == ("Apple", "Banana")
-    numbers = {"cars196_numbers": ["1", "2"], "cars196_prepared": ["1", "98"]}
+    numbers = {
+        "cars196_numbers": ["1", "2"],
+        "cars196_prepared": ["1", "98"],
+        "cub200_hub_numbers": ["2", "9"],
+    }
     if layout in numbers:
         assert list(found["train"].class_names) == numbers[layout]
 
@@ -82,6 +96,56 @@ def test_every_layout_is_prepared_with_disjoint_classes(layout, tmp_path):
         pixels = builder.as_data_source(split)[0]["image"]
         assert pixels.shape == data.decode(source[0], "x").shape
     assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["sop", "inshop"])
+def test_copies_on_the_hub_have_the_classes_and_images_of_the_archives(name, tmp_path):
+    found = []
+    for layout in (name, f"{name}_hub"):
+        _, make, counts = LAYOUTS[layout]
+        prepare(name, make(tmp_path / layout), tmp_path / f"out_{layout}", counts)
+        sources = data.create(name, root=tmp_path / f"out_{layout}")
+        found.append({split: sorted(contents(source)) for split, source in sources.items()})
+    assert found[0] == found[1]
+
+
+def contents(source):
+    return [(source.class_names[label], source[i]) for i, label in enumerate(source.labels)]
+
+
+def test_damaged_copies_on_the_hub_are_refused(tmp_path):
+    root = public_data.inshop_hub(tmp_path / "inshop")
+    names = (root / "list_eval_partition.txt").read_text()
+    (root / "list_eval_partition.txt").write_text(names.replace("4/00_1_front", "4/07_1_front"))
+    with pytest.raises(ValueError, match="test, class id_00000004: 1 of 1 images are missing"):
+        prepare("inshop", root, tmp_path / "out", public_data.INSHOP_COUNTS)
+    (root / "list_eval_partition.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="found no list_eval_partition.txt"):
+        prepare("inshop", root, tmp_path / "out", public_data.INSHOP_COUNTS)
+
+    root = tmp_path / "copy"
+
+    def write(name, columns, **options):
+        columns = {"image": [public_data.jpeg(0)]} | columns
+        hub.write_parquet(root / f"{name}.parquet", columns, **options)
+
+    write("train-0", {"name": ["a"]})
+    with pytest.raises(ValueError, match="has the columns image, name; it needs label and image"):
+        prepare("cars196", root, tmp_path / "out", public_data.CARS_COUNTS)
+    with pytest.raises(ValueError, match="it needs one of class_id, item_id, label"):
+        prepare("sop", root, tmp_path / "out", public_data.SOP_COUNTS)
+    write("train-0", {"label": [None]})
+    with pytest.raises(ValueError, match="train-0.parquet, row 1: a value is missing"):
+        prepare("cars196", root, tmp_path / "out", public_data.CARS_COUNTS)
+    write("train-0", {"label": [0]}, classes={"label": ["a", "b"]})
+    write("test-0", {"label": [0]}, classes={"label": ["b", "a"]})
+    with pytest.raises(ValueError, match="number their classes differently"):
+        prepare("cub200", root, tmp_path / "out", public_data.CUB_COUNTS)
+    # A row without an image is counted as missing.
+    write("train-0", {"label": [0], "image": [None]}, classes={"label": ["a", "b"]})
+    write("test-0", {"label": [1]}, classes={"label": ["a", "b"]})
+    with pytest.raises(ValueError, match="train, class a: 1 of 1 images are missing"):
+        prepare("cub200", root, tmp_path / "out", {"train": (1, 1), "test": (1, 1)})
 
 
 def test_images_are_stored_unchanged_with_their_labels(tmp_path):
@@ -426,6 +490,11 @@ def test_program(cub, tmp_path):
     done = run("cub200", *flags)
     assert done.returncode == 0, done.stderr
     assert "train: expected 5864 images of 100 classes, found 6 of 2" in done.stderr
+    assert done.stdout.startswith("train: 6 images of 2 classes\ntest: 6 images of 2 classes\n")
+    public_data.cub200_hub(hub.snapshot("birds"))
+    on_hub = ["--source=hf:datasets/somebody/birds", f"--out={tmp_path / 'out2'}", flags[2]]
+    done = run("cub200", *on_hub)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("train: 6 images of 2 classes\ntest: 6 images of 2 classes\n")
     wrong = run(*flags)
     assert wrong.returncode == 2 and "the argument 'data_set' is missing" in wrong.stderr

@@ -89,7 +89,7 @@ def test_folders_with_a_wrong_layout_are_rejected(folder):
 
 def test_unknown_names_and_wrong_roots_are_rejected(folder):
     with pytest.raises(
-        ValueError, match="unknown data set 'birds'; choose one of folder, table, glyphs, orl"
+        ValueError, match="unknown data set 'birds'; choose one of folder, table, tar, glyphs, orl"
     ):
         data.create("birds")
     with pytest.raises(ValueError, match="'folder' needs root"):

@@ -11,10 +11,14 @@ import pytest
 from PIL import Image
 
 from dml_jax import data
-from dml_jax._utils import sharding
-from dml_jax.data.sources import table
+from dml_jax._utils import sharding, storage
+from dml_jax.data.config import DataConfig
+from dml_jax.data.sources import parquet, table
+from dml_jax.data.sources import rows as rows_module
+from dml_jax.data.splits import load_sources
 from dml_jax.training import run
-from tests.helpers import tiny
+from dml_jax.training.config import parse
+from tests.helpers import hub, object_storage, tiny
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +30,7 @@ def images(tmp_path_factory):
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield
-    table._column.cache_clear()
+    parquet.column.cache_clear()
 
 
 def rows_of(images):
@@ -39,6 +43,10 @@ def rows_of(images):
         for split in ("train", "test")
         for path in sorted((images / split).rglob("*.png"))
     ]
+
+
+def whole_file(images):
+    return (images / "train/class0/0.png").read_bytes()
 
 
 def write_csv(path, rows):
@@ -78,7 +86,7 @@ def test_a_csv_file_is_read_like_the_folder_that_it_lists(images):
 def test_labels_stay_as_they_are_written(images):
     rows = [row | {"label": "007" if "class0" in row["path"] else "7"} for row in rows_of(images)]
     file = write_csv(images / "numbers.csv", rows)
-    assert table.load(file)["train"].class_names == ("007", "7")
+    assert table.load(file)[rows_module.UNSPLIT].class_names == ("007", "7")
     file.unlink()
 
 
@@ -115,10 +123,10 @@ def test_images_are_cropped_to_their_boxes(images, names):
         rows[1] |= dict(zip(names, box, strict=True))
         with pytest.raises(ValueError, match=message):
             table.load(write_csv(images / "list.csv", rows))
-    rows[1] |= dict(zip(names, (2, 3, 17, 9), strict=True))
-    source = table.load(write_csv(images / "list.csv", rows))["train"]
-    with pytest.raises(ValueError, match="exceeds the image of 16x16 pixels"):
-        source.image(1)
+    # Not through a source, of whose records the shape checks read any.
+    cropped = rows_module._Cropped((whole_file(images),), np.array([[2, 3, 17, 9]]), ("x",))
+    with pytest.raises(ValueError, match="x: the box .* exceeds the image of 16x16 pixels"):
+        cropped[0]
     (images / "list.csv").unlink()
 
 
@@ -155,7 +163,7 @@ def test_parquet_files_of_the_hub_hold_the_images(images, tmp_path, features, st
     # The copies are made once.
     (copies,) = tmp_path.glob("cache/dml_jax/parquet")
     before = {path: path.stat().st_mtime_ns for path in copies.iterdir()}
-    table._column.cache_clear()
+    parquet.column.cache_clear()
     contents(data.create("table", root=folder.parent))
     after = {path: path.stat().st_mtime_ns for path in copies.glob("*.arrow")}
     assert after == {path: before[path] for path in after} and len(after) == 3
@@ -205,6 +213,9 @@ def test_wrong_tables_are_refused(images, tmp_path, monkeypatch):
         table.load(write_csv(tmp_path / "a.csv", [{"name": "x"}]))
     with pytest.raises(ValueError, match="has no rows of the split 'test'"):
         table.load(write_csv(tmp_path / "a.csv", rows_of(images)[:36]))
+    (tmp_path / "a.csv").write_text("path,label\n")
+    with pytest.raises(ValueError, match="a.csv has no rows"):
+        table.load(tmp_path / "a.csv")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 but nothing else")
     with pytest.raises(ValueError, match="a.parquet cannot be read"):
         table.load(tmp_path / "a.parquet")
@@ -213,3 +224,126 @@ def test_wrong_tables_are_refused(images, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "dml_jax\[tables\]"'):
         table.load(tmp_path / "a.csv")
+
+
+def classification(images, root, *, name="{split}-00000-of-00001.parquet", **options):
+    """Writes the training images as the hub has classification sets: all classes in both splits."""
+    files = sorted((images / "train").rglob("*.png"))
+    names = [f"class{k}" for k in reversed(range(tiny.TRAIN_CLASSES))]
+    for number, split in enumerate(("train", "test")):
+        part = files[number::2]
+        columns = {
+            options.get("pictures", "image"): [path.read_bytes() for path in part],
+            options.get("labels", "label"): [names.index(path.parent.name) for path in part],
+        }
+        hub.write_parquet(
+            root / name.format(split=split),
+            columns,
+            images=options.get("pictures", "image"),
+            classes={options.get("labels", "label"): names},
+        )
+
+
+@pytest.mark.parametrize(
+    ("repository", "options"),
+    [
+        ("plain", {"name": "data/{split}-00000-of-00001.parquet"}),
+        ("converted", {"name": "default/{split}/0000.parquet"}),
+        ("named", {"pictures": "img", "labels": "fine_label"}),
+    ],
+)
+def test_a_classification_set_of_the_hub_is_joined_and_split_by_class(images, repository, options):
+    if repository == "converted":
+        hub.snapshot(repository)
+        folder = hub.snapshot(repository, revision="refs/convert/parquet", commit=hub.CONVERTED)
+    else:
+        folder = hub.snapshot(repository)
+    classification(images, folder, **options)
+    root = f"hf:datasets/somebody/{repository}"
+    sources = load_sources(DataConfig(name="table", root=root, split_classes=0.5))
+    found = contents(sources)
+    expected = contents(data.create("folder", root=images))["train"]
+    assert sorted(found["train"] + found["test"]) == sorted(expected)
+    assert len(sources["test"].class_names) == 3
+    assert not set(sources["train"].class_names) & set(sources["test"].class_names)
+    again = load_sources(DataConfig(name="table", root=str(folder), split_classes=0.5))
+    assert again["test"].names == sources["test"].names
+    with pytest.raises(ValueError, match=f"images at {root} are not split .* different classes"):
+        load_sources(DataConfig(name="table", root=root))
+    resolved = run._resolved(parse(tiny.config(root, data__name="table")), forked=False)
+    assert resolved.data.root == root
+
+
+def test_wrong_locations_on_the_hub_are_refused(images):
+    for name, root in (("table", "hf:datasets/cars"), ("folder", "hf:datasets/a/b")):
+        with pytest.raises(ValueError, match=f"root is {root}; .* for a data set of table or tar"):
+            data.create(name, root=root)
+    with pytest.raises(FileNotFoundError, match="hf:datasets/somebody/nowhere cannot be read"):
+        data.create("table", root="hf:datasets/somebody/nowhere")
+    folder = hub.snapshot("subsets")
+    classification(images, folder, name="small/{split}/0000.parquet")
+    classification(images, folder, name="large/{split}/0000.parquet")
+    with pytest.raises(ValueError, match="several tables, in the folders large, small; name one"):
+        data.create("table", root="hf:datasets/somebody/subsets")
+    assert list(data.create("table", root="hf:datasets/somebody/subsets/small")) == ["all"]
+
+
+def test_only_the_columns_that_are_needed_are_read(images, tmp_path):
+    encoded = [path.read_bytes() for path in sorted((images / "train").rglob("*.png"))]
+    columns = {"image": encoded, "label": ["a", "b"] * 18, "path": ["x"] * 36, "mask": encoded}
+    hub.write_parquet(tmp_path / "all.parquet", columns)
+    assert parquet.read(tmp_path / "all.parquet", table._WANTED).values.keys() == {"label", "path"}
+    # Encoded images are used, not the paths that they once had.
+    source = table.load(tmp_path / "all.parquet")[rows_module.UNSPLIT]
+    assert source[5] == encoded[5] and source.names[5] == "all.parquet:5"
+
+
+def test_a_missing_or_wrong_image_is_named(images, tmp_path):
+    hub.write_parquet(tmp_path / "a.parquet", {"image": [None, b"x"], "label": ["a", "b"]})
+    found = parquet.Images((tmp_path / "a.parquet",), ("image",), ((0, 0), (0, 1)))
+    assert found[1] == b"x"
+    with pytest.raises(ValueError, match="a.parquet, row 1: there is no image"):
+        found[0]
+    about = pyarrow.table({"image": [1, 2], "label": ["a", "b"]})
+    pyarrow.parquet.write_table(about, tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match="column 'image' of .*b.parquet holds no encoded images"):
+        parquet.column(tmp_path / "b.parquet", "image")
+    hub.write_parquet(
+        tmp_path / "c.parquet", {"image": [b"x"], "label": [2]}, classes={"label": ["a", "b"]}
+    )
+    with pytest.raises(ValueError, match="c.parquet, row 1: there is no class 2 in 'label'"):
+        table.load(tmp_path / "c.parquet")
+
+
+def test_queries_and_gallery_need_classes_of_their_own(images):
+    rows = [row | {"label": "a", "is_query": "1", "is_gallery": "0"} for row in rows_of(images)]
+    rows[-1] |= {"is_query": "0", "is_gallery": "1"}
+    with pytest.raises(ValueError, match="1 classes are both in training and in testing: a;"):
+        table.load(write_csv(images / "list.csv", rows))
+    for row in rows:
+        row |= {"label": row["split"], "is_query": "1", "is_gallery": "0"}
+    with pytest.raises(ValueError, match="no test rows in which is_gallery is true"):
+        table.load(write_csv(images / "list.csv", rows))
+    (images / "list.csv").unlink()
+
+
+def test_a_box_that_is_no_number_is_named(images):
+    rows = rows_of(images)
+    rows[2] |= {"x_1": "nan", "y_1": "nan", "x_2": "nan", "y_2": "nan"}
+    assert table.load(write_csv(images / "list.csv", rows)).keys() == {"train", "test"}
+    rows[2] |= {"x_1": "left"}
+    with pytest.raises(ValueError, match="row 3: the box"):
+        table.load(write_csv(images / "list.csv", rows))
+    (images / "list.csv").unlink()
+
+
+def test_a_table_in_object_storage_is_copied_with_its_images(images, tmp_path):
+    file = write_csv(images / "list.csv", rows_of(images))
+    expected = contents(table.load(file))
+    with object_storage.served():
+        url = object_storage.new_bucket("s3") + "/photos"
+        names = [path.relative_to(images).as_posix() for path in images.rglob("*.*")]
+        storage.upload(images, url, [name for name in names if (images / name).is_file()])
+        for root in (url, f"{url}/list.csv"):
+            assert contents(data.create("table", root=root)) == expected
+    file.unlink()

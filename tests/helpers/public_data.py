@@ -12,6 +12,8 @@ from PIL import Image
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
+from tests.helpers import hub
+
 CARS = ("Acura TL Sedan 2012", "Acura Integra 2001", "smart fortwo 2012", "Volvo 240 1993")
 """The official order differs from that of the names; its halves are the same."""
 CARS_COUNTS = {"train": (2, 6), "test": (2, 6)}
@@ -272,3 +274,78 @@ def folder(root: Path) -> Path:
 
 
 FOLDER_COUNTS = {"train": (2, 3), "test": (1, 2)}
+
+
+# Copies on the Hugging Face hub, with the columns that their cards state.
+
+
+def cars196_hub(root: Path) -> Path:
+    """Writes `data/train-*` and `data/test-*` with `image` and a numbered `label`.
+
+    As tanganke/stanford_cars. The order here is that of the names.
+    """
+    for number, name in enumerate(("train-00000-of-00002", "train-00001-of-00002", "test-0")):
+        columns = {
+            "image": [jpeg(10 * number + i) for i in range(4)],
+            "label": [(i + number) % 4 for i in range(4)],
+        }
+        classes = {"label": sorted(CARS)}
+        hub.write_parquet(root / f"data/{name}.parquet", columns, classes=classes)
+    return root
+
+
+def cub200_hub(root: Path) -> Path:
+    """Writes `image`, `label` and `bbox`, as bentrevett/caltech-ucsd-birds-200-2011.
+
+    The files have the names that the hub's converter gives them.
+    """
+    classes = {"label": [f"{k:03}.Bird_{k}" for k in range(1, 5)]}
+    for number, split in enumerate(("train", "test")):
+        columns = {
+            "image": [jpeg(10 * number + i) for i in range(6)],
+            "label": [0, 0, 1, 2, 3, 3] if split == "train" else [0, 1, 1, 2, 2, 3],
+            "bbox": [[1.0, 2.0, 5.0, 6.0]] * 6,
+        }
+        hub.write_parquet(root / f"default/{split}/0000.parquet", columns, classes=classes)
+    return root
+
+
+def cub200_hub_numbers(root: Path) -> Path:
+    """Writes `label` as plain numbers, a mask and more, as dpdl-benchmark/caltech_birds2011."""
+    labels = [11, 2, 10, 9] * 3
+    columns = {
+        "image": [jpeg(i) for i in range(12)],
+        "image/filename": [f"{i}.jpg" for i in range(12)],
+        "label": labels,
+        "label_name": [f"Bird_{k}" for k in labels],
+        "segmentation_mask": [jpeg(i) for i in range(12)],
+    }
+    hub.write_parquet(root / "data/train-00000-of-00001.parquet", columns)
+    return root
+
+
+def sop_hub(root: Path) -> Path:
+    """Writes `image`, `item_id` and `image_path`, as nyris/stanford-online-products-v1."""
+    for split, items in (("train", range(1, 12)), ("test", (12,))):
+        pairs = [(item, view) for item in items for view in range(2)]
+        columns = {
+            "image": [jpeg(2 * item - 2 + view) for item, view in pairs],
+            "item_id": [item for item, _ in pairs],
+            "image_path": [f"chair_final/{item}_{view}.JPG" for item, view in pairs],
+        }
+        hub.write_parquet(root / f"data/{split}-00000-of-00001.parquet", columns)
+    return root
+
+
+def inshop_hub(root: Path) -> Path:
+    """Writes `image`, `item_ID` and categories, as Marqo/deepfashion-inshop, beside the list."""
+    path = inshop(root / "official") / "Eval/list_eval_partition.txt"
+    names = [line.split()[0] for line in reversed(path.read_text().splitlines()[2:])]
+    columns = {
+        "image": [(root / "official/Img" / name).read_bytes() for name in names],
+        "category1": ["women"] * len(names),
+        "item_ID": [name[4:-4].replace("/", "_") for name in names],
+    }
+    hub.write_parquet(root / "hub/data/data-00000-of-00001.parquet", columns)
+    put(root / "hub/list_eval_partition.txt", path.read_text())
+    return root / "hub"

@@ -448,7 +448,7 @@ BAD = {
     "micro_batches": (3, "config.micro_batches is 3; it must be a divisor of .*batch_size, 128"),
     "data.name": (
         "cifar",
-        "config.data.name is 'cifar'; choose one of folder, table, glyphs, .*inshop",
+        "config.data.name is 'cifar'; choose one of folder, table, tar, glyphs, .*inshop",
     ),
     "data.root": ("letters", "config.data.root is 'letters', but glyphs comes with its images"),
     "data.resize": (16, "config.data.resize is 16; it must be at least config.data.image_size, 32"),

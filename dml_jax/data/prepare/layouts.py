@@ -11,8 +11,9 @@ import scipy.io
 
 from dml_jax._utils.errors import UserError
 from dml_jax.data import records
-from dml_jax.data.prepare import tfds_copy
+from dml_jax.data.prepare import hub_copy, tfds_copy
 from dml_jax.data.sources import folder as folder_source
+from dml_jax.data.sources import parquet
 from dml_jax.data.sources.folder import visible_entries
 
 
@@ -71,7 +72,7 @@ def read(layout: Callable[[Path], Contents], source: Path) -> Contents:
 def cars196(source: Path) -> Contents:
     """Lists CARS196; the first half of the classes is for training, the second for testing.
 
-    Reads any of five layouts:
+    Reads any of six layouts:
 
     - `cars_annos.mat` and `car_ims/`;
     - `cars_train/`, `cars_test/` and the devkit, with `cars_test_annos_withlabels.mat` in it or
@@ -79,7 +80,8 @@ def cars196(source: Path) -> Contents:
     - `train/CLASS/*` and `test/CLASS/*`, each with all classes, ordered by their names (which is
       not the official order, but has the same halves) or numbers;
     - the same with disjoint classes, as the official programs write it, which is already split;
-    - a copy by TensorFlow Datasets, as ArrayRecord or TFRecord files.
+    - a copy by TensorFlow Datasets, as ArrayRecord or TFRecord files;
+    - a copy on the Hugging Face hub: Parquet files with the columns `image` and `label`.
 
     Raises:
         FileNotFoundError: none of them is found, or the labels of the test images are missing.
@@ -97,8 +99,10 @@ def cars196(source: Path) -> Contents:
         return _split_in_halves(_list_cars196_devkit(source, devkit))
     if root := _find(source, "dataset_info.json"):
         return _split_in_halves(_list_tfds_copy(root))
+    if parquet.below(source):
+        return _split_in_halves(_list_hub_copy(source))
     others = "cars_annos.mat with car_ims/, cars_train_annos.mat, dataset_info.json (of TFDS)"
-    tree = _list_tree(_find_or_raise(source, "train/*/*", others))
+    tree = _list_tree(_find_or_raise(source, "train/*/*", others, on_hub=True))
     train, test = (
         {entry.class_name for entry in tree.entries if entry.split == split}
         for split in ("train", "test")
@@ -129,16 +133,18 @@ def _list_cars196_devkit(source: Path, devkit: Path) -> Contents:
 
 
 def cub200(source: Path) -> Contents:
-    """Lists CUB-200-2011, from the official archive or a copy by TFDS.
+    """Lists CUB-200-2011, from the official archive, a copy by TFDS or one on the hub.
 
     The first half of the classes is for training, the second for testing.
 
     Raises:
-        FileNotFoundError: the source holds neither.
+        FileNotFoundError: the source holds none of them.
     """
     if copy := _find(source, "dataset_info.json"):
         return _split_in_halves(_list_tfds_copy(copy))
-    root = _find_or_raise(source, "images.txt", "dataset_info.json (of TFDS)")
+    if _find(source, "images.txt") is None and parquet.below(source):
+        return _split_in_halves(_list_hub_copy(source))
+    root = _find_or_raise(source, "images.txt", "dataset_info.json (of TFDS)", on_hub=True)
     classes = dict(_rows(root / "classes.txt", 2))
     labels = dict(_rows(root / "image_class_labels.txt", 2))
     entries = [
@@ -151,10 +157,16 @@ def cub200(source: Path) -> Contents:
 def sop(source: Path) -> Contents:
     """Lists Stanford Online Products, split by `Ebay_train.txt` and `Ebay_test.txt`.
 
+    In Parquet files of the Hugging Face hub, the classes are in a column `class_id`, `item_id` or
+    `label`, and the names of the files begin with the split.
+
     Raises:
         FileNotFoundError: the source does not hold these files.
     """
-    root = _find_or_raise(source, "Ebay_train.txt")
+    if _find(source, "Ebay_train.txt") is None and parquet.below(source):
+        column = hub_copy.first_column(source, "class_id", "item_id", "label")
+        return _list_hub_copy(source, column)
+    root = _find_or_raise(source, "Ebay_train.txt", on_hub=True)
     entries = [
         ImageEntry(split, class_id, name, _inside(root, name))
         for split in ("train", "test")
@@ -166,18 +178,26 @@ def sop(source: Path) -> Contents:
 def inshop(source: Path) -> Contents:
     """Lists In-Shop Clothes Retrieval, split by `list_eval_partition.txt`; "test" has the queries.
 
+    The images are in `img/`, or in Parquet files of the Hugging Face hub whose column `item_ID` has
+    the names of the images with underscores for slashes.
+
     Raises:
         FileNotFoundError: the source does not hold that file, or no `img/` beside or near it.
         ValueError: the file names an unknown split.
     """
     partition = _find_or_raise(source, "list_eval_partition.txt") / "list_eval_partition.txt"
-    root = _find_or_raise(source, "img/*")
+    on_hub: dict[str, ImageFile] = {}
+    if _find(source, "img/*") is None and parquet.below(source):
+        on_hub = {row.values[0]: row.file for row in hub_copy.read(source, "item_ID")[0]}
+    root = source if on_hub else _find_or_raise(source, "img/*", on_hub=True)
     splits = {"train": "train", "query": "test", "gallery": "gallery"}
     entries = []
     for name, item, split in _rows(partition, 3, header=2):
         if split not in splits:
             raise UserError(f"{partition}: {name} is in a split {split!r}, not in {list(splits)}")
-        entries.append(ImageEntry(splits[split], item, name, _inside(root, name)))
+        item_id = name.removeprefix("img/").removesuffix(".jpg").replace("/", "_")
+        file = on_hub.get(item_id, _inside(root, name))
+        entries.append(ImageEntry(splits[split], item, name, file))
     return Contents(_unique(sorted(entry.class_name for entry in entries)), entries)
 
 
@@ -272,6 +292,13 @@ def _list_tfds_copy(directory: Path, *splits: str) -> Contents:
     return Contents(class_names, [ImageEntry(*example) for example in examples])
 
 
+def _list_hub_copy(source: Path, column: str = "label") -> Contents:
+    """Lists Parquet files of the hub; the split of an image is that of its file, if it has one."""
+    rows, order = hub_copy.read(source, column)
+    entries = [ImageEntry(row.split or "", str(row.values[0]), row.name, row.file) for row in rows]
+    return Contents(tuple(order) or hub_copy.in_order({x.class_name for x in entries}), entries)
+
+
 def _split_in_halves(contents: Contents) -> Contents:
     """Assigns the first half of the classes to training, the second to testing."""
     train = set(contents.class_names[: len(contents.class_names) // 2])
@@ -303,10 +330,11 @@ def _find(source: Path, pattern: str) -> Path | None:
     return None
 
 
-def _find_or_raise(source: Path, pattern: str, others: str = "") -> Path:
+def _find_or_raise(source: Path, pattern: str, others: str = "", *, on_hub: bool = False) -> Path:
     directory = _find(source, pattern)
     if directory is None:
-        expected = f"{others} or {pattern}" if others else pattern
+        parquet_files = "*.parquet (of the Hugging Face hub)" if on_hub else ""
+        expected = " or ".join(filter(None, (others, pattern, parquet_files)))
         raise FileNotFoundError(
             f"found no {expected} in {source}, nor one or two directories below it"
         )

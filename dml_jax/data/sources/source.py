@@ -195,23 +195,26 @@ def _select(
 ) -> Source:
     """Returns the images at `indices`, all of them of `classes`, which are numbered from 0."""
     return Source(
-        records=_Subset(source.records, indices),
+        records=Subset(source.records, indices),
         labels=(np.cumsum(classes) - 1).astype(np.int32)[source.labels[indices]],
         class_names=tuple(itertools.compress(source.class_names, classes)),
         names=tuple(source.names[index] for index in indices),
     )
 
 
-class _Subset(Sequence[bytes | str]):
+class Subset(Sequence[bytes | str]):
     """A subset of a sequence of records, read on access."""
 
     def __init__(self, records: Sequence[bytes | str], indices: Int64[np.ndarray, " n"]):
+        """Chooses the records at `indices`, in their order."""
         self._records, self._indices = records, indices
 
     def __len__(self) -> int:
+        """Returns the number of chosen records."""
         return len(self._indices)
 
     def __getitem__(self, index: int) -> bytes | str:  # type: ignore[override]  # No slices.
+        """Returns a chosen record."""
         return self._records[int(self._indices[index])]
 
 
