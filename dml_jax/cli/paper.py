@@ -30,7 +30,6 @@ from dml_jax.training import cells
 from dml_jax.training.config import default
 from dml_jax.training.cost import PEAKS
 
-config_flags.DEFINE_config_dict("config", default(), "Settings that all cells share.")
 _ROOT = flags.DEFINE_string("root", None, "Folder or URL of the runs of all tables.", required=True)
 _DATA_ROOT = flags.DEFINE_string(
     "data_root", "data", "Folder or URL with the prepared data sets: cars196, cub200, sop, inshop."
@@ -140,4 +139,6 @@ def _train_one(planned: Plan, index: int) -> None:
 
 def start() -> None:
     """Parses the command line and runs the program."""
+    with command_line.flag_errors():  # It reads the command line when it is defined.
+        config_flags.DEFINE_config_dict("config", default(), "Settings that all cells share.")
     command_line.run(main, "TABLE", embeds=True)

@@ -115,8 +115,8 @@ class Listing:
         self._note(
             f"hours: an ASSUMPTION, not measured: {100 * self._utilisation:g} % of the "
             f"{peak / 1e12:g} TFLOP/s of one {self._device} for {config.model.dtype} "
-            f"(--utilisation). The network needs {training / _GIGA:.0f} GFLOP for an image of "
-            f"training and {evaluation / _GIGA:.0f} for one of evaluation by XLA's count, so this "
+            f"(--utilisation). The network needs {training / _GIGA:.2g} GFLOP for an image of "
+            f"training and {evaluation / _GIGA:.2g} for one of evaluation by XLA's count, so this "
             f"is about {round(reached / training, -2):,.0f} images/s of training. If reading the "
             "images is slower, it takes longer. --images_per_second=RATE computes the hours from a "
             "rate that you measured, such as that of the first epochs"

@@ -20,6 +20,7 @@ RUNS = {"readme": {"baseline": 8, "ps": 8, "memvir_baseline": 5, "memvir": 5}}
 """Runs of each method in the tables that state it."""
 
 _RUNS = 5  # Of the other tables, our choice.
+_COMPARED = ("seed", "loss", "proxy_init", "proxy_synthesis", "memvir")
 _BEST_AND_LAST = (True, False)
 
 NOTES = {
@@ -43,6 +44,8 @@ class Plan(NamedTuple):
     """By data set and variant: the variant that it is compared with."""
     references: Mapping[str, Mapping[str, Sequence[Reference]]]
     """By data set and variant: the published scores, which `memvir_baseline` has not."""
+    overrides: Mapping[str, Any]
+    """Settings that all runs have instead of those of their config files, by path."""
 
 
 def plan(
@@ -75,6 +78,7 @@ def plan(
     """
     published = TABLES[_select("table", [table], TABLES)[0]]
     variants = _variants(published, losses, methods)
+    _check_overrides(overrides)
     runs = RUNS.get(table, dict.fromkeys(METHODS, _RUNS))
     runs = runs if seeds is None else dict.fromkeys(METHODS, seeds)
     made: dict[int, list[Cell]] = {seed: [] for seed in range(max(runs.values()))}
@@ -101,7 +105,7 @@ def plan(
                 )
                 made[seed].append(cell._replace(name=f"{data_set}/{name}"))
     in_order = [cell for of_seed in made.values() for cell in of_seed]
-    return Plan(table, in_order, baselines, references)
+    return Plan(table, in_order, baselines, references, overrides)
 
 
 def _variants(
@@ -119,6 +123,16 @@ def _variants(
         for loss in _select("--losses", losses, known_losses)
         for method in _select("--methods", methods, [x for x in METHODS if x in has])
     }
+
+
+def _check_overrides(overrides: Mapping[str, Any]) -> None:
+    """Raises ValueError for a setting that the table compares, which must differ between cells."""
+    for path in overrides:
+        if path.partition(".")[0] in _COMPARED:
+            raise UserError(
+                f"--config.{path} would be a setting of all cells, but the table compares its "
+                "values; train runs with other ones by `dml-jax reproduce`"
+            )
 
 
 def _select(what: str, wanted: Sequence[str] | None, known: Iterable[str]) -> list[str]:
@@ -146,6 +160,9 @@ def text(planned: Plan, results: Sequence[Mapping[str, Any] | None]) -> str:
     }
     done = sum(result is not None for result in results)
     parts = [f"# {planned.table}", f"{done} of {len(results)} runs are finished."]
+    if planned.overrides:
+        changed = ", ".join(f"{path}={value}" for path, value in planned.overrides.items())
+        parts.append(f"Settings that differ from those of the config files: {changed}.")
     missing = _missing(planned, results)
     if missing:
         parts.append("Missing:\n\n" + "\n".join(f"- {line}" for line in missing))
@@ -217,6 +234,7 @@ def _json(planned: Plan, results: Sequence[Mapping[str, Any] | None]) -> dict[st
     }
     return {
         "table": planned.table,
+        "overrides": dict(planned.overrides),
         "cells": made,
         "against": planned.baselines,
         "published_percent": published,
