@@ -107,26 +107,44 @@ def _paper(table: str, supplement: str, loss: str) -> str:
     return f"{table} and supplement {supplement}" if loss == "proxy_anchor" else table
 
 
-def _of(data_set: str) -> dict[Variant, list[Reference]]:
+_PS_TABLE_6, _MEMVIR_TABLE_4, _README = "ps-table6", "memvir-table4", "readme"
+
+
+def _papers(data_set: str) -> dict[str, list[tuple[Variant, Reference]]]:
+    """Returns the rows of the published tables for a data set, by table."""
     number = _SETS.index(data_set)
-    found = []
-    if data_set == "cars196":
-        found += _readme("PS README, 8 runs", _PS_README)
-        found += _readme("MemVir README, 5 runs", _MEMVIR_README)
-        found += _readme("MemVir README, best 5 of the PS README's 8 runs", _MEMVIR_BASELINES)
+    tables: dict[str, list] = {_PS_TABLE_6: [], _MEMVIR_TABLE_4: [], _README: []}
     for loss, pairs in _PS_PAPER.items():
         source = _paper("PS paper, table 6", "C.2", loss)
-        baseline, mixed = pairs[number]
-        found += [_recall(source, "baseline", loss, baseline), _recall(source, "ps", loss, mixed)]
+        for method, percent in zip(("baseline", "ps"), pairs[number], strict=True):
+            tables[_PS_TABLE_6].append(_recall(source, method, loss, percent))
     # The MemVir paper has no In-Shop.
     for loss, rows in _MEMVIR_PAPER.items() if number < 3 else ():
         source = _paper("MemVir paper, table 4", "C.2.1", loss)
-        baseline, remembered = rows[number]
-        if baseline != _PS_PAPER[loss][number][0]:
-            found.append(_recall(source, "baseline", loss, baseline))
-        found.append(_recall(source, "memvir", loss, remembered))
-    of_proxy_anchor = _PROXY_ANCHOR_README[number]
+        for method, percent in zip(("baseline", "memvir"), rows[number], strict=True):
+            tables[_MEMVIR_TABLE_4].append(_recall(source, method, loss, percent))
+    if data_set == "cars196":
+        tables[_README] += _readme("PS README, 8 runs", _PS_README)
+        tables[_README] += _readme("MemVir README, 5 runs", _MEMVIR_README)
+        five = "MemVir README, best 5 of the PS README's 8 runs"
+        tables[_README] += _readme(five, _MEMVIR_BASELINES)
+    return tables
+
+
+def _of(data_set: str) -> dict[Variant, list[Reference]]:
+    """Returns all references of a data set; the baselines that both papers report occur once."""
+    tables = _papers(data_set)
+    found = tables[_README] + tables[_PS_TABLE_6]
+    for (method, loss), reference in tables[_MEMVIR_TABLE_4]:
+        repeated = reference.scores["recall@1"].mean == _PS_PAPER[loss][_SETS.index(data_set)][0]
+        if method != "baseline" or not repeated:
+            found.append(((method, loss), reference))
+    of_proxy_anchor = _PROXY_ANCHOR_README[_SETS.index(data_set)]
     found.append(_recall("Proxy-Anchor README", "baseline", "proxy_anchor", of_proxy_anchor))
+    return _by_variant(found)
+
+
+def _by_variant(found: Sequence[tuple[Variant, Reference]]) -> dict[Variant, list[Reference]]:
     by_variant: dict[Variant, list[Reference]] = {}
     for variant, reference in found:
         by_variant.setdefault(variant, []).append(reference)
@@ -135,3 +153,10 @@ def _of(data_set: str) -> dict[Variant, list[Reference]]:
 
 PUBLISHED = {data_set: _of(data_set) for data_set in _SETS}
 """The published scores of each variant, by the name of the benchmark's config."""
+
+TABLES = {
+    table: {data_set: _by_variant(rows) for data_set in _SETS if (rows := _papers(data_set)[table])}
+    for table in (_README, _PS_TABLE_6, _MEMVIR_TABLE_4)
+}
+"""The published tables: `readme` of both READMEs, `ps-table6` and `memvir-table4` of the papers.
+By table and data set: the scores of each variant, in the order of the table."""

@@ -36,11 +36,11 @@ def make_program(path, text):
     path.chmod(0o755)
 
 
-def run_slurm(folder, *arguments):
+def run_slurm(folder, *arguments, script="slurm.sh", **environment):
     path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.run(
-        [LAUNCH / "slurm.sh", *arguments],
-        env=os.environ | SLURM | {"PATH": path},
+        [LAUNCH / script, *arguments],
+        env=os.environ | SLURM | {"PATH": path} | environment,
         capture_output=True,
         text=True,
     )
@@ -68,6 +68,47 @@ def test_two_tasks_train_one_run(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((workdir / "result.json").read_text())["last"]["epoch"] == 1
+
+
+# The last job of an array has the identity of the whole array.
+ARRAY = {"SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "1"}
+
+
+@pytest.mark.parametrize(("code", "queues"), [(0, False), (2, False), (75, True)])
+def test_a_stopped_cell_of_a_table_is_queued_again_alone(tmp_path, code, queues):
+    make_program(tmp_path / "srun", f"#!/bin/sh\necho srun $@\nexit {code}\n")
+    make_program(tmp_path / "scontrol", "#!/bin/sh\necho scontrol $@\n")
+    arguments = ("readme", "--root=my runs")
+    done = run_slurm(tmp_path, *arguments, script="paper_array.sh", **ARRAY)
+    assert done.returncode == code
+    lines = done.stdout.splitlines()
+    assert lines[0] == "srun dml-jax paper --array readme --root=my runs"
+    assert lines[1:] == ["scontrol requeue 4711_1"] * queues
+
+
+@pytest.mark.slow
+def test_the_jobs_of_an_array_train_the_cells_of_a_table(tmp_path):
+    tiny.write_images(tmp_path / "data" / "cars196")
+    make_program(tmp_path / "srun", '#!/bin/sh\nexec "$@"\n')
+    root = tmp_path / "runs"
+    settings = tiny.SETTINGS | {"epochs": 1, "evaluation.recall_at": "(1,2)", "data.name": "folder"}
+    table = ["readme", "--losses=proxy_nca", "--methods=baseline,ps", "--seeds=1"]
+    table += [f"--root={root}", f"--data_root={tmp_path / 'data'}"]
+    table += [f"--config.{name}={value}" for name, value in settings.items()]
+    job = run_slurm(tmp_path, *table, script="paper_array.sh", **ARRAY)
+    assert job.returncode == 0, job.stderr
+    folders = [root / "cars196" / name / "seed0" for name in ("proxy_nca", "ps_proxy_nca")]
+    assert [(folder / "result.json").exists() for folder in folders] == [False, True]
+    assert not list(root.glob("readme.*"))  # Jobs would write it at the same time.
+
+    started = (folders[1] / "result.json").stat().st_mtime_ns
+    # With the part of the table that is done, nothing is trained.
+    program = [sys.executable, "-m", "dml_jax", "paper", *table, "--methods=ps"]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 runs are finished" in done.stdout
+    assert "| ps_proxy_nca | " in (root / "readme.md").read_text()
+    assert (folders[1] / "result.json").stat().st_mtime_ns == started
 
 
 def test_the_job_set_gives_each_process_its_index():

@@ -14,6 +14,7 @@ PROGRAMS = {
     "report": "report",
     "export": "export",
     "reproduce": "reproduce",
+    "paper": "paper",
     "study": "study",
     "compile": "compile",
     "prepare": "prepare_data",
@@ -22,7 +23,7 @@ PROGRAMS = {
 }
 """By program: its module in this package."""
 
-_STOPPABLE = ("train", "reproduce", "study", "quickstart")
+_STOPPABLE = ("train", "reproduce", "paper", "study", "quickstart")
 
 
 def launch(module: str, program: str) -> None:

@@ -31,11 +31,8 @@ def run(
     runtime.prepare(embeds=embeds)
 
     def parse(argv: Sequence[str]) -> list[str]:
-        try:
+        with flag_errors():
             return flags.FLAGS(packaged_configs.resolve(argv))
-        # ml_collections raises an AttributeError or a KeyError for a mistyped --config.name.
-        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            _exit(_parse_message(error), 2)
 
     def guarded(argv: Sequence[str]) -> None:
         given = argv[1:]
@@ -47,6 +44,16 @@ def run(
         main(*given)
 
     app.run(guarded, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def flag_errors() -> Iterator[None]:
+    """Reports errors in the flags by their message alone and exits with code 2."""
+    try:
+        yield
+    # ml_collections raises an AttributeError or a KeyError for a mistyped --config.name.
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        _exit(_parse_message(error), 2)
 
 
 def _show_in_help(main: Callable[..., None]) -> None:

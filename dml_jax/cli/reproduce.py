@@ -14,16 +14,16 @@ as in the official programs: selected on the test classes, unless validation cla
 Published scores appear with their sources; see dml_jax/published.py.
 """
 
+import itertools
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from dml_jax import published, retrieval
-from dml_jax._utils import storage
+from dml_jax import retrieval
 from dml_jax.cli import command_line, config_flag, packaged_configs
 from dml_jax.report import comparison
-from dml_jax.training import run, variants
+from dml_jax.training import cells
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="FILE.py or the name of a packaged config; then, optionally, :variant."
@@ -52,36 +52,29 @@ def main() -> None:
         get_config = config_globals["get_config"]
         baselines = {name: comparison.baseline(name, get_config) for name in requested}
         trained = list(dict.fromkeys(name for x in requested for name in (baselines[x], x)))
-        results: dict[str, list[dict[str, Any]]] = {name: [] for name in trained}
-        shown = packaged_configs.shortened(file)
-        origins = {
-            name: variants.origin_of(shown, name, config_globals, overrides) for name in trained
-        }
+        results: dict[str, list[dict[str, Any] | None]] = {name: [] for name in trained}
+        references = {}
         # Seeds are the outer loop, so that an interrupted comparison covers all variants.
-        for seed in range(_SEEDS.value):
-            for name in trained:
-                config = get_config(name)
-                settings = overrides | {"seed": seed}
-                config.update_from_flattened_dict(settings)
-                origin = origins[name]._replace(overrides=settings)
-                if config.data.cache == "features" and not config.data.features:
-                    config.data.features = storage.join(_ROOT.value, "features")
-                workdir = storage.join(_ROOT.value, f"{name}/seed{seed}")
-                print(f"\n{name}, seed {seed}: {workdir}")
-                results[name].append(run.train(config, workdir, origin=origin))
-    for title, metric in retrieval.SCORES.items():
-        epoch, scores = comparison.scores(results, metric, best=_EPOCH.value == "best")
-        table = comparison.table(
-            f"{title}, {epoch}",
-            scores,
-            baselines={name: against for name, against in baselines.items() if name != against},
-            published={
-                name: published.describe(origin.published, metric)
-                for name, origin in origins.items()
-            },
-        )
+        for seed, name in itertools.product(range(_SEEDS.value), trained):
+            cell = cells.make(
+                packaged_configs.shortened(file),
+                name,
+                seed,
+                globals=config_globals,
+                overrides=overrides,
+                root=_ROOT.value,
+            )
+            references[name] = cell.origin.published
+            results[name].append(cells.train(cell))
+    for table in comparison.tables(
+        results,
+        baselines={name: against for name, against in baselines.items() if name != against},
+        references=references,
+        metrics=retrieval.SCORES,
+        best=_EPOCH.value == "best",
+    ):
         print(f"\n{table}")
-    if any(origin.published for origin in origins.values()):
+    if any(references.values()):
         print("\nThe scores published in READMEs are each metric's best epoch on the test classes.")
 
 

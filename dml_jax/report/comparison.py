@@ -1,18 +1,19 @@
 """Comparison of variants over several seeds, with significance tests."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import scipy.stats
 from ml_collections import ConfigDict
 
+from dml_jax.published import Reference, describe
 from dml_jax.training import variants
 
 
 def table(
     title: str,
-    scores: Mapping[str, Sequence[float]],
+    scores: Mapping[str, Sequence[float | None]],
     *,
     baselines: Mapping[str, str],
     published: Mapping[str, str],
@@ -31,7 +32,8 @@ def table(
 
     Args:
         title: the metric and the epoch it was measured at.
-        scores: for each variant, one fraction per seed; all variants have equally many seeds.
+        scores: for each variant, one fraction per seed; None for a run that has not finished, which
+            the table shows as a dash. Some variants may have fewer seeds than others.
         baselines: the baseline of each variant that has one.
         published: published scores of each variant as text; "" if there are none. If all are
             empty, the table has no such column.
@@ -39,24 +41,53 @@ def table(
     Returns:
         The table, with lines separated by newlines.
     """
-    seeds = range(1, 1 + max(map(len, scores.values())))
-    head = [title, *map(str, seeds), "mean ± std", "against", "p (Welch)"]
+    seeds = max(map(len, scores.values()))
+    head = [title, *map(str, range(1, 1 + seeds)), "mean ± std", "against", "p (Welch)"]
     if any(published.values()):
         head.append("published")
     rows = [head, ["---"] * len(head)]
     for variant, fractions in scores.items():
-        percents = [100 * fraction for fraction in fractions]
-        against, p = "", ""
-        if variant in baselines:
-            baseline = [100 * fraction for fraction in scores[baselines[variant]]]
+        percents = _percents(fractions)
+        baseline = _percents(scores[baselines[variant]]) if variant in baselines else []
+        runs = ["–" if x is None else f"{100 * x:.1f}" for x in fractions]
+        runs += [""] * (seeds - len(runs))
+        mean, against, p = mean_and_std(percents) if percents else "", "", ""
+        if percents and baseline:
             gain = statistics.mean(percents) - statistics.mean(baseline)
             against = f"{baselines[variant]} {gain:+.2f}"
             p = p_value(percents, baseline)
-        row = [variant, *(f"{x:.1f}" for x in percents), mean_and_std(percents), against, p]
+        row = [variant, *runs, mean, against, p]
         if any(published.values()):
             row.append(published.get(variant, ""))
         rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows).replace("| --- ", "|---")
+
+
+def _percents(fractions: Sequence[float | None]) -> list[float]:
+    return [100 * fraction for fraction in fractions if fraction is not None]
+
+
+def tables(
+    results: Mapping[str, Sequence[Mapping[str, Any] | None]],
+    *,
+    baselines: Mapping[str, str],
+    references: Mapping[str, Sequence[Reference]],
+    metrics: Mapping[str, str],
+    best: bool,
+) -> Iterator[str]:
+    """Yields the table of each metric, beside the published scores; see `table`.
+
+    Args:
+        results: the result of each run of each variant; None for one that has not finished.
+        baselines: the baseline of each variant that has one.
+        references: the published scores of each variant.
+        metrics: the keys of the metrics by their titles.
+        best: see `scores`.
+    """
+    for title, metric in metrics.items():
+        epoch, found = scores(results, metric, best=best)
+        published = {name: describe(of_variant, metric) for name, of_variant in references.items()}
+        yield table(f"{title}, {epoch}", found, baselines=baselines, published=published)
 
 
 def baseline(variant: str, get_config: Callable[[str], ConfigDict]) -> str:
@@ -80,8 +111,8 @@ def baseline(variant: str, get_config: Callable[[str], ConfigDict]) -> str:
 
 
 def scores(
-    results: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, *, best: bool
-) -> tuple[str, dict[str, list[float]]]:
+    results: Mapping[str, Sequence[Mapping[str, Any] | None]], metric: str, *, best: bool
+) -> tuple[str, dict[str, list[float | None]]]:
     """Returns one metric of every run, and a description of the epoch it was measured at.
 
     >>> result = {"last": {"map@r": 0.5}, "best_of": {"map@r": {"map@r": 0.6}}}
@@ -92,20 +123,25 @@ def scores(
     ('best epoch on test classes', {'plain': [0.6]})
 
     Args:
-        results: the results of each variant's runs.
+        results: the result of each run of each variant; None for one that has not finished.
         metric: the key of the metric.
         best: whether to use the epoch with the best value of this metric instead of the last one.
 
     Returns:
-        The epoch as text, and the scores of each variant as fractions.
+        The epoch as text, and the scores of each variant as fractions; None as in `results`.
     """
-    if not best:
-        last = {name: [run["last"][metric] for run in runs] for name, runs in results.items()}
-        return "last epoch", last
-    splits = sorted({run["best_chosen_on"] for runs in results.values() for run in runs})
-    return f"best epoch on {' and '.join(splits)} classes", {
-        name: [run["best_of"][metric][metric] for run in runs] for name, runs in results.items()
+    finished = [run for runs in results.values() for run in runs if run is not None]
+    splits = sorted({run["best_chosen_on"] for run in finished})
+    on_classes = f" on {' and '.join(splits)} classes" if splits else ""
+    return f"best epoch{on_classes}" if best else "last epoch", {
+        name: [None if run is None else score(run, metric, best=best) for run in runs]
+        for name, runs in results.items()
     }
+
+
+def score(result: Mapping[str, Any], metric: str, *, best: bool) -> float:
+    """Returns one metric of a run as a fraction, at its best epoch or the last one."""
+    return (result["best_of"][metric] if best else result["last"])[metric]
 
 
 def mean_and_std(percents: Sequence[float]) -> str:

@@ -1,6 +1,5 @@
 """The tables of the report: scores, costs, settings and commands."""
 
-import shlex
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -179,22 +178,4 @@ def commands(groups: Sequence[Group]) -> list[dict[str, str]]:
 
 
 def _command(run: Run, origin: Origin) -> str:
-    config = f"{origin.config_file}:{origin.variant}" if origin.variant else origin.config_file
-    forked = fork.forked_from(run.folder, None)
-    words = [
-        "dml-jax train",
-        f"--config={shlex.quote(config)}",
-        f"--workdir={shlex.quote(run.place)}",
-        *([f"--fork_from={shlex.quote(str(forked))}"] if forked else []),
-        *(
-            f"--config.{path}={shlex.quote(_flag(value))}"
-            for path, value in origin.overrides.items()
-        ),
-    ]
-    return " \\\n    ".join(words)
-
-
-def _flag(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return "(" + ",".join(map(str, value)) + ("," if len(value) == 1 else "") + ")"
-    return str(value)
+    return " \\\n    ".join(origin.command(run.place, fork.forked_from(run.folder, None)))

@@ -13,6 +13,7 @@ published of a run is always consistent:
 import contextlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -227,6 +228,28 @@ def copy(path: str) -> Path:
         OSError: the storage cannot be reached.
     """
     return storage.local(path, published)
+
+
+@contextlib.contextmanager
+def small_files(path: str) -> Iterator[Path]:
+    """Yields a local folder of a run to read, which for a URL has its settings and result alone.
+
+    Args:
+        path: folder or URL of the run; it need not exist.
+
+    Raises:
+        OSError: the storage cannot be reached.
+    """
+    if not storage.is_url(path):
+        yield Path(path)
+        return
+    wanted = {run_directory.CONFIG, run_directory.RESULT, run_directory.FORK}
+    with tempfile.TemporaryDirectory() as folder:
+        storage.download(path, Path(folder), wanted & storage.names(path).keys())
+        try:
+            yield Path(folder)
+        except UserError as error:  # Its message has the path of the copy.
+            raise type(error)(str(error).replace(folder, path)) from error
 
 
 def _folder(name: str) -> str:

@@ -88,13 +88,7 @@ def abstract_experiment(
     Raises:
         ValueError: a setting is invalid for so many images, classes or devices.
     """
-    nameless = ("",) * images
-    source = data.Source(
-        records=nameless,
-        labels=np.arange(images, dtype=np.int32) % classes,
-        class_names=("",) * classes,
-        names=nameless,
-    )
+    source = placeholder(classes, images)
     built = builder.build(config, mesh, sources={"train": source, "test": source})
     if config.data.cache != "device":
         return built
@@ -102,6 +96,17 @@ def abstract_experiment(
     shape = jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8)
     cached = Cache(images=cast(jax.Array, shape), sides=np.zeros((images, 2), np.int32))
     return built._replace(cache=lambda _: cached)
+
+
+def placeholder(classes: int, images: int) -> data.Source:
+    """Returns a source of images that cannot be read, shared evenly among the classes."""
+    nameless = ("",) * images
+    return data.Source(
+        records=nameless,
+        labels=np.arange(images, dtype=np.int32) % classes,
+        class_names=("",) * classes,
+        names=nameless,
+    )
 
 
 def analyse(built: Experiment) -> Analysis:

@@ -1,5 +1,6 @@
 """Where the configuration of a run came from: config file, variant, changes, published scores."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,25 @@ class Origin(NamedTuple):
         published = [{"source": x.source, "scores": x.scores} for x in self.published]
         return {**self._asdict(), "overrides": dict(self.overrides), "published": published}
 
+    def command(self, workdir: str, fork_from: str | None = None) -> list[str]:
+        """Returns the words of the command that trains the configuration, quoted for a shell.
+
+        Args:
+            workdir: folder or URL of the run.
+            fork_from: folder or URL of the run that it is forked from.
+        """
+        config = f"{self.config_file}:{self.variant}" if self.variant else self.config_file
+        return [
+            "dml-jax train",
+            f"--config={shlex.quote(config)}",
+            f"--workdir={shlex.quote(workdir)}",
+            *([f"--fork_from={shlex.quote(fork_from)}"] if fork_from else []),
+            *(
+                f"--config.{path}={shlex.quote(_flag(value))}"
+                for path, value in self.overrides.items()
+            ),
+        ]
+
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Origin":
         """Returns the origin of the values that `to_json` returned."""
@@ -31,3 +51,9 @@ class Origin(NamedTuple):
             for x in values["published"]
         )
         return cls(values["config_file"], values["variant"], values["overrides"], published)
+
+
+def _flag(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "(" + ",".join(map(str, value)) + ("," if len(value) == 1 else "") + ")"
+    return str(value)

@@ -77,6 +77,22 @@ def train(
         return _train(given, opened.folder, opened, *arguments)
 
 
+def finished(config: ConfigDict, workdir: str | Path) -> dict[str, Any] | None:
+    """Returns the result of a run, or None if it has not finished; nothing is trained.
+
+    Args:
+        config: all settings.
+        workdir: directory or URL of the run; it need not exist.
+
+    Raises:
+        ValueError: a setting is invalid, or the workdir holds another run.
+        OSError: the storage cannot be reached.
+    """
+    with bucket.small_files(str(workdir)) as folder:
+        settings = _resolved(parse(config), forked=forked_from(folder, None) is not None)
+        return resume.finished(folder, settings)
+
+
 def _train(
     given: Config,
     workdir: Path,
