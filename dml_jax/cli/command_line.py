@@ -4,7 +4,7 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -47,6 +47,19 @@ def run(
         main(*given)
 
     app.run(guarded, flags_parser=parse)
+
+
+def numbers(flag: flags.FlagHolder, kind: type[int] | type[float]) -> list[Any]:
+    """Returns the numbers of a flag that is a list, of type `kind`.
+
+    Raises:
+        ValueError: an item is no such number.
+    """
+    try:
+        return [kind(item) for item in flag.value]
+    except ValueError:
+        name = "integers" if kind is int else "numbers"
+        raise UserError(f"--{flag.name}={','.join(flag.value)} must be {name}") from None
 
 
 def _show_in_help(main: Callable[..., None]) -> None:
