@@ -10,6 +10,7 @@ import pytest
 
 from dml_jax import retrieval
 from dml_jax.evaluation import embedding_files
+from dml_jax.search import index, stores
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,3 +68,41 @@ def test_evaluate_names_a_flag_that_is_no_number(saved):
     done = run("evaluate.py", f"--embeddings={saved}", "--precision_at=1,two")
     assert done.returncode == 2
     assert "--precision_at=1,two must be integers" in done.stderr
+
+
+def test_index_stores_the_threshold_of_a_false_match_rate(saved, tmp_path):
+    done = run("index.py", f"--embeddings={saved}", f"--out={tmp_path / 'index'}", "--fmr=0.05")
+    assert done.returncode == 0, done.stderr
+    images = embedding_files.load_embeddings(saved)
+    expected = retrieval.evaluate(images.embeddings, images.labels, fmr=(0.05,))
+    threshold = index.load(tmp_path / "index").threshold
+    assert threshold == expected["threshold@fmr0.05"]
+    fnmr = expected["fnmr@fmr0.05"]
+    assert f"unknown below {threshold:.4f}: FMR 0.05, FNMR {fnmr:.4f}" in done.stdout
+
+
+def test_index_writes_to_a_vector_database(saved, tmp_path):
+    pytest.importorskip("lancedb", reason="the extra lancedb is not installed")
+    url = f"lancedb://{tmp_path}/images"
+    done = run("index.py", f"--embeddings={saved}", f"--to={url}", "--threshold=0.5")
+    assert done.returncode == 0, done.stderr
+    assert f"48 images: {url}" in done.stdout
+    gallery = stores.load(url)
+    assert gallery.threshold == 0.5
+    images = embedding_files.load_embeddings(saved)
+    exact, _ = index.build(images)
+    query = images.embeddings[5:6]
+    assert [x.row for x in gallery.nearest(query, 6)] == [x.row for x in exact.nearest(query, 6)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out=a", "--to=lancedb:///a/b"], "give either --out"),
+        (["--out=a", "--fmr=0.1", "--threshold=0.5"], "give either --threshold or --fmr"),
+    ],
+)
+def test_index_rejects_flags_that_exclude_each_other(saved, arguments, message):
+    done = run("index.py", f"--embeddings={saved}", *arguments)
+    assert done.returncode == 2 and message in done.stderr

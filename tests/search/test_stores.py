@@ -2,20 +2,27 @@
 
 import contextlib
 import http.client
+import io
 import json
 import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dml_jax.evaluation.embedding_files import Embeddings
 from dml_jax.search import index, server, stores
 from dml_jax.search.gallery import UNKNOWN, search
+from dml_jax.search.stores.base import Batch
 
-LANCE_WARNS = "ignore::DeprecationWarning"
+
+def png():
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    return file.getvalue()
 
 
-def embeddings(count=1234, dim=12, seed=0):
+def embeddings(count=300, dim=12, seed=0):
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % 7
     vectors = rng.standard_normal((7, dim))[labels] + rng.standard_normal((count, dim))
@@ -51,12 +58,13 @@ def written(url, images, **options):
         yield gallery
 
 
-def test_a_database_finds_what_the_exact_index_finds(url):
+def test_a_database_finds_what_the_exact_index_finds(url, monkeypatch):
     images = embeddings()
+    monkeypatch.setattr(stores, "_ROWS", 128)
     expected, _ = index.build(images)
     with written(url, images, threshold=0.25) as gallery:
         assert gallery.threshold == 0.25
-        assert gallery.facts.startswith("1,234 images, ")
+        assert gallery.facts.startswith("300 images, ")
         for query in embeddings(5, seed=1).embeddings[:, None]:
             for rerank in (None, "aqe", "k_reciprocal"):
                 found = search(gallery, query, 9, rerank=rerank)
@@ -64,9 +72,9 @@ def test_a_database_finds_what_the_exact_index_finds(url):
                 assert [x[:3] for x in found] == [x[:3] for x in exact]
                 similarities = [x.similarity for x in exact]
                 np.testing.assert_allclose([x.similarity for x in found], similarities, atol=1e-6)
-        rows = [1233, 0, 77]
+        rows = [299, 0, 77]
         np.testing.assert_allclose(gallery.vectors_of(rows), expected.vectors_of(rows), atol=1e-6)
-        assert len(gallery.nearest(images.embeddings[:1], 5000)) == 1234
+        assert len(gallery.nearest(images.embeddings[:1], 5000)) == 300
 
 
 def test_a_gallery_is_not_overwritten_and_another_network_is_rejected(url):
@@ -87,20 +95,17 @@ def test_a_missing_or_incomplete_gallery_is_rejected(url, monkeypatch):
         stores.load(url)
     images = embeddings(30)
     monkeypatch.setattr(stores, "_ROWS", 8)
-    rows = iter(range(30))
+    batches = []
 
-    def broken(labels):
-        for label in labels:
-            if next(rows) == 20:
-                raise KeyboardInterrupt
-            yield label
+    def broken(*columns):
+        batches.append(columns)
+        if len(batches) == 3:
+            raise RuntimeError("stopped")
+        return Batch(*columns)
 
-    class Labels(np.ndarray):
-        def __getitem__(self, item):
-            return list(broken(super().__getitem__(item)))
-
-    with pytest.raises((KeyboardInterrupt, RuntimeError)):
-        stores.write(url, images._replace(labels=images.labels.view(Labels)))
+    monkeypatch.setattr(stores, "Batch", broken)
+    with pytest.raises(RuntimeError, match="stopped"):
+        stores.write(url, images)
     with pytest.raises(ValueError, match="holds no complete gallery"):
         stores.load(url)
 
@@ -125,8 +130,7 @@ def test_the_server_searches_a_database(url, tmp_path):
         thread.start()
         port = running.server_address[1]
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
-            jpeg = b"\xff\xd8\xff\xe0" + b"0" * 40
-            connection.request("POST", "/api/search", jpeg, {"Content-Type": "image/jpeg"})
+            connection.request("POST", "/api/search", png(), {"Content-Type": "image/png"})
             answer = json.loads(connection.getresponse().read())
             connection.request("GET", "/thumbnail/3")
             assert connection.getresponse().status == 404  # It is no image.

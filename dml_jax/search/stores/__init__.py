@@ -96,4 +96,9 @@ def load(url: str) -> RemoteGallery:
         ValueError: there is no such collection, or `write` did not complete it.
         OSError: the database cannot be reached.
     """
-    return RemoteGallery(url, connect(url))
+    store = connect(url)
+    try:
+        return RemoteGallery(url, store)
+    except BaseException:
+        store.close()
+        raise

@@ -27,7 +27,9 @@ class QdrantStore:
         """Connects to a server (HOST:PORT), or opens a local folder if that is empty."""
         self._collection = collection
         if server:
-            self._client = qdrant_client.QdrantClient(url=f"http://{server}{folder}")
+            url = f"http://{server}{folder}"
+            # The check runs in a thread, and only warns.
+            self._client = qdrant_client.QdrantClient(url=url, check_compatibility=False)
         else:
             self._client = qdrant_client.QdrantClient(path=folder)
 
