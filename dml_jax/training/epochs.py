@@ -108,6 +108,8 @@ class Epochs:
     def _spread(self) -> dict[str, float]:
         """Returns how far the latest embeddings are apart; warns of a collapse."""
         embeddings = (self._embeddings or {})[self._experiment.selection_split]
+        if len(embeddings) < 2:  # A single query, searched in a gallery.
+            return {}
         spread = collapse.spread(embeddings)
         if spread.is_collapsed:
             logging.warning(

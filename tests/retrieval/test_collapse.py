@@ -32,7 +32,7 @@ def test_a_collapse_is_told_from_separate_classes():
     rng = np.random.default_rng(0)
     noise = rng.standard_normal((200, 32)).astype(np.float32)
     classes = rng.standard_normal((10, 32)).astype(np.float32)[np.arange(200) % 10]
-    for healthy in (noise, classes, classes + 0.1 * noise, noise + 1, noise[:2]):
+    for healthy in (noise, classes, classes + 0.1 * noise, noise + 1):
         assert not collapse.spread(healthy).is_collapsed
     point, line = np.ones_like(noise), noise[:, :1] * np.ones_like(noise)
     for collapsed in (point + 0.05 * noise, point, line, np.zeros_like(noise)):
