@@ -86,12 +86,15 @@ def _ranked(
 ) -> list[Neighbour]:
     if rerank is None:
         return gallery.nearest(embedding, k)
-    depth = max(k, reranking.SHORTLIST) if rerank == "k_reciprocal" else reranking.EXPANSION
-    near = gallery.nearest(embedding, depth)
-    query, vectors = exact.unit_rows(embedding), gallery.vectors_of([x.row for x in near])
+    query = exact.unit_rows(embedding)
     if rerank == "k_reciprocal":
+        near = gallery.nearest(embedding, max(k, reranking.SHORTLIST))
+        shortlist = near[: reranking.SHORTLIST]
+        vectors = gallery.vectors_of([x.row for x in shortlist])
         (order,) = reranking.k_reciprocal(query, vectors[None])
-        return [near[i] for i in order[:k]]
+        return [*(shortlist[i] for i in order), *near[len(shortlist) :]][:k]
+    near = gallery.nearest(embedding, reranking.EXPANSION)
+    vectors = gallery.vectors_of([x.row for x in near])
     found = gallery.nearest(reranking.expand(query, vectors[None]), k)
     similarities = gallery.vectors_of([x.row for x in found]) @ query[0]
     return [x._replace(similarity=float(s)) for x, s in zip(found, similarities, strict=True)]

@@ -119,7 +119,8 @@ class Epochs:
                 spread.effective_rank,
                 embeddings.shape[1],
             )
-        return spread._asdict()
+        # Further digits depend on the number of cores.
+        return {name: round(value, 6) for name, value in spread._asdict().items()}
 
 
 def _epoch_metrics(experiment: Experiment, state: TrainState, step: int) -> dict[str, Any]:
