@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
 
 from dml_jax import retrieval
+from dml_jax.cli import command_line
 from dml_jax.evaluation import embedding_files
 from dml_jax.search import index, stores
 
@@ -64,10 +66,16 @@ def test_evaluate_prints_the_metrics_that_flags_name(saved):
     assert reranked["map@r"] != printed["map@r"]
 
 
-def test_evaluate_names_a_flag_that_is_no_number(saved):
-    done = run("evaluate.py", f"--embeddings={saved}", "--precision_at=1,two")
-    assert done.returncode == 2
-    assert "--precision_at=1,two must be integers" in done.stderr
+def test_items_of_a_list_that_are_no_numbers_are_reported():
+    given = flags.FlagValues()
+    levels = flags.DEFINE_list("precision_at", [], "", flag_values=given)
+    given(["program", "--precision_at=1,2"])
+    assert command_line.numbers(levels, int) == [1, 2]
+    given(["program", "--precision_at=1,two"])
+    with pytest.raises(ValueError, match="--precision_at=1,two must be integers"):
+        command_line.numbers(levels, int)
+    with pytest.raises(ValueError, match="--precision_at=1,two must be numbers"):
+        command_line.numbers(levels, float)
 
 
 def test_index_stores_the_threshold_of_a_false_match_rate(saved, tmp_path):
