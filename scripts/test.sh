@@ -7,7 +7,7 @@
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
-prepare_environment .venv-test cpu,demo,docs,mlflow,prepare,report,storage,study,tables,test,tpu,wandb
+prepare_environment .venv-test cpu,demo,docs,lancedb,metrics,mlflow,pgvector,prepare,qdrant,report,storage,study,tables,test,tpu,wandb
 python="$PWD/.venv-test/bin/python"
 
 "$python" -m ruff check .

@@ -4,7 +4,7 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -54,6 +54,19 @@ def flag_errors() -> Iterator[None]:
     # ml_collections raises an AttributeError or a KeyError for a mistyped --config.name.
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         _exit(_parse_message(error), 2)
+
+
+def numbers(flag: flags.FlagHolder, kind: type[int] | type[float]) -> list[Any]:
+    """Returns the numbers of a flag that is a list, of type `kind`.
+
+    Raises:
+        ValueError: an item is no such number.
+    """
+    try:
+        return [kind(item) for item in flag.value]
+    except ValueError:
+        name = "integers" if kind is int else "numbers"
+        raise UserError(f"--{flag.name}={','.join(flag.value)} must be {name}") from None
 
 
 def _show_in_help(main: Callable[..., None]) -> None:

@@ -1,6 +1,7 @@
 """Embeds a folder of images with the network of a run; needs no images of the run itself.
 
 dml-jax embed --workdir=runs/memvir --images=DIR --out=embeddings.npz
+dml-jax embed --workdir=runs/memvir --images=DIR --out=embeddings.parquet
 """
 
 from pathlib import Path
@@ -22,7 +23,7 @@ _CHECKPOINT = flags.DEFINE_enum(
 _IMAGES = flags.DEFINE_string(
     "images", None, "Folder or URL of images, or of one folder of images per class.", required=True
 )
-_OUT = flags.DEFINE_string("out", None, "The .npz file to write.", required=True)
+_OUT = flags.DEFINE_string("out", None, "The .npz or .parquet file to write.", required=True)
 
 
 def main() -> None:

@@ -5,10 +5,14 @@ dml-jax evaluate --embeddings=runs/memvir/embeddings.npz --nmi --recall_at=1,10,
 dml-jax evaluate --config=cars196 --backbone=resnet50 --pretrained=hf:timm/resnet50.tv_in1k
 
 The last form trains nothing: it scores the pooled features of the backbone on the test images of
-the config, and the same features after PCA-whitening fitted on its training images.
+the config, and the same features after PCA-whitening fitted on its training images. --rerank also
+scores the neighbours after re-ranking, and prints the seconds of the search with and without it.
 """
 
+import functools
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from dml_jax._utils.errors import UserError
 from dml_jax.cli import command_line
 from dml_jax.evaluation import embedding_files, zero_shot
 from dml_jax.models.embedder import HEAD
+from dml_jax.retrieval import reranking
 from dml_jax.training import bucket, builder, checkpoint, run_directory
 from dml_jax.training.config import parse
 from dml_jax.training.state import network_variables
@@ -47,20 +52,35 @@ _RECALL_AT = flags.DEFINE_list(
     "recall_at", None, "Values of k for Recall@k; default: the run's, or 1,2,4,8."
 )
 _NMI = flags.DEFINE_bool("nmi", None, "Whether to compute NMI; default: as in the run.")
+_AMI = flags.DEFINE_bool("ami", False, "Whether to compute AMI, by scikit-learn.")
+_PRECISION_AT = flags.DEFINE_list("precision_at", [], "Values of k for precision@k.")
+_MAP_AT = flags.DEFINE_list("map_at", [], "Values of k for MAP@k, normalised by min(k, R).")
+_PER_CLASS = flags.DEFINE_bool(
+    "per_class", False, "Whether to compute means that count each class once, too."
+)
+_CONFIDENCE = flags.DEFINE_float(
+    "confidence", None, "Level of bootstrap intervals over classes, such as 0.95; default: none."
+)
+_FMR = flags.DEFINE_list(
+    "fmr", [], "False match rates, such as 1e-3, for the threshold that each needs and its FNMR."
+)
+_RERANK = flags.DEFINE_enum(
+    "rerank", None, reranking.METHODS, "How to re-rank the neighbours, for a second set of scores."
+)
 
 
 def main() -> None:
     """Runs the program."""
     with command_line.user_errors():
-        recall_at = _recall_at(_RECALL_AT.value) if _RECALL_AT.value else None
+        options = _options()
         scores: dict[str, Any]
         one = sum(_given(option) for option in (_WORKDIR, _EMBEDDINGS, _CONFIG)) == 1
         if one and _EMBEDDINGS.value and not _given(_CHECKPOINT, _BACKBONE, _PRETRAINED):
-            scores = _score_exported(_EMBEDDINGS.value, recall_at or [1, 2, 4, 8])
+            scores = _score_exported(_EMBEDDINGS.value, options)
         elif one and _WORKDIR.value and not _given(_GALLERY, _BACKBONE, _PRETRAINED):
-            scores = _score_run(bucket.copy(_WORKDIR.value), recall_at)
+            scores = _score_run(bucket.copy(_WORKDIR.value), options)
         elif one and _CONFIG.value and not _given(_CHECKPOINT, _GALLERY):
-            scores = _score_backbone(_CONFIG.value, recall_at)
+            scores = _score_backbone(_CONFIG.value, options)
         else:
             raise UserError(
                 "give one of --workdir, optionally with --checkpoint; --embeddings, optionally "
@@ -69,18 +89,52 @@ def main() -> None:
     print(json.dumps(scores, indent=2))
 
 
+def _options() -> dict[str, Any]:
+    """Returns the arguments of `retrieval.evaluate` that flags give."""
+    given = {
+        "recall_at": command_line.numbers(_RECALL_AT, int) if _RECALL_AT.value else None,
+        "nmi": _NMI.value,
+    }
+    return {name: value for name, value in given.items() if value is not None} | {
+        "ami": _AMI.value,
+        "precision_at": command_line.numbers(_PRECISION_AT, int),
+        "map_at": command_line.numbers(_MAP_AT, int),
+        "per_class": _PER_CLASS.value,
+        "confidence": _CONFIDENCE.value,
+        "fmr": command_line.numbers(_FMR, float),
+    }
+
+
+def _scored(score: Callable[..., dict[str, float]], options: dict[str, Any]) -> dict[str, Any]:
+    """Returns scores and, if asked for, those after re-ranking with the time of both searches."""
+    scores: dict[str, Any] = score(**options)
+    if _RERANK.value is None:
+        return scores
+    order = options | {"nmi": False, "ami": False, "fmr": ()}
+    _, seconds_without = _timed(score, **order)
+    reranked, seconds = _timed(score, **order, rerank=_RERANK.value)
+    scores["reranked"] = {
+        "method": _RERANK.value,
+        **reranked,
+        "seconds": seconds,
+        "seconds_without": seconds_without,
+    }
+    return scores
+
+
+def _timed(
+    score: Callable[..., dict[str, float]], **options: Any
+) -> tuple[dict[str, float], float]:
+    start = time.perf_counter()
+    scores = score(**options)
+    return scores, round(time.perf_counter() - start, 3)
+
+
 def _given(*options: flags.FlagHolder) -> bool:
     return any(option.value for option in options)
 
 
-def _recall_at(given: list[str]) -> list[int]:
-    try:
-        return [int(k) for k in given]
-    except ValueError:
-        raise UserError(f"--recall_at={','.join(given)} must be integers, such as 1,2,4") from None
-
-
-def _score_exported(file: str, recall_at: list[int]) -> dict[str, float]:
+def _score_exported(file: str, options: dict[str, Any]) -> dict[str, Any]:
     queries = embedding_files.load_embeddings(file)
     gallery = None
     if _GALLERY.value:
@@ -91,22 +145,15 @@ def _score_exported(file: str, recall_at: list[int]) -> dict[str, float]:
                 "export both from one data set"
             )
         gallery = exported.embeddings, exported.labels
-    return retrieval.evaluate(
-        queries.embeddings,
-        queries.labels,
-        recall_at=recall_at,
-        gallery=gallery,
-        nmi=bool(_NMI.value),
+    return _scored(
+        lambda **chosen: retrieval.evaluate(
+            queries.embeddings, queries.labels, gallery=gallery, **chosen
+        ),
+        options,
     )
 
 
-def _choose_metrics(config: ConfigDict, recall_at: list[int] | None) -> None:
-    config.evaluation.recall_at = tuple(recall_at or config.evaluation.recall_at)
-    config.evaluation.nmi = config.evaluation.nmi if _NMI.value is None else _NMI.value
-
-
-def _score_backbone(config: ConfigDict, recall_at: list[int] | None) -> dict[str, dict[str, float]]:
-    _choose_metrics(config, recall_at)
+def _score_backbone(config: ConfigDict, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     config.model.backbone = _BACKBONE.value or config.model.backbone
     config.model.pretrained = _PRETRAINED.value or config.model.pretrained
     # Nothing is trained, so no cache of features or of images in device memory is needed.
@@ -118,19 +165,17 @@ def _score_backbone(config: ConfigDict, recall_at: list[int] | None) -> dict[str
     training = zero_shot.pooled_features(built.evaluator, variables, "train")["train"]
     whitened = zero_shot.whiten(features, training, settings.model.dim)
     return {
-        "features": built.evaluator.score(features),
-        "whitened": built.evaluator.score(whitened),
+        name: _scored(functools.partial(built.evaluator.score, embedded), options)
+        for name, embedded in (("features", features), ("whitened", whitened))
     }
 
 
-def _score_run(folder: Path, recall_at: list[int] | None) -> dict[str, float]:
-    config = run_directory.read_config(folder)
-    _choose_metrics(config, recall_at)
-    built = builder.build(
-        parse(config), sharding.make_mesh(), run_directory.read_inspection(folder)
-    )
+def _score_run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    config = parse(run_directory.read_config(folder))
+    built = builder.build(config, sharding.make_mesh(), run_directory.read_inspection(folder))
     _, variables = checkpoint.read_network(built.network, folder, _CHECKPOINT.value or "last")
-    return built.evaluator.score(built.evaluator.embed(variables, "test"))
+    embeddings = built.evaluator.embed(variables, "test")
+    return _scored(functools.partial(built.evaluator.score, embeddings), options)
 
 
 def start() -> None:

@@ -13,6 +13,12 @@ from dml_jax.training import bucket, checkpoint, run_directory
 _CHECKPOINT = flags.DEFINE_enum(
     "checkpoint", "last", ["last", *checkpoint.BEST], "The checkpoint of the run."
 )
+_THRESHOLD = flags.DEFINE_float(
+    "threshold", None, "The similarity below which a search result is unknown; default: none."
+)
+_FMR = flags.DEFINE_float(
+    "fmr", None, "False match rate among the test images for the threshold; last checkpoint only."
+)
 _OUT = flags.DEFINE_string("out", None, "The folder or URL to write.", required=True)
 
 
@@ -22,7 +28,9 @@ def main(run: str) -> None:
         command_line.user_errors(),
         storage.writing(_OUT.value, last=run_directory.CONFIG) as out,
     ):
-        export.write(bucket.copy(run), out, _CHECKPOINT.value)
+        folder, checkpoint_name = bucket.copy(run), _CHECKPOINT.value
+        threshold = export.threshold(folder, checkpoint_name, _THRESHOLD.value, _FMR.value)
+        export.write(folder, out, checkpoint_name, threshold)
         sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
     for name, size in sizes.items():
         print(f"{size / 1e6:8.2f} MB  {storage.join(_OUT.value, name)}")

@@ -2,9 +2,12 @@
 
 dml-jax search --index=mine.index --workdir=runs/memvir query.jpg
 dml-jax search --index=mine.index --workdir=runs/memvir --serve
+
+The index may be a vector database, at the URL that `dml-jax index --to` wrote to.
 """
 
 import contextlib
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,10 +21,14 @@ from dml_jax import data
 from dml_jax._utils import files, storage
 from dml_jax._utils.errors import UserError
 from dml_jax.cli import command_line
-from dml_jax.search import html, index, server
+from dml_jax.retrieval import reranking
+from dml_jax.search import html, index, server, stores
+from dml_jax.search.gallery import Gallery, Neighbour, search
 from dml_jax.training import checkpoint
 
-_INDEX = flags.DEFINE_string("index", None, "The folder that `dml-jax index` wrote.", required=True)
+_INDEX = flags.DEFINE_string(
+    "index", None, "The folder or vector database that `dml-jax index` wrote.", required=True
+)
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
@@ -37,6 +44,16 @@ _CHECKPOINT = flags.DEFINE_enum(
 _NEIGHBOURS = flags.DEFINE_integer(
     "neighbours", 12, "The number of neighbours to show.", lower_bound=1
 )
+_THRESHOLD = flags.DEFINE_float(
+    "threshold",
+    None,
+    "The similarity below which a result is unknown; default: that of the index or of the export.",
+    lower_bound=-1,
+    upper_bound=1,
+)
+_RERANK = flags.DEFINE_enum(
+    "rerank", None, reranking.METHODS, "How to re-rank the neighbours; default: not at all."
+)
 _OUT = flags.DEFINE_string("out", "search.html", "The contact sheet to write.")
 _SERVE = flags.DEFINE_bool("serve", False, "Whether to serve a search page instead.")
 _HOST = flags.DEFINE_string(
@@ -51,24 +68,32 @@ def main(*queries: str) -> None:
         if bool(queries) == _SERVE.value:
             raise UserError("give either one or more query images or --serve")
         images = [(name, storage.local(name).read_bytes()) for name in queries]
-        gallery = index.load(storage.local(_INDEX.value))
+        gallery = _gallery(_INDEX.value)
         model = dml_jax.load(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
 
         def embed(image: bytes, name: str) -> np.ndarray:
             return model.embed([data.decode(image, name)])
 
+        thresholds = (_THRESHOLD.value, gallery.threshold, model.threshold)
+        threshold = next((x for x in thresholds if x is not None), None)
         first = gallery.file(0)
         if first is not None:
             gallery.check_network(model.embed([first]))
         if _SERVE.value:
             serving = server.make_server(
-                gallery, embed, host=_HOST.value, port=_PORT.value, neighbours=_NEIGHBOURS.value
+                gallery,
+                embed,
+                host=_HOST.value,
+                port=_PORT.value,
+                neighbours=_NEIGHBOURS.value,
+                threshold=threshold,
+                rerank=_RERANK.value,
             )
         else:
-            found = [
-                (name, image, gallery.nearest(embed(image, name), _NEIGHBOURS.value))
-                for name, image in images
-            ]
+            find = functools.partial(
+                search, gallery, k=_NEIGHBOURS.value, threshold=threshold, rerank=_RERANK.value
+            )
+            found = [(name, image, find(embed(image, name))) for name, image in images]
             with storage.writing(_OUT.value) as out:
                 files.write_text(out, html.sheet(gallery, found))
     if _SERVE.value:
@@ -80,10 +105,17 @@ def main(*queries: str) -> None:
         return
     for name, _, neighbours in found:
         Console().print(_table(name, neighbours))
-    print(f"{gallery.facts}; contact sheet: {_OUT.value}")
+    below = "" if threshold is None else f"; unknown below {threshold:.3f}"
+    print(f"{gallery.facts}{below}; contact sheet: {_OUT.value}")
 
 
-def _table(title: str, neighbours: Sequence[index.Neighbour]) -> Table:
+def _gallery(place: str) -> Gallery:
+    if stores.is_store(place):
+        return stores.load(place)
+    return index.load(storage.local(place))
+
+
+def _table(title: str, neighbours: Sequence[Neighbour]) -> Table:
     table = Table("", "similarity", title=escape(title))
     for name in ("class", "image"):
         table.add_column(name, overflow="fold")  # A truncated name is useless.

@@ -11,6 +11,7 @@ from jaxtyping import Float32, Integer
 
 from dml_jax._utils import files, storage
 from dml_jax._utils.errors import UserError
+from dml_jax.evaluation import embedding_tables
 
 _MAX_RATIO = 100  # Unpacked over packed size; embeddings compress far less.
 _ALWAYS_ALLOWED = 1 << 28  # Bytes that a file may unpack to whatever the ratio.
@@ -39,10 +40,11 @@ def save_embeddings(
     names: Sequence[str],
     class_names: Sequence[str],
 ) -> None:
-    """Writes embeddings atomically to an .npz file without pickles.
+    """Writes embeddings atomically to a Parquet file, or an .npz file without pickles.
 
     Args:
-        path: the file; an existing one is replaced when the new one is complete.
+        path: the file, Parquet if it ends in .parquet; an existing one is replaced when the new
+            one is complete.
         embeddings: [n, d] embeddings.
         labels: [n] indices into `class_names`.
         names: names of the n images.
@@ -50,6 +52,7 @@ def save_embeddings(
 
     Raises:
         ValueError: the numbers of embeddings, labels and names differ, or a label has no name.
+        ModuleNotFoundError: Parquet needs pyarrow.
     """
     path = Path(path)
     # An empty sequence without dtype=str would become float64.
@@ -60,12 +63,12 @@ def save_embeddings(
         "class_names": np.asarray(class_names, dtype=str),
     }
     _check(arrays, path)
-    with (
-        files.errors_with_path(path),
-        files.atomic_write(path) as part,
-        part.open("wb") as file,
-    ):
-        np.savez(file, **arrays)
+    with files.errors_with_path(path), files.atomic_write(path) as part:
+        if path.suffix == embedding_tables.SUFFIX:
+            embedding_tables.write(part, arrays)
+        else:
+            with part.open("wb") as file:
+                np.savez(file, **arrays)
 
 
 def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:
@@ -77,20 +80,12 @@ def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a file of embeddings, damaged, pickled, or inconsistent.
+        ModuleNotFoundError: Parquet needs pyarrow.
     """
     path = storage.local(path)
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no embeddings file {path}") from error
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            _check_size(archive, len(content))
-            arrays = {key: archive[key] for key in Embeddings._fields if key in archive}
-    except Exception as error:  # numpy's and zipfile's parsers raise nearly any exception.
-        raise UserError(
-            f"{path} is not an embeddings file (.npz without pickles): {error}"
-        ) from error
+    if not path.exists():
+        raise FileNotFoundError(f"no embeddings file {path}")
+    arrays = embedding_tables.read(path) if path.suffix == embedding_tables.SUFFIX else _read(path)
     _check(arrays, path)
     return Embeddings(
         arrays["embeddings"].astype(np.float32, copy=False),
@@ -98,6 +93,19 @@ def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:
         tuple(arrays["names"].tolist()),
         tuple(arrays["class_names"].tolist()),
     )
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of an .npz file."""
+    content = path.read_bytes()
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            _check_size(archive, len(content))
+            return {key: archive[key] for key in Embeddings._fields if key in archive}
+    except Exception as error:  # numpy's and zipfile's parsers raise nearly any exception.
+        raise UserError(
+            f"{path} is not an embeddings file (.npz without pickles): {error}"
+        ) from error
 
 
 def _check_size(archive: Any, size: int) -> None:

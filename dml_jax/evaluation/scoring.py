@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, PyTree
@@ -51,7 +51,7 @@ class Evaluator(NamedTuple):
         return embed_images(self.network, variables, self.sources[name], self.cache(name))
 
     def score(
-        self, embeddings: Mapping[str, Float32[np.ndarray, "images dim"]]
+        self, embeddings: Mapping[str, Float32[np.ndarray, "images dim"]], **options: Any
     ) -> dict[str, float]:
         """Returns the retrieval metrics by name; see `dml_jax.retrieval.evaluate`.
 
@@ -60,22 +60,23 @@ class Evaluator(NamedTuple):
 
         Args:
             embeddings: the result of `embed`.
+            options: further arguments of `retrieval.evaluate`.
         """
         (split,) = embeddings.keys() - {"gallery"}
         gallery = None
         if "gallery" in embeddings:
             gallery = embeddings["gallery"], self.sources["gallery"].labels
         backend, metrics = exact.choose("auto"), dict[str, float]()
+        chosen: dict[str, Any] = {"recall_at": self.recall_at, "nmi": self.nmi, **options}
 
         def evaluate() -> None:
             metrics.update(
                 retrieval.evaluate(
                     embeddings[split],
                     self.sources[split].labels,
-                    recall_at=self.recall_at,
                     gallery=gallery,
-                    nmi=self.nmi,
                     backend=backend,
+                    **chosen,
                 )
             )
 

@@ -13,22 +13,55 @@ from safetensors.numpy import save_file
 
 from dml_jax._utils import files, sharding
 from dml_jax._utils.errors import UserError
+from dml_jax.evaluation import embedding_files, thresholds
 from dml_jax.evaluation.network import Network
+from dml_jax.evaluation.thresholds import Threshold
 from dml_jax.inference import model_card, trained
-from dml_jax.inference.retriever import FUNCTION, WEIGHTS
+from dml_jax.inference.retriever import FUNCTION, THRESHOLD, WEIGHTS
 from dml_jax.training import run_directory
 
 CARD = "README.md"
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def write(run: Path, out: Path, checkpoint: str) -> None:
+def threshold(
+    run: Path, checkpoint: str, given: float | None, fmr: float | None
+) -> Threshold | None:
+    """Returns the threshold of an export: given, or for a false match rate among the test images.
+
+    Args:
+        run: folder of the run.
+        checkpoint: name of the checkpoint.
+        given: the threshold.
+        fmr: the false match rate, instead.
+
+    Raises:
+        FileNotFoundError: the run has no test embeddings.
+        ValueError: both are given, or the test embeddings are not those of the checkpoint.
+    """
+    if fmr is None:
+        return None if given is None else thresholds.checked(given)
+    if given is not None:
+        raise UserError("give either --threshold or --fmr, not both")
+    if checkpoint != "last":
+        raise UserError(
+            f"a run keeps the test embeddings of its last checkpoint only, not of {checkpoint}; "
+            "`dml-jax evaluate --checkpoint --fmr` prints the threshold, for --threshold"
+        )
+    images = embedding_files.load_embeddings(run / run_directory.EMBEDDINGS)
+    gallery = run / run_directory.GALLERY
+    others = embedding_files.load_embeddings(gallery) if gallery.exists() else None
+    return thresholds.at_fmr(fmr, images, others)
+
+
+def write(run: Path, out: Path, checkpoint: str, threshold: Threshold | None = None) -> None:
     """Exports a checkpoint of a run; the images of the run are not needed.
 
     Args:
         run: folder of the run.
         out: the folder to write, new or empty; it is written atomically.
         checkpoint: `last`, or a key of `dml_jax.training.checkpoint.BEST`.
+        threshold: the similarity below which a search result is unknown.
 
     Raises:
         FileNotFoundError: the folder holds no run, or the run no such checkpoint.
@@ -47,12 +80,15 @@ def write(run: Path, out: Path, checkpoint: str) -> None:
         step=step,
         checkpoint=checkpoint,
         platforms=PLATFORMS,
+        threshold=threshold,
     )
     with files.atomic_write(out) as part:
         part.mkdir(parents=True)
         (part / FUNCTION).write_bytes(serialize(network, weights))
         save_file(weights, part / WEIGHTS)
         files.write_json(part / run_directory.CONFIG, published)
+        if threshold is not None:
+            files.write_json(part / THRESHOLD, threshold._asdict())
         files.write_text(part / CARD, card)
 
 

@@ -8,6 +8,7 @@ import jax
 
 import dml_jax
 from dml_jax import retrieval
+from dml_jax.evaluation.thresholds import Threshold
 
 _CARD = """\
 ---
@@ -38,7 +39,7 @@ It is a `{backbone}`, trained with {method}; the settings are at the end.
 {scores}
 
 The checkpoint is `{checkpoint}`, after {step} steps.
-
+{threshold}
 ## Input and output
 
 - Input: `uint8 [batch, {size}, {size}, 3]`, RGB, with any batch size. Resize images of another size
@@ -124,6 +125,7 @@ def write(
     step: int,
     checkpoint: str,
     platforms: Sequence[str],
+    threshold: Threshold | None = None,
 ) -> str:
     """Returns the model card of an exported checkpoint.
 
@@ -134,6 +136,7 @@ def write(
         step: step of the checkpoint.
         checkpoint: name of the checkpoint.
         platforms: platforms of the exported function.
+        threshold: the similarity below which two images are taken to be of different classes.
 
     Returns:
         Markdown, with the metadata header of model hubs.
@@ -148,6 +151,7 @@ def write(
         scores=_scores(config, result, evaluated, step),
         checkpoint=checkpoint,
         step=step,
+        threshold="" if threshold is None else _threshold(threshold),
         size=size,
         resize=config["data"]["resize"],
         snippet=_SNIPPET.format(size=size),
@@ -190,6 +194,19 @@ def _scores(
             if line["step"] == step:
                 return _table(line, "validation" if is_held_out else "test")
     return "This checkpoint was not evaluated."
+
+
+def _threshold(chosen: Threshold) -> str:
+    text = (
+        f"\nTwo images whose cosine similarity is below {chosen.threshold:.4f} are taken to be of "
+        "different\nclasses (`threshold.json`)."
+    )
+    if chosen.fmr is not None and chosen.fnmr is not None:
+        text += (
+            f" Among the test images this accepts a share of {chosen.fmr:g} of the pairs of\n"
+            f"different classes and rejects {100 * chosen.fnmr:.1f} % of the pairs of one class."
+        )
+    return text + "\n"
 
 
 def _table(line: dict[str, Any], split: str) -> str:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Int64, UInt8
 from PIL import Image
 from safetensors.numpy import load_file
 
-from dml_jax._utils import sharding
+from dml_jax._utils import files, sharding
 from dml_jax._utils.errors import UserError
 from dml_jax.data.images import centre_view, decode, from_pillow
 from dml_jax.evaluation import embedding_files
@@ -22,6 +22,7 @@ from dml_jax.training import bucket, run_directory
 
 FUNCTION = "embed.jax_export"
 WEIGHTS = "weights.safetensors"
+THRESHOLD = "threshold.json"
 
 _BATCH = 64  # Images embedded at a time; smaller batches are padded to a power of two.
 
@@ -49,6 +50,7 @@ class Retriever:
         *,
         image_size: int,
         resize: int,
+        threshold: float | None = None,
     ) -> None:
         """Wraps an embedding function.
 
@@ -56,7 +58,10 @@ class Retriever:
             function: the network, compiled for every new batch size.
             image_size: side of its input images, pixels.
             resize: length of the shorter side of an image before the centre crop, pixels.
+            threshold: the cosine similarity below which two images are taken to be of different
+                classes; None if the export has none.
         """
+        self.threshold = threshold
         self._function, self._image_size, self._resize = function, image_size, resize
 
     def embed(
@@ -151,7 +156,13 @@ def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> Retr
     if is_export and checkpoint is not None:
         raise UserError(f"{folder} is an export, which holds one checkpoint; omit `checkpoint`")
     function = _load_export(folder) if is_export else _load_run(folder, checkpoint or "last")
-    return Retriever(function, image_size=config.data.image_size, resize=config.data.resize)
+    chosen = files.read_json(folder / THRESHOLD) or {}
+    return Retriever(
+        function,
+        image_size=config.data.image_size,
+        resize=config.data.resize,
+        threshold=chosen.get("threshold"),
+    )
 
 
 def _load_export(folder: Path) -> Callable[[np.ndarray], Array]:

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Int32, Int64, Shaped
 from numpy.typing import ArrayLike
 
 from dml_jax._utils.errors import UserError
-from dml_jax.retrieval import exact, metrics
+from dml_jax.retrieval import classes, exact, inputs, metrics, reranking, verification
 
 # Queries per block: as many as faiss processes at a time, but so few that the neighbours of a block
 # (8 bytes each, in a few arrays) need about 64 MB for any k.
@@ -32,6 +32,13 @@ def evaluate(
     gallery: tuple[ArrayLike, ArrayLike] | None = None,
     nmi: bool = False,
     backend: str = "auto",
+    precision_at: Sequence[int] = (),
+    map_at: Sequence[int] = (),
+    ami: bool = False,
+    per_class: bool = False,
+    confidence: float | None = None,
+    fmr: Sequence[float] = (),
+    rerank: str | None = None,
 ) -> dict[str, float]:
     """Returns retrieval metrics of an exact inner-product search of normalised embeddings.
 
@@ -42,7 +49,8 @@ def evaluate(
     the backend's order. With several processes, all must call this with the same arguments, since
     "jax" searches on the devices of all.
 
-    Source: Musgrave et al., A Metric Learning Reality Check, ECCV 2020.
+    Source: Musgrave et al., A Metric Learning Reality Check, ECCV 2020. `docs/how-to/metrics.md`
+    defines every metric.
 
     Args:
         embeddings: [n, d] query embeddings, finite; this function normalises them.
@@ -54,57 +62,121 @@ def evaluate(
         backend: "cpu" or "gpu" for faiss, "jax" for JAX's devices, or "auto": the GPU if faiss
             finds one, else JAX's devices unless they are CPUs, else the CPU. The k-means of "jax"
             uses faiss.
+        precision_at: values of k for precision@k.
+        map_at: values of k for MAP@k, normalised by min(k, R).
+        ami: whether to compute the AMI of the same clustering (scikit-learn).
+        per_class: whether to compute means over classes, too, which count each class once.
+        confidence: share of the bootstrap samples over classes that an interval holds, such as
+            0.95; by default there are no intervals.
+        fmr: false match rates, for each of which a threshold and its FNMR are computed from all
+            pairs, on the host.
+        rerank: a method of `reranking.METHODS`; by default the order is that of the similarity.
 
     Returns:
-        Fractions in 0..1: `recall@{k}` for each k, `r_precision`, `map@r` and, if requested, `nmi`;
-        and the count `queries_without_match`.
+        Fractions in 0..1: `recall@{k}` for each k, `r_precision`, `map@r`, `precision@{k}` and
+        `map@{k}`; if requested, each of these as a mean over classes (`macro_{name}`), its interval
+        (`{name}_low`, `{name}_high`), `nmi` and `ami`; for each false match rate f `fnmr@fmr{f}`,
+        and the cosine `threshold@fmr{f}`; and the count `queries_without_match`.
 
     Raises:
         ValueError: shapes do not match, an array is empty or not finite, a k is below 1 or larger
-            than the gallery, no query has a match, or the backend is not available.
-        TypeError: labels or recall_at are not integers, or embeddings are not real numbers.
+            than the gallery, no query has a match, a rate is not within 0..1 or needs more pairs,
+            or the backend or the method is not available.
+        TypeError: labels or values of k are not integers, or embeddings are not real numbers.
+        ModuleNotFoundError: AMI needs scikit-learn.
     """
-    queries, query_labels = _validate(embeddings, labels, "")
+    queries, query_labels = inputs.validate(embeddings, labels, "")
     exclude_query = gallery is None
     targets, target_labels = (
-        (queries, query_labels) if gallery is None else _validate(*gallery, "gallery ")
+        (queries, query_labels) if gallery is None else inputs.validate(*gallery, "gallery ")
     )
     if queries.shape[1] != targets.shape[1]:
         raise UserError(
             f"embeddings have {queries.shape[1]} dimensions, the gallery's {targets.shape[1]}"
         )
-    available = len(targets) - exclude_query
-    if not all(isinstance(k, int | np.integer) for k in recall_at):
-        raise TypeError(f"recall_at={tuple(recall_at)} must be integers")
-    if not all(1 <= k <= available for k in recall_at):
-        raise UserError(
-            f"recall_at={tuple(recall_at)} must be in 1..{available}, the number of gallery images"
-        )
+    levels = {"recall_at": recall_at, "precision_at": precision_at, "map_at": map_at}
+    for name, values in levels.items():
+        inputs.check_levels(name, values, len(targets) - exclude_query)
+    inputs.check_rates("confidence", [] if confidence is None else [confidence])
+    inputs.check_rates("fmr", fmr)
     backend = exact.choose(backend)
 
-    classes, codes = np.unique(np.concatenate([query_labels, target_labels]), return_inverse=True)
+    names, codes = np.unique(np.concatenate([query_labels, target_labels]), return_inverse=True)
     query_codes, target_codes = np.split(codes.astype(np.int32), [len(queries)])
-    relevant = np.bincount(target_codes, minlength=len(classes))[query_codes] - exclude_query
+    relevant = np.bincount(target_codes, minlength=len(names))[query_codes] - exclude_query
     with_match = np.count_nonzero(relevant)
     if with_match == 0:
         raise UserError("no query has an image of its class in the gallery")
 
-    searcher = exact.make(targets, backend)
-    totals = np.zeros(len(recall_at) + 2)
-    for rows, k in _blocks(relevant, max(recall_at, default=1)):
-        ids = searcher.nearest(queries[rows], k, own=rows if exclude_query else None)
-        matches = target_codes[ids] == query_codes[rows, None]
-        totals[:-2] += metrics.recall(matches, recall_at).sum(axis=0)
-        totals[-2] += metrics.r_precision(matches, relevant[rows]).sum()
-        totals[-1] += metrics.average_precision(matches, relevant[rows]).sum()
-
-    names = [*(f"recall@{k}" for k in recall_at), "r_precision", "map@r"]
-    result = dict(zip(names, (totals / with_match).tolist(), strict=True))
-    if nmi:
+    search = reranking.searcher(targets, backend, rerank, exclude_query=exclude_query)
+    depth, blocks = max([1, *recall_at, *precision_at, *map_at]), []
+    for rows, k in _blocks(relevant, depth):
+        matches = target_codes[search(queries, rows, k)] == query_codes[rows, None]
+        blocks.append((query_codes[rows], _of_queries(matches, relevant[rows], **levels)))
+    result = _means(blocks, per_class, confidence)
+    if nmi or ami:
         clusters = exact.kmeans(queries, len(np.unique(query_codes)), gpu=backend == "gpu")
+    if nmi:
         result["nmi"] = metrics.normalized_mutual_information(query_codes, clusters)
+    if ami:
+        result["ami"] = metrics.adjusted_mutual_information(query_codes, clusters)
+    if fmr:
+        others = None if gallery is None else (targets, target_codes)
+        points = verification.operating_points(queries, query_codes, others, fmr)
+        for rate, point in zip(fmr, points, strict=True):
+            result |= {f"fnmr@fmr{rate:g}": point.fnmr, f"threshold@fmr{rate:g}": point.threshold}
     result["queries_without_match"] = float(len(queries) - with_match)
     return result
+
+
+def _means(
+    blocks: Sequence[tuple[Int32[np.ndarray, " _"], dict[str, Shaped[np.ndarray, " _"]]]],
+    per_class: bool,
+    confidence: float | None,
+) -> dict[str, float]:
+    """Returns the means of the metrics of all queries, given as blocks of classes and metrics."""
+    codes, values = zip(*blocks, strict=True)
+    count = sum(map(len, codes))
+    means = {name: float(sum(x[name].sum() for x in values) / count) for name in values[0]}
+    if not per_class and confidence is None:
+        return means
+    rows = [np.concatenate([x[name] for x in values]).astype(np.float64) for name in means]
+    found = classes.by_class(np.array(rows), np.concatenate(codes))
+    kinds = {False: means}
+    if per_class:
+        kinds[True] = {
+            f"macro_{name}": float(mean)
+            for name, mean in zip(means, classes.mean_over_classes(found), strict=True)
+        }
+    result = {name: mean for kind in kinds.values() for name, mean in kind.items()}
+    if confidence is not None:
+        for macro, kind in kinds.items():
+            intervals = classes.intervals(found, confidence, per_class=macro).tolist()
+            for name, (low, high) in zip(kind, intervals, strict=True):
+                result |= {f"{name}_low": low, f"{name}_high": high}
+    return result
+
+
+def _of_queries(
+    matches: Bool[np.ndarray, "q k"],
+    relevant: Int64[np.ndarray, " q"],
+    *,
+    recall_at: Sequence[int],
+    precision_at: Sequence[int],
+    map_at: Sequence[int],
+) -> dict[str, Shaped[np.ndarray, " q"]]:
+    """Returns the metrics of each query of a block, by name."""
+    recall, precision = (
+        metrics.recall(matches, recall_at),
+        metrics.precision(matches, precision_at),
+    )
+    return {
+        **{f"recall@{k}": recall[:, i] for i, k in enumerate(recall_at)},
+        "r_precision": metrics.r_precision(matches, relevant),
+        "map@r": metrics.average_precision(matches, relevant),
+        **{f"precision@{k}": precision[:, i] for i, k in enumerate(precision_at)},
+        **{f"map@{k}": metrics.average_precision_at(matches, relevant, k) for k in map_at},
+    }
 
 
 def _blocks(
@@ -121,34 +193,3 @@ def _blocks(
         stop = start + max(1, min(_BLOCK_QUERIES, _BLOCK_NEIGHBOURS // k))
         yield order[start:stop], k
         start = stop
-
-
-def _as_float32(embeddings: ArrayLike, prefix: str) -> Float32[np.ndarray, "..."]:
-    """Returns real numbers as float32; numbers out of range become infinite."""
-    try:
-        given = np.asarray(embeddings)
-    except ValueError as error:  # Rows of different lengths.
-        raise UserError(f"{prefix}embeddings are not an array: {error}") from None
-    if not (np.issubdtype(given.dtype, np.floating) or np.issubdtype(given.dtype, np.integer)):
-        raise TypeError(f"{prefix}embeddings must be real numbers, got {given.dtype}")
-    with np.errstate(over="ignore"):
-        return given.astype(np.float32, copy=False)
-
-
-def _validate(
-    embeddings: ArrayLike, labels: ArrayLike, prefix: str
-) -> tuple[Float32[np.ndarray, "n d"], Int64[np.ndarray, " n"]]:
-    """Returns unit embeddings (zero ones stay zero) and labels; raises an error if invalid."""
-    vectors, classes = _as_float32(embeddings, prefix), np.asarray(labels)
-    if vectors.ndim != 2 or classes.ndim != 1:
-        raise UserError(
-            f"{prefix}embeddings must be [n, d] and labels [n], "
-            f"got shapes {vectors.shape} and {classes.shape}"
-        )
-    if vectors.size == 0:
-        raise UserError(f"{prefix}embeddings are empty: shape {vectors.shape}")
-    if len(vectors) != len(classes):
-        raise UserError(f"{len(vectors)} {prefix}embeddings but {len(classes)} labels")
-    if not np.issubdtype(classes.dtype, np.integer):
-        raise TypeError(f"{prefix}labels must be integers, got {classes.dtype}")
-    return exact.unit_rows(vectors, f"{prefix}embeddings"), classes.astype(np.int64)

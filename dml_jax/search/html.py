@@ -8,7 +8,7 @@ from html import escape
 from string import Template
 
 from dml_jax import data
-from dml_jax.search.index import Gallery, Neighbour
+from dml_jax.search.gallery import Gallery, Neighbour
 
 THUMBNAIL = 240
 """Longer side of a thumbnail, pixels."""

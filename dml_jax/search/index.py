@@ -6,10 +6,9 @@ dimension. The search effort of these two is tuned: the smallest that reaches `T
 """
 
 import json
-import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,8 @@ from dml_jax._utils import extras, files, storage
 from dml_jax._utils.errors import UserError
 from dml_jax.evaluation.embedding_files import Embeddings
 from dml_jax.retrieval import exact
+from dml_jax.search import gallery
+from dml_jax.search.gallery import Neighbour
 
 with extras.required_by("cpu", "cuda", "tpu"):
     import faiss
@@ -35,17 +36,6 @@ METADATA = "images.json"
 
 _SAMPLE = 500  # Queries for measuring recall.
 _POINTS_PER_CELL = 50  # For k-means; faiss warns below 39, and more improves little.
-
-
-class Neighbour(NamedTuple):
-    """A search result."""
-
-    row: int
-    """Index of the image in the gallery."""
-    name: str
-    class_name: str
-    similarity: float
-    """Cosine similarity to the query."""
 
 
 class Measurement(NamedTuple):
@@ -73,6 +63,8 @@ class Gallery(NamedTuple):
     """Folder that the image names are relative to; None if the images have no files."""
     first: list[float]
     """Embedding of the first image, for detecting another network."""
+    threshold: float | None = None
+    """The similarity below which a search result is unknown; None if there is none."""
 
     @property
     def facts(self) -> str:
@@ -93,11 +85,7 @@ class Gallery(NamedTuple):
         Raises:
             ValueError: the embedding has another dimension than the index, or is not finite.
         """
-        if embedding.shape[1] != self.vectors.d:
-            raise UserError(
-                f"the network's embeddings have {embedding.shape[1]} dimensions, the index's "
-                f"{self.vectors.d}: it was built with another network"
-            )
+        gallery.check_dimension(embedding, self.vectors.d)
         k = min(k, len(self.names))
         similarities, rows = self.vectors.search(exact.unit_rows(embedding), k)
         # faiss pads with -1 if it visited fewer than k vectors.
@@ -107,38 +95,28 @@ class Gallery(NamedTuple):
             if row >= 0
         ]
 
+    def vectors_of(self, rows: Sequence[int]) -> Float32[np.ndarray, "n d"]:
+        """Returns the unit embeddings of images; those of an IVF index are rounded."""
+        if self.kind == "ivf":
+            self.vectors.make_direct_map()
+        return self.vectors.reconstruct_batch(np.asarray(rows, np.int64))
+
     def file(self, row: int) -> Path | None:
         """Returns the file of an image; None if there is none inside the folder."""
-        name = os.path.normpath(self.names[row])
-        if self.folder is None or os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
-            return None
-        path = storage.join(self.folder, name)
-        try:
-            file = storage.local(path)
-        except FileNotFoundError:
-            return None
-        return file if file.is_file() else None
+        exists = 0 <= row < len(self.names)
+        return gallery.file_below(self.folder, self.names[row]) if exists else None
 
     def check_network(self, first: Float32[np.ndarray, "1 d"]) -> None:
-        """Checks that a network is the one that the gallery was embedded with.
-
-        Args:
-            first: the network's embedding of the first image.
-
-        Raises:
-            ValueError: it differs from the one in the index.
-        """
-        (unit,) = exact.unit_rows(first)
-        if len(unit) != len(self.first) or float(unit @ np.asarray(self.first, np.float32)) < 0.99:
-            raise UserError(
-                f"the network's embedding of {self.names[0]} differs from the one in the index: "
-                "use the run and the checkpoint whose embeddings were indexed, or embed and index "
-                "the images again"
-            )
+        """Raises ValueError unless a network's embedding of the first image is the one here."""
+        gallery.check_network(self.names[0], first, np.asarray(self.first, np.float32))
 
 
 def build(
-    images: Embeddings, *, folder: str | None = None, kind: str | None = None
+    images: Embeddings,
+    *,
+    folder: str | None = None,
+    kind: str | None = None,
+    threshold: float | None = None,
 ) -> tuple[Gallery, list[Measurement]]:
     """Builds an index of embeddings.
 
@@ -146,6 +124,7 @@ def build(
         images: raw embeddings with names and labels.
         folder: the folder that the image names are relative to, if the images are files.
         kind: one of `KINDS`; by default it depends on the number of images.
+        threshold: the similarity below which a search result is unknown.
 
     Returns:
         The gallery, and its recall and speed at each effort that was tried; the last is used.
@@ -156,12 +135,12 @@ def build(
     """
     if not images.embeddings.size:
         raise UserError("there are no embeddings to index")
-    _check_files(folder, images.names)
+    check_files(folder, images.names)
     unit = exact.unit_rows(images.embeddings)
     kind = kind or kind_for(len(unit))
     vectors = _build_index(unit, kind)
     measurements = list(_tune(vectors, unit, kind))
-    gallery = Gallery(
+    built = Gallery(
         vectors=vectors,
         kind=kind,
         recall=measurements[-1].recall,
@@ -170,8 +149,9 @@ def build(
         class_names=list(images.class_names),
         folder=folder,
         first=unit[0].tolist(),
+        threshold=threshold,
     )
-    return gallery, measurements
+    return built, measurements
 
 
 def kind_for(count: int) -> str:
@@ -179,7 +159,8 @@ def kind_for(count: int) -> str:
     return KINDS[(count > FLAT_UP_TO) + (count > HNSW_UP_TO)]
 
 
-def _check_files(folder: str | None, names: tuple[str, ...]) -> None:
+def check_files(folder: str | None, names: Sequence[str]) -> None:
+    """Raises FileNotFoundError unless all images are in the folder, if there is one."""
     if folder is None:
         return
     if storage.is_url(folder):
@@ -266,7 +247,7 @@ def _milliseconds(vectors: Any, queries: Float32[np.ndarray, "q d"], k: int) -> 
     return 1e3 * (time.perf_counter() - start) / len(sample)
 
 
-def save(gallery: Gallery, folder: Path) -> None:
+def save(built: Gallery, folder: Path) -> None:
     """Writes a gallery to a new folder atomically.
 
     Raises:
@@ -275,8 +256,8 @@ def save(gallery: Gallery, folder: Path) -> None:
     check_new(folder)
     with files.atomic_write(folder) as part:
         part.mkdir(parents=True)
-        faiss.write_index(gallery.vectors, str(part / VECTORS))
-        metadata = {name: value for name, value in gallery._asdict().items() if name != "vectors"}
+        faiss.write_index(built.vectors, str(part / VECTORS))
+        metadata = {name: value for name, value in built._asdict().items() if name != "vectors"}
         metadata["checksum"] = _checksum(part / VECTORS)
         (part / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
 
@@ -307,16 +288,18 @@ def load(folder: Path) -> Gallery:
         metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
         if _checksum(folder / VECTORS) != metadata.pop("checksum"):
             raise UserError(f"the checksum of {VECTORS} differs")
-        gallery = Gallery(vectors=faiss.read_index(str(folder / VECTORS)), **metadata)
-        counts = {gallery.vectors.ntotal, len(gallery.names), len(gallery.labels)}
-        if len(counts) > 1 or max(gallery.labels) >= len(gallery.class_names):
+        loaded = Gallery(vectors=faiss.read_index(str(folder / VECTORS)), **metadata)
+        counts = {loaded.vectors.ntotal, len(loaded.names), len(loaded.labels)}
+        if len(counts) > 1 or max(loaded.labels) >= len(loaded.class_names):
             raise UserError(f"{METADATA} and {VECTORS} do not belong together")
+        if not isinstance(loaded.threshold, float | None):
+            raise UserError(f"the threshold in {METADATA} is no number")
     # Raised by faiss, or if the JSON is not as `save` writes it.
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"the index {folder} is damaged ({error}); build it again with scripts/index.py"
         ) from error
-    return gallery
+    return loaded
 
 
 def _checksum(path: Path) -> int:

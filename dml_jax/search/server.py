@@ -1,4 +1,4 @@
-"""A small server with a page on which dropping an image searches a gallery.
+"""A small server with a page on which dropping an image searches a gallery, and a JSON route.
 
 Images of the gallery are requested by their row in the index, never by a path, and are sent as
 newly encoded JPEGs; no other file can be read.
@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from dml_jax import data
-from dml_jax.search import html
-from dml_jax.search.index import Gallery
+from dml_jax.search import api, html
+from dml_jax.search.gallery import Gallery, Neighbour, search
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -51,6 +51,8 @@ def make_server(
     host: str,
     port: int,
     neighbours: int,
+    threshold: float | None = None,
+    rerank: str | None = None,
 ) -> ThreadingHTTPServer:
     """Returns a listening server, which answers once `serve_forever` is called.
 
@@ -60,6 +62,8 @@ def make_server(
         host: the address to listen on.
         port: the port; 0 for any free one.
         neighbours: number of neighbours to show.
+        threshold: the similarity below which a neighbour's class is unknown.
+        rerank: how neighbours are re-ranked; see `gallery.search`.
 
     Returns:
         The server; `server_address` has the port.
@@ -67,8 +71,14 @@ def make_server(
     Raises:
         OSError: the address or the port is not available.
     """
+
+    def find(image: bytes) -> list[Neighbour]:
+        data.check_upload(image)
+        embedding = embed_one(image, "this image")
+        return search(gallery, embedding, neighbours, threshold=threshold, rerank=rerank)
+
     try:
-        return _Server((host, port), gallery, embed_one, neighbours)
+        return _Server((host, port), gallery, find, threshold)
     except OSError as error:
         raise OSError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
 
@@ -82,26 +92,23 @@ class _Server(ThreadingHTTPServer):
         self,
         address: tuple[str, int],
         gallery: Gallery,
-        embed_one: Callable[[bytes, str], Float32[np.ndarray, "1 d"]],
-        neighbours: int,
+        find: Callable[[bytes], list[Neighbour]],
+        threshold: float | None,
     ) -> None:
         self.local = address[0] in LOOPBACK
         self.start_page = html.search_page(gallery).encode()
-        self._gallery, self._embed_one, self._neighbours = gallery, embed_one, neighbours
+        self._gallery, self._find, self.threshold = gallery, find, threshold
         self._search_lock = threading.Lock()
         super().__init__(address, _Handler)
 
     def gallery_image(self, row: int, *, side: int) -> bytes | None:
         """Returns an image of the gallery as JPEG; None if there is none."""
-        exists = row < len(self._gallery.names)
-        return html.thumbnail(self._gallery, row, side=side) if exists else None
+        return html.thumbnail(self._gallery, row, side=side)
 
-    def search(self, image: bytes) -> str:
-        """Returns the neighbours of an encoded image, as HTML."""
+    def search(self, image: bytes) -> list[Neighbour]:
+        """Returns the neighbours of an encoded image."""
         with self._search_lock:
-            data.check_upload(image)
-            embedding = self._embed_one(image, "this image")
-            return html.results(self._gallery.nearest(embedding, self._neighbours))
+            return self._find(image)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Reports errors, except those of clients that disconnected."""
@@ -150,6 +157,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _get(self) -> tuple[str, bytes]:
         if self.path == "/":
             return "text/html; charset=utf-8", self.server.start_page
+        if self.path == api.DESCRIPTION_PATH:
+            return "application/json", api.DESCRIPTION
         match = _IMAGE_PATH.fullmatch(self.path)
         if match:
             side = html.THUMBNAIL if match[1] == "thumbnail" else _LARGE
@@ -161,14 +170,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _post(self) -> tuple[str, bytes]:
         # Read first: the answer is lost if a connection is closed before its body is read.
         image = self._body()
-        if self.path != "/search":
+        if self.path not in ("/search", api.PATH):
             raise RequestError(HTTPStatus.NOT_FOUND, "there is no such page")
         if not self.headers.get_content_type().startswith("image/"):
             raise RequestError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "only images are accepted")
         try:
-            return "text/html; charset=utf-8", self.server.search(image).encode()
+            found = self.server.search(image)
         except ValueError as error:
             raise RequestError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, str(error)) from error
+        if self.path == api.PATH:
+            return "application/json", api.answer(found, self.server.threshold)
+        return "text/html; charset=utf-8", html.results(found).encode()
 
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "")

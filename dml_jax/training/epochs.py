@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from dml_jax import memvir
 from dml_jax._utils import sharding
+from dml_jax.retrieval import collapse
 from dml_jax.training import checkpoint, history, trackers
 from dml_jax.training.builder import Experiment
 from dml_jax.training.state import TrainState, network_variables
@@ -101,7 +103,24 @@ class Epochs:
         self._embeddings = evaluator.embed(
             network_variables(state), self._experiment.selection_split
         )
-        return evaluator.score(self._embeddings)
+        return evaluator.score(self._embeddings) | self._spread()
+
+    def _spread(self) -> dict[str, float]:
+        """Returns how far the latest embeddings are apart; warns of a collapse."""
+        embeddings = (self._embeddings or {})[self._experiment.selection_split]
+        if len(embeddings) < 2:  # A single query, searched in a gallery.
+            return {}
+        spread = collapse.spread(embeddings)
+        if spread.is_collapsed:
+            logging.warning(
+                "the embeddings have collapsed: two images have a mean cosine of %.3f, and the "
+                "effective rank is %.1f of %d; see docs/how-to/metrics.md",
+                spread.mean_cosine,
+                spread.effective_rank,
+                embeddings.shape[1],
+            )
+        # Further digits depend on the number of cores.
+        return {name: round(value, 6) for name, value in spread._asdict().items()}
 
 
 def _epoch_metrics(experiment: Experiment, state: TrainState, step: int) -> dict[str, Any]:

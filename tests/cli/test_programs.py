@@ -17,9 +17,11 @@ import pytest
 from safetensors.numpy import save_file
 
 import dml_jax
+from dml_jax import retrieval
 from dml_jax._utils import files, sharding, storage
 from dml_jax.evaluation import embedding_files
 from dml_jax.models import pretrained
+from dml_jax.search import stores
 from dml_jax.training import bucket, builder, checkpoint, preemption, run_directory
 from dml_jax.training.config import parse
 from tests.helpers import object_storage, tiny, weights
@@ -113,9 +115,12 @@ def test_embed_needs_only_config_and_checkpoint_of_the_run(images, finished, tmp
 def test_an_export_embeds_like_the_run(images, finished, tmp_path):
     out = tmp_path / "exported"
     assert f"{out / 'README.md'} says how to load it" in succeed(
-        "export.py", finished, f"--out={out}"
+        "export.py", finished, f"--out={out}", "--fmr=0.05"
     )
     saved = embedding_files.load_embeddings(finished / run_directory.EMBEDDINGS)
+    scores = retrieval.evaluate(saved.embeddings, saved.labels, fmr=(0.05,))
+    assert dml_jax.load(out).threshold == scores["threshold@fmr0.05"]
+    assert f"below {scores['threshold@fmr0.05']:.4f} are taken" in (out / "README.md").read_text()
     ours = dml_jax.load(out).embed([images / name for name in saved.names])
     lengths = np.linalg.norm(saved.embeddings, axis=1, keepdims=True)
     np.testing.assert_allclose(ours / lengths, saved.embeddings / lengths, rtol=0, atol=1e-6)
@@ -136,6 +141,22 @@ def test_search_ranks_the_query_itself_first(images, finished, indexed, tmp_path
     printed = succeed("search.py", *where, f"--out={sheet}", "--neighbours=3", query)
     first = next(line for line in printed.splitlines() if line.startswith("│ 1 "))
     assert "1.000" in first and "test/class2/3.png" in first
+    assert sheet.read_text().count("data:image/jpeg;base64,") == 4
+    assert "unknown" not in printed
+
+
+def test_search_reads_a_vector_database_and_says_unknown(images, finished, tmp_path):
+    pytest.importorskip("lancedb", reason="the extra lancedb is not installed")
+    url, sheet = f"lancedb://{tmp_path}/gallery", tmp_path / "sheet.html"
+    saved = embedding_files.load_embeddings(finished / run_directory.EMBEDDINGS)
+    stores.write(url, saved, folder=str(images), threshold=0.9999)
+    query = images / "test" / "class2" / "3.png"
+    where = [f"--index={url}", f"--workdir={finished}", f"--out={sheet}"]
+    printed = succeed("search.py", *where, "--neighbours=3", query)
+    lines = [line for line in printed.splitlines() if line.startswith("│")]
+    assert "class2" in lines[0].split("│")[3] and "1.000" in lines[0]
+    assert all("unknown" in line.split("│")[3] for line in lines[1:])
+    assert "24 images, LanceDB; unknown below 1.000" in printed
     assert sheet.read_text().count("data:image/jpeg;base64,") == 4
 
 

@@ -202,3 +202,14 @@ def test_importing_the_package_imports_no_jax():
     assert dml_jax.losses.create("proxy_nca").scale == 12.0
     with pytest.raises(AttributeError, match="no attribute 'losess'"):
         dml_jax.losess  # noqa: B018
+
+
+def test_threshold_of_an_export(tmp_path):
+    assert export.threshold(tmp_path, "best_map", None, None) is None
+    assert export.threshold(tmp_path, "best_map", 0.5, None).threshold == 0.5
+    with pytest.raises(ValueError, match="not both"):
+        export.threshold(tmp_path, "last", 0.5, 0.01)
+    with pytest.raises(ValueError, match="test embeddings of its last checkpoint only"):
+        export.threshold(tmp_path, "best_map", None, 0.01)
+    with pytest.raises(FileNotFoundError, match="no embeddings file"):
+        export.threshold(tmp_path, "last", None, 0.01)

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from dml_jax.evaluation.embedding_files import Embeddings
+from dml_jax.retrieval import exact as retrieval_exact
+from dml_jax.retrieval import reranking
 from dml_jax.search import index
+from dml_jax.search.gallery import search
 
 
 def embeddings(count, dim=16, seed=0):
@@ -181,3 +184,35 @@ def test_truncated_list_of_images_is_rejected(saved):
     truncate(saved / index.METADATA)
     with pytest.raises(ValueError, match="is damaged"):
         index.load(saved)
+
+
+def test_threshold_is_saved_and_an_index_without_one_still_loads(saved, tmp_path):
+    assert index.load(saved).threshold is None
+    index.save(index.build(embeddings(20), threshold=0.5)[0], tmp_path / "other")
+    assert index.load(tmp_path / "other").threshold == 0.5
+    metadata = json.loads((saved / index.METADATA).read_text())
+    del metadata["threshold"]  # As in indexes that were built before there were thresholds.
+    (saved / index.METADATA).write_text(json.dumps(metadata))
+    assert index.load(saved).threshold is None
+    (saved / index.METADATA).write_text(json.dumps(metadata | {"threshold": "high"}))
+    with pytest.raises(ValueError, match="the threshold in images.json is no number"):
+        index.load(saved)
+
+
+@pytest.mark.parametrize("kind", index.KINDS)
+@pytest.mark.parametrize("rerank", ["aqe", "k_reciprocal"])
+def test_re_ranked_search_is_that_of_evaluate(kind, rerank):
+    images = embeddings(400, dim=8)
+    gallery, _ = index.build(images, kind=kind)
+    queries, unit = embeddings(9, dim=8, seed=3).embeddings, retrieval_exact.unit_rows
+    find = reranking.searcher(unit(images.embeddings), "cpu", rerank, exclude_query=False)
+    expected = find(unit(queries), np.arange(9), 12)
+    hits = []
+    for query, rows in zip(queries[:, None], expected, strict=True):
+        found = search(gallery, query, 12, rerank=rerank)
+        hits.append(len({x.row for x in found} & set(rows.tolist())) / 12)
+        if kind == "flat":
+            assert [x.row for x in found] == rows.tolist()
+        cosines = unit(images.embeddings[[x.row for x in found]]) @ unit(query)[0]
+        np.testing.assert_allclose([x.similarity for x in found], cosines, atol=0.03)
+    assert np.mean(hits) > 0.8

@@ -1,16 +1,19 @@
 import contextlib
 import http.client
 import io
+import json
 import re
 import threading
 
+import jsonschema
 import numpy as np
 import pytest
 from PIL import Image
 
 from dml_jax import data
 from dml_jax.evaluation.embedding_files import Embeddings
-from dml_jax.search import html, index, server
+from dml_jax.search import api, html, index, server
+from dml_jax.search.gallery import search as search_gallery
 from tests.helpers import chromium
 
 
@@ -157,6 +160,73 @@ def test_other_host_names_are_rejected(port, host, status):
 def test_port_in_use_is_named_in_the_error(port, gallery):
     with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1, port {port}"):
         server.make_server(gallery, colour_of, host="127.0.0.1", port=port, neighbours=3)
+
+
+def test_json_route_answers_as_its_description_says(port):
+    response, content = request(
+        port, "POST", "/api/search", png((20, 30, 240)), Content_Type="image/png"
+    )
+    assert (response.status, response.headers["Content-Type"]) == (200, "application/json")
+    answer = json.loads(content)
+    assert [x["image"] for x in answer["neighbours"]] == [2, 3, 1]
+    first = answer["neighbours"][0]
+    assert (first["name"], first["class"], first["known"]) == (
+        "blue <b>/blue <b>.png",
+        "blue <b>",
+        True,
+    )
+    response, content = request(port, "GET", "/openapi.json")
+    assert (response.status, response.headers["Content-Type"]) == (200, "application/json")
+    described = json.loads(content)
+    operation = described["paths"]["/api/search"]["post"]
+    schema = operation["responses"]["200"]["content"]["application/json"]["schema"]
+    schema = {**schema, "components": described["components"]}  # The references are to here.
+    jsonschema.validate(answer, schema)
+    for wrong in ({"neighbours": []}, answer | {"neighbours": [first | {"known": "yes"}]}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, schema)
+    for body, headers, status in (
+        (b"no image", {"Content_Type": "image/png"}, "415"),
+        (png("red"), {"Content_Type": "text/plain"}, "415"),
+        (b"", {"Content_Type": "image/png", "Content_Length": "x"}, "411"),
+        (b"", {"Content_Type": "image/png", "Content_Length": str(1 << 40)}, "413"),
+    ):
+        response, content = request(port, "POST", "/api/search", body, **headers)
+        assert str(response.status) == status and status in operation["responses"]
+    for path in set(described["paths"]) - {"/api/search"}:
+        assert request(port, "GET", path.replace("{image}", "0"))[0].status == 200
+        assert request(port, "GET", path.replace("{image}", "3"))[0].status == 404
+
+
+def test_openapi_document_has_the_fields_that_the_specification_requires():
+    described = json.loads(api.DESCRIPTION)
+    assert described["openapi"].startswith("3.1.") and {"title", "version"} <= set(
+        described["info"]
+    )
+    for path, item in described["paths"].items():
+        for method, operation in item.items():
+            assert method in ("get", "post")
+            parameters = {x["name"]: x for x in operation.get("parameters", [])}
+            assert set(parameters) == set(re.findall(r"{(.*?)}", path))
+            assert all(x["in"] == "path" and x["required"] for x in parameters.values())
+            for status, answer in operation["responses"].items():
+                assert re.fullmatch("[1-5][0-9]{2}", status) and answer["description"]
+    for schema in described["components"]["schemas"].values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+
+
+def test_results_below_the_threshold_are_unknown(gallery):
+    query = np.array([[20.0, 30.0, 240.0]], np.float32)
+    known, *rest = search_gallery(gallery, query, 4, threshold=0.9)
+    assert known.class_name == "blue <b>" and known.similarity > 0.9
+    assert {x.class_name for x in rest} == {"unknown"} and max(x.similarity for x in rest) < 0.9
+    shown = html.results([known, *rest])
+    assert "unknown <b>×3</b>" in shown
+    plain = gallery.nearest(query, 4)
+    assert search_gallery(gallery, query, 4) == plain
+    assert [x[:2] for x in [known, *rest]] == [x[:2] for x in plain]
+    exactly = plain[1].similarity
+    assert search_gallery(gallery, query, 4, threshold=exactly)[1].class_name == "grey"
 
 
 def test_contact_sheet_is_self_contained(gallery):

@@ -10,7 +10,7 @@ import pytest
 from dml_jax._utils import files, sharding
 from dml_jax.data.prepare import DATA_SETS, prepare
 from dml_jax.evaluation import embedding_files
-from dml_jax.retrieval import evaluate
+from dml_jax.retrieval import collapse, evaluate
 from dml_jax.training import builder, checkpoint, loop, nonfinite, resume, run_directory, step
 from dml_jax.training.config import parse
 from tests.helpers import public_data, tiny
@@ -37,8 +37,9 @@ def start(config, folder):
         ),
     ],
 )
-def test_a_run_writes_all_its_files(settings, images, tmp_path, monkeypatch):
+def test_a_run_writes_all_its_files(settings, images, tmp_path, monkeypatch, caplog):
     chex.clear_trace_counter()
+    monkeypatch.setattr(collapse, "_TOO_FLAT", 1000.0)
     monkeypatch.setattr(step, "train_step", chex.assert_max_traces(n=1)(step.train_step))
     folder = tmp_path / "run"
     config = tiny.config(images, "ps_memvir", **settings)
@@ -58,6 +59,9 @@ def test_a_run_writes_all_its_files(settings, images, tmp_path, monkeypatch):
     assert list(folder.glob("events.out.tfevents.*"))
 
     exported = embedding_files.load_embeddings(folder / run_directory.EMBEDDINGS)
+    for name, value in collapse.spread(exported.embeddings)._asdict().items():
+        assert lines[-1][name] == pytest.approx(value, abs=1e-6)
+    assert caplog.text.count("the embeddings have collapsed") == len(lines)
     scores = evaluate(exported.embeddings, exported.labels)
     assert scores.items() <= result["last"].items()
     assert exported.names[0] == "test/class0/0.png"
