@@ -7,11 +7,14 @@ from absl import flags
 
 from dml_jax._utils import storage
 from dml_jax.cli import command_line
-from dml_jax.inference import export
+from dml_jax.inference import export, model_card
 from dml_jax.training import bucket, checkpoint, run_directory
 
 _CHECKPOINT = flags.DEFINE_enum(
     "checkpoint", "last", ["last", *checkpoint.BEST], "The checkpoint of the run."
+)
+_LICENCE = flags.DEFINE_string(
+    "license", model_card.UNKNOWN, "The licence of the weights, such as cc-by-4.0."
 )
 _OUT = flags.DEFINE_string("out", None, "The folder or URL to write.", required=True)
 
@@ -22,7 +25,7 @@ def main(run: str) -> None:
         command_line.user_errors(),
         storage.writing(_OUT.value, last=run_directory.CONFIG) as out,
     ):
-        export.write(bucket.copy(run), out, _CHECKPOINT.value)
+        export.write(bucket.copy(run), out, _CHECKPOINT.value, _LICENCE.value)
         sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
     for name, size in sizes.items():
         print(f"{size / 1e6:8.2f} MB  {storage.join(_OUT.value, name)}")

@@ -25,7 +25,7 @@ _INDEX = flags.DEFINE_string("index", None, "The folder that `dml-jax index` wro
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Folder of the run that embedded the gallery, or of its export.",
+    "Folder of the run that embedded the gallery, or of its export, or hf:OWNER/NAME.",
     required=True,
 )
 _CHECKPOINT = flags.DEFINE_enum(
