@@ -36,20 +36,20 @@ _PRIVATE = flags.DEFINE_bool("private", False, "Whether a new repository is priv
 def main() -> None:
     """Runs the program."""
     with command_line.user_errors():
-        if bool(_WORKDIR.value) == bool(_EXPORT.value):
-            raise UserError("give either --workdir or --export")
-        if _EXPORT.value and (_CHECKPOINT.value or _LICENCE.value):
-            raise UserError(
-                "an export has one checkpoint, and its README.md states the licence: omit "
-                "--checkpoint and --license"
-            )
-        publishing.check_access(_REPO.value)
-        if _EXPORT.value:
-            folder = storage.local(_EXPORT.value)
+        workdir, exported = _WORKDIR.value, _EXPORT.value
+        if workdir and not exported:
+            publishing.check_access(_REPO.value)
+            url = _push_run(workdir)
+        elif exported and not (workdir or _CHECKPOINT.value or _LICENCE.value):
+            folder = storage.local(exported)
             publishing.check_export(folder)
+            publishing.check_access(_REPO.value)
             url = publishing.upload(folder, _REPO.value, private=_PRIVATE.value)
         else:
-            url = _push_run(_WORKDIR.value)
+            raise UserError(
+                "give either --workdir, optionally with --checkpoint and --license, or --export "
+                "alone: an export has one checkpoint, and its README.md states the licence"
+            )
     print(f'{url}: dml_jax.load("hf:{_REPO.value}") reads it')
 
 

@@ -24,9 +24,7 @@ CARD = "README.md"
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def write(
-    run: Path, out: Path, checkpoint: str, licence: str = model_card.UNKNOWN
-) -> None:
+def write(run: Path, out: Path, checkpoint: str, licence: str = model_card.UNKNOWN) -> None:
     """Exports a checkpoint of a run; the images of the run are not needed.
 
     Args:

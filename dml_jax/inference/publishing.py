@@ -4,7 +4,6 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from dml_jax._utils import hub
 from dml_jax._utils.errors import UserError
@@ -27,7 +26,7 @@ def check_access(repository: str) -> None:
         OSError: the hub cannot be reached.
     """
     try:
-        validate_repo_id(repository)
+        huggingface_hub.hf_hub_url(repository, CARD)  # It validates the name.
     except HFValidationError as error:
         raise UserError(f"--repo={repository} is no name of a repository: {error}") from None
     if "/" not in repository:
@@ -57,7 +56,7 @@ def check_export(folder: Path) -> None:
     for name in FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder} holds no export: there is no {folder / name}; `dml-jax export` writes one"
+                f"{folder} holds no export, which `dml-jax export` writes: it has no {name}"
             )
 
 

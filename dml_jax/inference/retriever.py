@@ -150,7 +150,9 @@ def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> Retr
     config = run_directory.read_config(folder)
     if is_export(folder) and checkpoint is not None:
         raise UserError(f"{path} is an export, which holds one checkpoint; omit `checkpoint`")
-    function = _load_export(folder) if is_export(folder) else _load_run(folder, checkpoint or "last")
+    function = (
+        _load_export(folder) if is_export(folder) else _load_run(folder, checkpoint or "last")
+    )
     return Retriever(function, image_size=config.data.image_size, resize=config.data.resize)
 
 

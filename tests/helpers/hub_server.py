@@ -165,8 +165,10 @@ def commit(self, hub, body, repository):
 def at(hub, repository, revision):
     """Returns the files of a revision; None if there is no such one."""
     commits = hub.repositories[repository]
-    return {oid(files): files for files in commits}.get(revision) if revision != "main" else (
-        commits[-1]
+    return (
+        {oid(files): files for files in commits}.get(revision)
+        if revision != "main"
+        else (commits[-1])
     )
 
 

@@ -131,7 +131,9 @@ def test_an_export_is_read_from_the_cache_of_the_hub(exported):
         np.testing.assert_array_equal(dml_jax.load(location).embed(pixels), expected)
     with pytest.raises(ValueError, match="hf:somebody/cached.net is an export"):
         dml_jax.load("hf:somebody/cached.net", checkpoint="last")
-    with pytest.raises(FileNotFoundError, match="hf:somebody/other cannot be reached .*hf download"):
+    with pytest.raises(
+        FileNotFoundError, match="hf:somebody/other cannot be reached .*hf download"
+    ):
         dml_jax.load("hf:somebody/other")
     with pytest.raises(ValueError, match="hf:somebody is not hf:OWNER/NAME"):
         dml_jax.load("hf:somebody")
