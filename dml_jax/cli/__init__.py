@@ -13,6 +13,7 @@ PROGRAMS = {
     "search": "search",
     "report": "report",
     "export": "export",
+    "push": "push",
     "reproduce": "reproduce",
     "paper": "paper",
     "study": "study",

@@ -2,28 +2,43 @@
 
 dml-jax embed --workdir=runs/memvir --images=DIR --out=embeddings.npz
 dml-jax embed --workdir=runs/memvir --images=DIR --out=embeddings.parquet
+dml-jax embed --workdir=hf:OWNER/NAME --images=DIR --out=embeddings.npz
 """
 
 from pathlib import Path
 
+import numpy as np
 from absl import flags
+from jaxtyping import Float32
 
+import dml_jax
 from dml_jax import data
 from dml_jax._utils import sharding, storage
+from dml_jax._utils.errors import UserError
 from dml_jax.cli import command_line
 from dml_jax.evaluation import embedding_files
 from dml_jax.evaluation.embedding import embed_images
-from dml_jax.inference import trained
-from dml_jax.training import bucket, checkpoint, run_directory
+from dml_jax.inference import retriever, trained
+from dml_jax.training import checkpoint, run_directory
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder or URL of a run.", required=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder or URL of a run or of an export, or hf:OWNER/NAME of an export on the hub.",
+    required=True,
+)
 _CHECKPOINT = flags.DEFINE_enum(
-    "checkpoint", "last", ["last", *checkpoint.BEST], "The checkpoint of the run."
+    "checkpoint",
+    None,
+    ["last", *checkpoint.BEST],
+    "The checkpoint of the run; default: the last one.",
 )
 _IMAGES = flags.DEFINE_string(
     "images", None, "Folder or URL of images, or of one folder of images per class.", required=True
 )
 _OUT = flags.DEFINE_string("out", None, "The .npz or .parquet file to write.", required=True)
+
+_BLOCK = 64  # Decoded images in memory.
 
 
 def main() -> None:
@@ -31,20 +46,34 @@ def main() -> None:
     with command_line.user_errors():
         if not (storage.is_url(_OUT.value) or Path(_OUT.value).absolute().parent.is_dir()):
             raise FileNotFoundError(f"the folder of --out={_OUT.value} does not exist")
-        folder = bucket.copy(_WORKDIR.value)
+        folder = retriever.find(_WORKDIR.value)
+        is_export = retriever.is_export(folder)
+        if is_export and _CHECKPOINT.value:
+            raise UserError(f"{_WORKDIR.value} is an export of one checkpoint: omit --checkpoint")
         given = {"images": data.images_below(storage.local(_IMAGES.value))}
         report = data.inspect(given)
         policy = run_directory.read_config(folder).data.unreadable
         images = data.accept(given, report, policy)["images"]
         data.report(report)
-        mesh = sharding.make_mesh()
-        network, variables, _ = trained.load(folder, _CHECKPOINT.value, mesh)
-        embeddings = embed_images(network, variables, images)
+        if is_export:
+            embeddings = _embed_by_export(folder, images)
+        else:
+            checkpoint_name = _CHECKPOINT.value or "last"
+            network, variables, _ = trained.load(folder, checkpoint_name, sharding.make_mesh())
+            embeddings = embed_images(network, variables, images)
         with storage.writing(_OUT.value) as out:
             embedding_files.save_embeddings(
                 out, embeddings, images.labels, images.names, images.class_names
             )
     print(f"{len(images)} embeddings of {embeddings.shape[1]} dimensions: {_OUT.value}")
+
+
+def _embed_by_export(folder: Path, images: data.Source) -> Float32[np.ndarray, "n d"]:
+    model, count = dml_jax.load(folder), len(images)
+    blocks = [range(i, min(i + _BLOCK, count)) for i in range(0, count, _BLOCK)]
+    return np.concatenate(
+        [model.embed([data.decode(images[i], images.names[i]) for i in one]) for one in blocks]
+    )
 
 
 def start() -> None:

@@ -3,10 +3,13 @@
 dml-jax evaluate --workdir=runs/memvir --checkpoint=best_map
 dml-jax evaluate --embeddings=runs/memvir/embeddings.npz --nmi --recall_at=1,10,100
 dml-jax evaluate --config=cars196 --backbone=resnet50 --pretrained=hf:timm/resnet50.tv_in1k
+dml-jax evaluate --config=folder --config.data.root=photos --zero-shot --out=leaderboard
 
-The last form trains nothing: it scores the pooled features of the backbone on the test images of
-the config, and the same features after PCA-whitening fitted on its training images. --rerank also
-scores the neighbours after re-ranking, and prints the seconds of the search with and without it.
+The last two forms train nothing: they score the pooled features of a backbone on the test images of
+the config, and the same features after PCA-whitening fitted on its training images. The last one
+does so for a list of backbones and writes a page that compares them. Started again, it resumes.
+--rerank also scores the neighbours after re-ranking, and prints the seconds of the search with and
+without it.
 """
 
 import functools
@@ -16,15 +19,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from dml_jax import retrieval
-from dml_jax._utils import sharding
+from dml_jax._utils import files, sharding, storage
 from dml_jax._utils.errors import UserError
-from dml_jax.cli import command_line
-from dml_jax.evaluation import embedding_files, zero_shot
-from dml_jax.models.embedder import HEAD
+from dml_jax.cli import command_line, config_flag
+from dml_jax.evaluation import embedding_files
+from dml_jax.inference import leaderboard
+from dml_jax.models import pretrained, zoo
 from dml_jax.retrieval import reranking
 from dml_jax.training import bucket, builder, checkpoint, run_directory
 from dml_jax.training.config import parse
@@ -67,6 +72,22 @@ _FMR = flags.DEFINE_list(
 _RERANK = flags.DEFINE_enum(
     "rerank", None, reranking.METHODS, "How to re-rank the neighbours, for a second set of scores."
 )
+_ZERO_SHOT = flags.DEFINE_bool(
+    "zero_shot", False, "Whether to score all of --backbones and write a page, --out/index.html."
+)
+flags.DEFINE_alias("zero-shot", "zero_shot")
+_BACKBONES = flags.DEFINE_list(
+    "backbones",
+    [f"{name}={location}" for name, location in zoo.WEIGHTS],
+    "The backbones of --zero_shot and their weights: resnet50=hf:timm/resnet50.tv_in1k,...",
+)
+_OUT = flags.DEFINE_string("out", "leaderboard", "The folder that --zero_shot writes.")
+
+# Not together with --zero_shot.
+_OF_OTHERS = (
+    *(_CHECKPOINT, _GALLERY, _BACKBONE, _PRETRAINED),
+    *(_AMI, _PRECISION_AT, _MAP_AT, _PER_CLASS, _CONFIDENCE, _FMR, _RERANK),
+)
 
 
 def main() -> None:
@@ -79,12 +100,16 @@ def main() -> None:
             scores = _score_exported(_EMBEDDINGS.value, options)
         elif one and _WORKDIR.value and not _given(_GALLERY, _BACKBONE, _PRETRAINED):
             scores = _score_run(bucket.copy(_WORKDIR.value), options)
-        elif one and _CONFIG.value and not _given(_CHECKPOINT, _GALLERY):
+        elif one and _ZERO_SHOT.value and _CONFIG.value and not _given(*_OF_OTHERS):
+            _write_leaderboard(_CONFIG.value, options, Path(_OUT.value))
+            return
+        elif one and _CONFIG.value and not _given(_CHECKPOINT, _GALLERY, _ZERO_SHOT):
             scores = _score_backbone(_CONFIG.value, options)
         else:
             raise UserError(
                 "give one of --workdir, optionally with --checkpoint; --embeddings, optionally "
-                "with --gallery; and --config, optionally with --backbone and --pretrained"
+                "with --gallery; and --config, optionally with --backbone and --pretrained, or "
+                "with --zero_shot"
             )
     print(json.dumps(scores, indent=2))
 
@@ -156,18 +181,44 @@ def _score_exported(file: str, options: dict[str, Any]) -> dict[str, Any]:
 def _score_backbone(config: ConfigDict, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     config.model.backbone = _BACKBONE.value or config.model.backbone
     config.model.pretrained = _PRETRAINED.value or config.model.pretrained
-    # Nothing is trained, so no cache of features or of images in device memory is needed.
-    config.model.train_from, config.data.cache = HEAD, "none"
-    settings = parse(config)
-    built = builder.build(settings, sharding.make_mesh())
-    variables = network_variables(built.init())
-    features = zero_shot.pooled_features(built.evaluator, variables, "test")
-    training = zero_shot.pooled_features(built.evaluator, variables, "train")["train"]
-    whitened = zero_shot.whiten(features, training, settings.model.dim)
+    built = builder.build(parse(leaderboard.without_training(config)), sharding.make_mesh())
+    embedded = leaderboard.embed(built, network_variables(built.init()))
     return {
-        name: _scored(functools.partial(built.evaluator.score, embedded), options)
-        for name, embedded in (("features", features), ("whitened", whitened))
+        kind: _scored(functools.partial(built.evaluator.score, vectors), options)
+        for kind, vectors in embedded.items()
     }
+
+
+def _write_leaderboard(config: ConfigDict, options: dict[str, Any], folder: Path) -> None:
+    # The page needs packages of an extra; without them nothing should be computed.
+    from dml_jax.report import leaderboard as page
+
+    if storage.is_url(_OUT.value):
+        raise UserError(f"--out={_OUT.value} must be a local folder")
+    entries = [_entry(one) for one in _BACKBONES.value]
+    chosen = {name: options[name] for name in ("recall_at", "nmi") if name in options}
+    config.evaluation.update(chosen)
+    scored = leaderboard.score(
+        config, entries, frozenset(config_flag.overrides()), folder / "results"
+    )
+    files.write_json(folder / "leaderboard.json", scored._asdict())
+    page.write(scored, folder / "index.html", device=jax.devices()[0].device_kind)
+    print(f"Leaderboard of {len(scored.rows)} backbones: {(folder / 'index.html').absolute()}")
+    if scored.failed:
+        raise UserError(
+            f"{len(scored.failed)} of {len(entries)} backbones could not be scored; the page has "
+            "the errors, and the same command tries these again"
+        )
+
+
+def _entry(given: str) -> leaderboard.Entry:
+    name, equals, location = given.partition("=")
+    if not equals or not pretrained.is_location(location):
+        raise UserError(
+            f"--backbones: {given!r} must be BACKBONE=WEIGHTS, such as "
+            "resnet50=hf:timm/resnet50.tv_in1k or resnet50=FILE.safetensors"
+        )
+    return leaderboard.Entry(name, location)
 
 
 def _score_run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:

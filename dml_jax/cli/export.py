@@ -7,7 +7,7 @@ from absl import flags
 
 from dml_jax._utils import storage
 from dml_jax.cli import command_line
-from dml_jax.inference import export
+from dml_jax.inference import export, model_card
 from dml_jax.training import bucket, checkpoint, run_directory
 
 _CHECKPOINT = flags.DEFINE_enum(
@@ -18,6 +18,9 @@ _THRESHOLD = flags.DEFINE_float(
 )
 _FMR = flags.DEFINE_float(
     "fmr", None, "False match rate among the test images for the threshold; last checkpoint only."
+)
+_LICENCE = flags.DEFINE_string(
+    "license", model_card.UNKNOWN, "The licence of the weights, such as cc-by-4.0."
 )
 _OUT = flags.DEFINE_string("out", None, "The folder or URL to write.", required=True)
 
@@ -30,7 +33,7 @@ def main(run: str) -> None:
     ):
         folder, checkpoint_name = bucket.copy(run), _CHECKPOINT.value
         threshold = export.threshold(folder, checkpoint_name, _THRESHOLD.value, _FMR.value)
-        export.write(folder, out, checkpoint_name, threshold)
+        export.write(folder, out, checkpoint_name, threshold, licence=_LICENCE.value)
         sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
     for name, size in sizes.items():
         print(f"{size / 1e6:8.2f} MB  {storage.join(_OUT.value, name)}")

@@ -32,7 +32,7 @@ _INDEX = flags.DEFINE_string(
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Folder of the run that embedded the gallery, or of its export.",
+    "Folder of the run that embedded the gallery, or of its export, or hf:OWNER/NAME.",
     required=True,
 )
 _CHECKPOINT = flags.DEFINE_enum(

@@ -1,6 +1,8 @@
 """Export of a run's embedding function to files that JAX reads without dml_jax."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,14 @@ def threshold(
     return thresholds.at_fmr(fmr, images, others)
 
 
-def write(run: Path, out: Path, checkpoint: str, threshold: Threshold | None = None) -> None:
+def write(
+    run: Path,
+    out: Path,
+    checkpoint: str,
+    threshold: Threshold | None = None,
+    *,
+    licence: str = model_card.UNKNOWN,
+) -> None:
     """Exports a checkpoint of a run; the images of the run are not needed.
 
     Args:
@@ -62,6 +71,7 @@ def write(run: Path, out: Path, checkpoint: str, threshold: Threshold | None = N
         out: the folder to write, new or empty; it is written atomically.
         checkpoint: `last`, or a key of `dml_jax.training.checkpoint.BEST`.
         threshold: the similarity below which a search result is unknown.
+        licence: identifier of the licence of the weights, for the model card.
 
     Raises:
         FileNotFoundError: the folder holds no run, or the run no such checkpoint.
@@ -81,6 +91,7 @@ def write(run: Path, out: Path, checkpoint: str, threshold: Threshold | None = N
         checkpoint=checkpoint,
         platforms=PLATFORMS,
         threshold=threshold,
+        licence=licence,
     )
     with files.atomic_write(out) as part:
         part.mkdir(parents=True)
@@ -111,10 +122,28 @@ def serialize(network: Network, weights: dict[str, Any]) -> bytes:
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
     size = network.data.image_size
     batch = jax.export.symbolic_shape(f"batch, {size}, {size}, 3")
-    exported = jax.export.export(jax.jit(embed), platforms=PLATFORMS)(
-        shapes, jax.ShapeDtypeStruct(batch, jnp.uint8)
-    )
-    return bytes(exported.serialize())
+    with _without_source_files():
+        exported = jax.export.export(jax.jit(embed), platforms=PLATFORMS)(
+            shapes, jax.ShapeDtypeStruct(batch, jnp.uint8)
+        )
+        return bytes(exported.serialize())
+
+
+@contextlib.contextmanager
+def _without_source_files() -> Iterator[None]:
+    """Leaves the local paths of the code out of functions exported in this context, for privacy."""
+    settings = {
+        "jax_hlo_source_file_canonicalization_regex": ".*",
+        "jax_include_full_tracebacks_in_locations": False,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def _without_local_paths(config: ConfigDict) -> dict[str, Any]:

@@ -4,23 +4,24 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import huggingface_hub
 import jax
 
 import dml_jax
 from dml_jax import retrieval
+from dml_jax._utils import hub
 from dml_jax.evaluation.thresholds import Threshold
+
+_TASK = "image-feature-extraction"
+UNKNOWN = "unknown"
+"""Stands for a licence that is not stated, also on the hub."""
 
 _CARD = """\
 ---
-library_name: jax
-pipeline_tag: image-feature-extraction
-tags:
-- deep-metric-learning
-- image-retrieval
-- image-feature-extraction
+{metadata}
 ---
 
-# Image embedding, {backbone}, {dim} dimensions
+# {title}
 
 A network that maps an image to a vector of {dim} dimensions. Images of one class have similar
 directions, also for classes that it was not trained on. Images are compared by the cosine
@@ -60,7 +61,7 @@ dml_jax embeds images of any size, and searches among embeddings:
 
 ```
 import dml_jax
-model = dml_jax.load("FOLDER")
+model = dml_jax.load("FOLDER")   # or "hf:OWNER/NAME", if it is on the Hugging Face hub
 embeddings = model.embed(["photo.jpg"])
 ```
 
@@ -75,9 +76,9 @@ its releases of the next six months read it; the weights have no such limit.
 
 ## Licence
 
-Not stated. dml_jax is under Apache-2.0, but the terms of these weights depend on the images they
+{licence} dml_jax is under Apache-2.0, but the terms of these weights depend on the images they
 were trained on, and on those of the pretrained weights they started from, if any
-(`model.pretrained` below). State the licence here before you distribute them.
+(`model.pretrained` below).
 
 ## Configuration
 
@@ -126,6 +127,7 @@ def write(
     checkpoint: str,
     platforms: Sequence[str],
     threshold: Threshold | None = None,
+    licence: str = UNKNOWN,
 ) -> str:
     """Returns the model card of an exported checkpoint.
 
@@ -137,18 +139,27 @@ def write(
         checkpoint: name of the checkpoint.
         platforms: platforms of the exported function.
         threshold: the similarity below which two images are taken to be of different classes.
+        licence: identifier of the licence of the weights, such as `cc-by-4.0`.
 
     Returns:
-        Markdown, with the metadata header of model hubs.
+        Markdown, with the metadata header of the Hugging Face hub, scores included.
     """
-    size = config["data"]["image_size"]
+    size, model = config["data"]["image_size"], config["model"]
+    title = f"Image embedding, {model['backbone']}, {model['dim']} dimensions"
+    scored = _scored(config, result, evaluated, step)
+    stated = f"The weights are under `{licence}`."
+    if licence == UNKNOWN:
+        stated = "Not stated: state the licence here and above before you distribute the weights."
     return _CARD.format(
-        backbone=config["model"]["backbone"],
-        dim=config["model"]["dim"],
+        metadata=_metadata(config, scored, title, licence),
+        title=title,
+        licence=stated,
+        backbone=model["backbone"],
+        dim=model["dim"],
         method=_method(config),
         data=config["data"]["name"],
         images=_images(result),
-        scores=_scores(config, result, evaluated, step),
+        scores=_table(*scored) if scored else "This checkpoint was not evaluated.",
         checkpoint=checkpoint,
         step=step,
         threshold="" if threshold is None else _threshold(threshold),
@@ -181,19 +192,49 @@ def _images(result: dict[str, Any] | None) -> str:
     return "\n".join(["| split | images | classes |", "|---|---|---|", *counts])
 
 
-def _scores(
+def _scored(
     config: dict[str, Any],
     result: dict[str, Any] | None,
     evaluated: Sequence[dict[str, Any]],
     step: int,
-) -> str:
-    """Returns a table of the scores at a step, from the result or the evaluations in training."""
+) -> tuple[dict[str, Any], str] | None:
+    """Returns the scores at a step and their split, from the result or evaluations in training."""
     final = [] if result is None else [result["last"], *result["best_of"].values()]
     for lines, is_held_out in ((final, False), (evaluated, config["data"]["validation_classes"])):
         for line in lines:
             if line["step"] == step:
-                return _table(line, "validation" if is_held_out else "test")
-    return "This checkpoint was not evaluated."
+                return line, "validation" if is_held_out else "test"
+    return None
+
+
+def _metadata(
+    config: dict[str, Any], scored: tuple[dict[str, Any], str] | None, title: str, licence: str
+) -> str:
+    """Returns the metadata header in YAML; the scores are a `model-index`, as fractions of 1."""
+    name, pretrained = config["data"]["name"], hub.parse(config["model"]["pretrained"])
+    results = [
+        huggingface_hub.EvalResult(
+            task_type=_TASK,
+            task_name="Image retrieval, classes that were not trained on",
+            dataset_type=name,
+            dataset_name=name,
+            dataset_split=scored[1],
+            metric_type=metric,
+            metric_name=shown,
+            metric_value=scored[0][metric],
+        )
+        for shown, metric in retrieval.SCORES.items()
+        if scored is not None
+    ]
+    return huggingface_hub.ModelCardData(
+        model_name=title,
+        base_model=pretrained.repo_id if pretrained else None,
+        eval_results=results or None,
+        library_name="jax",
+        license=licence,
+        pipeline_tag=_TASK,
+        tags=["deep-metric-learning", "image-retrieval", "dml_jax", _TASK],
+    ).to_yaml()
 
 
 def _threshold(chosen: Threshold) -> str:

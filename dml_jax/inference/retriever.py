@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Int64, UInt8
 from PIL import Image
 from safetensors.numpy import load_file
 
-from dml_jax._utils import files, sharding
+from dml_jax._utils import files, hub, sharding
 from dml_jax._utils.errors import UserError
 from dml_jax.data.images import centre_view, decode, from_pillow
 from dml_jax.evaluation import embedding_files
@@ -139,23 +139,25 @@ def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> Retr
     """Loads the trained network of a run or of an export; the images of the run are not needed.
 
     Args:
-        path: folder or URL of the run, or of the export by `scripts/export.py`.
+        path: folder or URL of the run, or of the export by `scripts/export.py`; or hf:OWNER/NAME or
+            hf:OWNER/NAME@REVISION of an export on the Hugging Face hub.
         checkpoint: checkpoint of a run: `last` (the default), `best_map`, `best_r1` or `best_rp`.
 
     Returns:
         An object that embeds and searches.
 
     Raises:
-        FileNotFoundError: the folder holds no run, the run no such checkpoint, or the export lacks
-            a file.
+        FileNotFoundError: the folder holds no run, the run no such checkpoint, the export lacks
+            a file, or the hub cannot be reached.
         ValueError: a checkpoint is named for an export, or a file is damaged.
     """
-    folder = bucket.copy(os.fspath(path))
+    folder = find(path)
     config = run_directory.read_config(folder)
-    is_export = (folder / FUNCTION).exists()
-    if is_export and checkpoint is not None:
-        raise UserError(f"{folder} is an export, which holds one checkpoint; omit `checkpoint`")
-    function = _load_export(folder) if is_export else _load_run(folder, checkpoint or "last")
+    if is_export(folder) and checkpoint is not None:
+        raise UserError(f"{path} is an export, which holds one checkpoint; omit `checkpoint`")
+    function = (
+        _load_export(folder) if is_export(folder) else _load_run(folder, checkpoint or "last")
+    )
     chosen = files.read_json(folder / THRESHOLD) or {}
     return Retriever(
         function,
@@ -163,6 +165,19 @@ def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> Retr
         resize=config.data.resize,
         threshold=chosen.get("threshold"),
     )
+
+
+def find(path: str | os.PathLike[str]) -> Path:
+    """Returns a local folder of a run or of an export; see `load` for the path and the errors."""
+    if hub.is_location(path):
+        needed = run_directory.CONFIG, FUNCTION, WEIGHTS
+        return hub.folder(os.fspath(path), needed, optional=(THRESHOLD,))
+    return bucket.copy(os.fspath(path))
+
+
+def is_export(folder: Path) -> bool:
+    """Returns whether a folder holds an export and not a run."""
+    return (folder / FUNCTION).exists()
 
 
 def _load_export(folder: Path) -> Callable[[np.ndarray], Array]:

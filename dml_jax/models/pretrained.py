@@ -8,19 +8,18 @@ have PyTorch's names, dots included: `("params", "layer1.0", "conv1", "kernel")`
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from dml_jax._utils import storage
+from dml_jax._utils import hub, storage
 from dml_jax._utils.errors import UserError
 from dml_jax.models.normalisation import NORMALISATIONS, InputNormalisation
 from dml_jax.models.registry import create_backbone
@@ -38,9 +37,6 @@ _AXES = {4: (2, 3, 1, 0), 2: (1, 0)}
 
 _CLASSIFIERS = ("fc.", "last_linear.", "classifier.", "head.")
 
-# A revision with ".." would be a path outside of the hub's cache.
-_HUB = re.compile(r"hf:(?P<repo_id>[\w.-]+/[\w.-]+)(?:@(?P<revision>(?!.*\.\.)\w[\w./-]*))?")
-
 # PyTorch's hub puts at least eight digits of a file's SHA-256 into its name.
 _HASHED = re.compile(r".*-(?P<digits>[0-9a-f]{8,64})\.pth")
 
@@ -57,13 +53,13 @@ def is_location(location: str) -> bool:
         location: valid are `none`, a local .safetensors file, hf:OWNER/NAME and
             hf:OWNER/NAME@REVISION.
     """
-    local = location.endswith(".safetensors") and not location.startswith("hf:")
-    return location == NONE or local or _HUB.fullmatch(location) is not None
+    local = location.endswith(".safetensors") and not hub.is_location(location)
+    return location == NONE or local or hub.parse(location) is not None
 
 
 def absolute(location: str) -> str:
     """Returns the location with an absolute path, valid in any working directory."""
-    if location == NONE or location.startswith("hf:"):
+    if location == NONE or hub.is_location(location):
         return location
     return storage.absolute(location)
 
@@ -79,8 +75,8 @@ def find(location: str) -> Path | None:
     """
     if location == NONE:
         return None
-    hub = _HUB.fullmatch(location)
-    path = _download(location, **hub.groupdict()) if hub else storage.local(location)
+    on_hub = hub.parse(location)
+    path = _download(location, on_hub) if on_hub else storage.local(location)
     if not path.is_file():
         raise FileNotFoundError(f"there are no weights at {path}")
     return path
@@ -125,47 +121,74 @@ def load(
 
 
 def _check_normalisation(location: str, ours: InputNormalisation) -> None:
-    hub = _HUB.fullmatch(location)
-    theirs = _published_normalisation(**hub.groupdict()) if hub else None
-    if theirs is None or np.allclose(255 * np.array(theirs), (ours.mean, ours.std), rtol=1e-3):
+    theirs = published_input(location)
+    if theirs is None or _is_normalised_by(theirs, ours):
         return
-    fits = [
-        name
-        for name, known in NORMALISATIONS.items()
-        if np.allclose(255 * np.array(theirs), (known.mean, known.std), rtol=1e-3)
-    ]
-    advice = f"set config.model.normalisation={fits[0]}" if fits else "choose other weights"
-    mean, std = theirs
+    known = theirs.normalisation
+    advice = f"set config.model.normalisation={known}" if known else "choose other weights"
     raise UserError(
-        f"{location} was trained with images of mean {mean} and standard deviation {std}, which "
-        f"are not those of the network's input; {advice}"
+        f"{location} was trained with images of mean {list(theirs.mean)} and standard deviation "
+        f"{list(theirs.std)}, which are not those of the network's input; {advice}"
     )
 
 
-def _published_normalisation(
-    repo_id: str, revision: str | None
-) -> tuple[Sequence[float], Sequence[float]] | None:
-    """Returns mean and deviation, in units of 0..1, of timm's config.json; None without one."""
+class PublishedInput(NamedTuple):
+    """The images that weights on the hub were trained with, as their config.json states it."""
+
+    mean: tuple[float, ...]
+    """Of each channel, in units of 0..1."""
+    std: tuple[float, ...]
+    """Of each channel, in units of 0..1."""
+    image_size: int | None
+    """Side of an image, pixels; None if it is not stated."""
+    crop: float
+    """Share of the shorter side that the centre crop keeps."""
+
+    @property
+    def normalisation(self) -> str | None:
+        """The key of `NORMALISATIONS` with this mean and deviation; None if there is none."""
+        return next((k for k, one in NORMALISATIONS.items() if _is_normalised_by(self, one)), None)
+
+
+def published_input(location: str) -> PublishedInput | None:
+    """Returns the input that timm's config.json on the hub states.
+
+    Returns:
+        None for a location that is not on the hub, or has no such file.
+    """
+    on_hub = hub.parse(location)
+    if on_hub is None:
+        return None
     try:
-        file = huggingface_hub.hf_hub_download(repo_id, "config.json", revision=revision)
-        config = json.loads(Path(file).read_text(encoding="utf-8"))["pretrained_cfg"]
-        return config["mean"], config["std"]
-    except (OSError, ValueError, KeyError, TypeError):
+        text = hub.file(on_hub, "config.json").read_text(encoding="utf-8")
+        config = json.loads(text)["pretrained_cfg"]
+        size = config.get("input_size")
+        return PublishedInput(
+            mean=tuple(map(float, config["mean"])),
+            std=tuple(map(float, config["std"])),
+            image_size=None if size is None else int(size[-1]),
+            crop=float(config.get("crop_pct") or 1.0),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None
 
 
-def _download(location: str, repo_id: str, revision: str | None) -> Path:
+def _is_normalised_by(published: PublishedInput, ours: InputNormalisation) -> bool:
+    stated = 255 * np.array([published.mean, published.std])
+    return np.allclose(stated, (ours.mean, ours.std), rtol=1e-3)
+
+
+def _download(location: str, on_hub: hub.Location) -> Path:
     """Returns the path of the hub's file in its local cache."""
     try:
-        path = huggingface_hub.hf_hub_download(repo_id, "model.safetensors", revision=revision)
+        return hub.file(on_hub, "model.safetensors")
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"{location} has no model.safetensors or cannot be reached ({reason}); check the name. "
-            f"Without a network, run `hf download {repo_id} model.safetensors` on another machine, "
-            "then pass the path of the file, or copy the cache and set HF_HUB_OFFLINE=1"
+            f"{location} has no model.safetensors or cannot be reached ({hub.reason(error)}); "
+            f"check the name. Without a network, run `hf download {on_hub.repo_id} "
+            "model.safetensors` on another machine, then pass the path of the file, or copy the "
+            "cache and set HF_HUB_OFFLINE=1"
         ) from None
-    return Path(path)
 
 
 def check_hash(path: Path) -> None:

@@ -220,7 +220,7 @@ class ViT(nn.Module):
             dtype=self.dtype,
             name="patch_embed.proj",
         )
-        tokens = patches(x).reshape(len(x), 1, rows * columns, self.features)
+        tokens = patches(x).reshape(x.shape[0], 1, rows * columns, self.features)
 
         def parameter(name: str, count: int) -> Array:
             value = self.param(name, _truncated_normal, (1, count, self.features))
@@ -234,7 +234,8 @@ class ViT(nn.Module):
         tokens += of_patches.astype(self.dtype).reshape(1, 1, -1, self.features)
         token = parameter("cls_token", 1) + (position[:, :, :1] if classes else 0)
         prefix = [token, *([parameter("reg_token", self.registers)] if self.registers else [])]
-        repeated = [jnp.repeat(one, len(x), axis=0) for one in prefix]
+        # Not `len`, which is no integer in a function exported for any batch size.
+        repeated = [jnp.broadcast_to(one, (x.shape[0], *one.shape[1:])) for one in prefix]
         tokens = jnp.concatenate([*repeated, tokens], axis=2)
         return self._normalise(name="norm_pre")(tokens) if self.normalises_input else tokens
 

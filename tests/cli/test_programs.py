@@ -98,6 +98,23 @@ def test_evaluate_scores_a_backbone_that_was_not_trained(images):
     assert done.returncode == 2 and "give one of --workdir" in done.stderr
 
 
+@pytest.mark.slow
+def test_evaluate_writes_a_leaderboard_of_the_backbones_that_can_be_scored(images, tmp_path):
+    out = tmp_path / "leaderboard"
+    listed = ("--zero-shot", "--backbones=conv4=none,conv4=hf:somebody/absent", f"--out={out}")
+    # Pretrained weights have the backbone's own width.
+    config = [x for x in tiny.arguments(images) if not x.startswith("--config.model.width=")]
+    done = run("evaluate.py", *config, *listed)
+    assert done.returncode == 2, done.stderr
+    assert "1 of 2 backbones could not be scored" in done.stderr
+    written = json.loads((out / "leaderboard.json").read_text())
+    assert [row["pretrained"] for row in written["rows"]] == ["none"]
+    assert "hf download somebody/absent" in written["failed"]["conv4=hf:somebody/absent"]
+    assert "hf:somebody/absent" in (out / "index.html").read_text()
+    done = run("evaluate.py", *config, "--zero-shot", "--backbones=resnet50")
+    assert done.returncode == 2 and "must be BACKBONE=WEIGHTS" in done.stderr
+
+
 def test_embed_needs_only_config_and_checkpoint_of_the_run(images, finished, tmp_path):
     out, moved = tmp_path / "mine.npz", tmp_path / "moved"
     images.rename(moved)

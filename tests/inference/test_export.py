@@ -119,6 +119,9 @@ def test_card_has_scores_and_no_local_paths(run, exported, tmp_path):
     assert "was not complete" in card and "This checkpoint was not evaluated." in card
     assert json.loads((exported / "config.json").read_text())["data"]["root"] == "images"
     assert str(run.parent) not in card
+    for file in exported.iterdir():
+        for path in (Path(__file__).parents[2], Path(jax.__file__).parent):
+            assert str(path).encode() not in file.read_bytes(), file
 
     result = {
         "last": {"step": 4} | SCORES,

@@ -1,5 +1,8 @@
+from functools import partial
+
 import flax
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -109,6 +112,18 @@ def test_images_that_the_patches_do_not_cover_are_refused():
         jax.eval_shape(
             lambda: backbone.init(jax.random.key(0), jnp.zeros((1, 100, 100, 3)), train=False)
         )
+
+
+def test_a_function_exported_for_any_batch_size_is_the_network():
+    backbone = vit.ViT(patch=4, features=8, depth=1, heads=2, grid=2, registers=2)
+    images = jax.random.normal(jax.random.key(1), (3, 8, 8, 3))
+    shapes = jax.eval_shape(partial(backbone.init, train=False), jax.random.key(0), images)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), shapes)
+    embed = jax.jit(lambda images: backbone.apply(variables, images, train=False))
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 8, 8, 3"), jnp.float32)
+    exported = jax.export.export(embed)(shape)
+    np.testing.assert_allclose(exported.call(images), embed(images), rtol=1e-5, atol=1e-6)
 
 
 def test_pooling_leaves_the_class_token_and_registers_out():
