@@ -26,6 +26,15 @@ def kaiming_normal(
     return numbers.reshape(shape) * (2 / math.prod((*shape[:2], shape[3]))) ** 0.5
 
 
+def truncated_normal(
+    key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "..."]:
+    """Returns a sample of the truncated normal distribution of deviation 0.02, as timm draws it."""
+    # Flat, as above.
+    draw = nn.initializers.truncated_normal(0.02)
+    return draw(key, (math.prod(shape),), dtype).reshape(shape)
+
+
 def convolution(
     features: int,
     kernel: int,
@@ -57,6 +66,27 @@ def convolution(
         kernel_init=kernel_init,
         dtype=dtype,
         conv_general_dilated=_convolve,
+        name=name,
+    )
+
+
+def depthwise(features: int, kernel: int, *, dtype: DTypeLike, name: str) -> nn.Conv:
+    """Returns a square depthwise convolution with a bias, padded by half the kernel on each side.
+
+    Args:
+        features: channels of input and output.
+        kernel: side of the kernel in pixels, odd.
+        dtype: dtype of the result.
+        name: name of the module.
+    """
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        padding=kernel // 2,
+        feature_group_count=features,
+        kernel_init=truncated_normal,
+        dtype=dtype,
+        conv_general_dilated=_convolve_depthwise,
         name=name,
     )
 
@@ -225,3 +255,74 @@ def _convolve(
         for j in range(size)
     ]
     return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _convolve_depthwise(
+    x: Float[Array, "b h w c"],
+    kernel: Float[Array, "k k 1 c"],
+    strides: Sequence[int],
+    padding: Any,
+    **options: Any,
+) -> Float[Array, "b h w c"]:
+    """Returns `lax.conv_general_dilated` for a kernel of its own for each channel.
+
+    XLA has a fast operation for accelerators, but a slow loop for CPUs.
+    """
+
+    def convolve(x: Array, kernel: Array) -> Array:
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+    return jax.lax.platform_dependent(x, kernel, cpu=_sum_of_shifts, default=convolve)
+
+
+@jax.custom_vjp
+def _sum_of_shifts(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"]
+) -> Float[Array, "b h w c"]:
+    """Returns a depthwise convolution as a sum of shifted products, accumulated in float32.
+
+    On a CPU it is about 10 times as fast as XLA's operation. The gradients are written out, since
+    those that JAX derives are slower still: of the input a convolution too, and of the kernel a
+    sum over rows of the image.
+    """
+    size, (height, width) = kernel.shape[0], x.shape[1:3]
+    padded, taps = _padded(x, size), kernel.astype(jnp.float32)[:, :, :, None]
+    products = (
+        padded[:, i : i + height, j : j + width] * taps[i, j][None]
+        for i in range(size)
+        for j in range(size)
+    )
+    return functools.reduce(jnp.add, products).astype(x.dtype)
+
+
+def _padded(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b h2 w2 c"]:
+    margin = (size // 2, size // 2)
+    return jnp.pad(x.astype(jnp.float32), ((0, 0), margin, margin, (0, 0)))
+
+
+def _shifts_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _sum_of_shifts(x, kernel), (x, kernel)
+
+
+def _shifts_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    size, width = kernel.shape[0], x.shape[2]
+    padded, of_output = _padded(x, size), gradient.astype(jnp.float32)
+
+    def add_row(row: Array, total: Array) -> Array:
+        rows = jax.lax.dynamic_slice_in_dim(padded, row, size, axis=1)
+        weights = jax.lax.dynamic_slice_in_dim(of_output, row, 1, axis=1)
+        products = (
+            rows[:, :, column : column + size] * weights[:, :, column : column + 1]
+            for column in range(width)
+        )
+        return functools.reduce(jnp.add, products, total)
+
+    zeros = jnp.zeros((len(x), size, size, x.shape[-1]), jnp.float32)
+    # For each image first, which its device sums alone.
+    of_kernel = jax.lax.fori_loop(0, x.shape[1], add_row, zeros).sum(axis=0)
+    of_kernel = of_kernel[:, :, None].astype(kernel.dtype)
+    return _sum_of_shifts(gradient, kernel[::-1, ::-1]).astype(x.dtype), of_kernel
+
+
+_sum_of_shifts.defvjp(_shifts_forward, _shifts_backward)
