@@ -37,6 +37,7 @@ _LEAVES = {
 _AXES = {4: (2, 3, 1, 0), 2: (1, 0)}
 
 _CLASSIFIERS = ("fc.", "last_linear.", "classifier.", "head.")
+_FEATURES = ("head.norm.",)  # ConvNeXt's normalisation of pooled features.
 
 # A revision with ".." would be a path outside of the hub's cache.
 _HUB = re.compile(r"hf:(?P<repo_id>[\w.-]+/[\w.-]+)(?:@(?P<revision>(?!.*\.\.)\w[\w./-]*))?")
@@ -198,7 +199,8 @@ def backbone_tensors(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
     return {
         key: array
         for key, array in state_dict.items()
-        if not key.startswith(_CLASSIFIERS) and not key.endswith("num_batches_tracked")
+        if (key.startswith(_FEATURES) or not key.startswith(_CLASSIFIERS))
+        and not key.endswith("num_batches_tracked")
     }
 
 
