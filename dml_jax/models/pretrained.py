@@ -7,8 +7,9 @@ have PyTorch's names, dots included: `("params", "layer1.0", "conv1", "kernel")`
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,9 @@ def load(
     except OSError:
         raise
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+        theirs = _published(location).get("architecture", name)
+        other = f" ({location} is said to hold {theirs})" if theirs != name else ""
+        raise UserError(f"{path}: {error}{other}") from None
     except Exception as error:  # SafetensorError, and others for a corrupt header.
         raise UserError(
             f"{path} is damaged or not a safetensors file ({error}); "
@@ -125,34 +128,69 @@ def load(
         ) from None
 
 
-def _check_normalisation(location: str, ours: InputNormalisation) -> None:
-    hub = _HUB.fullmatch(location)
-    theirs = _published_normalisation(**hub.groupdict()) if hub else None
-    if theirs is None or np.allclose(255 * np.array(theirs), (ours.mean, ours.std), rtol=1e-3):
-        return
-    fits = [
-        name
-        for name, known in NORMALISATIONS.items()
-        if np.allclose(255 * np.array(theirs), (known.mean, known.std), rtol=1e-3)
-    ]
-    advice = f"set config.model.normalisation={fits[0]}" if fits else "choose other weights"
-    mean, std = theirs
-    raise UserError(
-        f"{location} was trained with images of mean {mean} and standard deviation {std}, which "
-        f"are not those of the network's input; {advice}"
+def other_images(location: str, image_size: int, resize: int) -> str | None:
+    """Returns how images of a test differ from those the weights were made for, in a sentence.
+
+    None if they do not differ, or if no config.json of timm's on the hub states it.
+
+    Args:
+        location: see `is_location`.
+        image_size: side of the images, pixels.
+        resize: shorter side before the centre crop, pixels.
+    """
+    published = _published(location).get("pretrained_cfg", {})
+    try:
+        side = int(published["input_size"][-1])
+        whole = math.floor(side / float(published.get("crop_pct", 1.0)))
+        mode, interpolation = (
+            str(published.get(key, default))
+            for key, default in (("crop_mode", "center"), ("interpolation", "bicubic"))
+        )
+    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError):
+        return None
+    if (side, whole, mode) == (image_size, resize, "center"):
+        return None
+    return (
+        f"{location} was made for images of {side} pixels, resized to {whole} with {interpolation} "
+        f"interpolation (crop mode {mode}); this run has config.data.image_size={image_size} and "
+        f"config.data.resize={resize} with a centre crop"
     )
 
 
-def _published_normalisation(
-    repo_id: str, revision: str | None
-) -> tuple[Sequence[float], Sequence[float]] | None:
-    """Returns mean and deviation, in units of 0..1, of timm's config.json; None without one."""
+def _check_normalisation(location: str, ours: InputNormalisation) -> None:
+    published = _published(location).get("pretrained_cfg", {})
     try:
-        file = huggingface_hub.hf_hub_download(repo_id, "config.json", revision=revision)
-        config = json.loads(Path(file).read_text(encoding="utf-8"))["pretrained_cfg"]
-        return config["mean"], config["std"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        theirs = 255 * np.array([published["mean"], published["std"]], float)
+    except (KeyError, TypeError, ValueError):
+        return
+
+    def is_theirs(known: InputNormalisation) -> bool:
+        return theirs.shape == (2, 3) and np.allclose(theirs, (known.mean, known.std), rtol=1e-3)
+
+    if is_theirs(ours):
+        return
+    fits = [name for name, known in NORMALISATIONS.items() if is_theirs(known)]
+    advice = f"set config.model.normalisation={fits[0]}" if fits else "choose other weights"
+    raise UserError(
+        f"{location} was trained with images of mean {published['mean']} and standard deviation "
+        f"{published['std']}, which are not those of the network's input; {advice}"
+    )
+
+
+def _published(location: str) -> dict[str, Any]:
+    """Returns timm's config.json on the hub; empty without one, or one of another kind."""
+    hub = _HUB.fullmatch(location)
+    if hub is None:
+        return {}
+    try:
+        file = huggingface_hub.hf_hub_download(
+            hub["repo_id"], "config.json", revision=hub["revision"]
+        )
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    is_timms = isinstance(config, dict) and isinstance(config.get("pretrained_cfg"), dict)
+    return config if is_timms else {}
 
 
 def _download(location: str, repo_id: str, revision: str | None) -> Path:
@@ -239,7 +277,8 @@ def convert(name: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
         ValueError: the name is unknown, or tensors are missing, unexpected or of the wrong shape,
             dtype or value; the message lists them.
     """
-    init = partial(create_backbone(name).init, train=False)
+    backbone = create_backbone(name)
+    init = partial(backbone.init, train=False)
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     template = flax.traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0), image))
     paths = {".".join((*path[1:-1], _LEAVES.get(path[-1], path[-1]))): path for path in template}
@@ -253,6 +292,9 @@ def convert(name: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
         expected, shape = template[paths[key]].shape, arrays[key].shape
         if shape != expected:
             problems.append(f"{key} is {_torch(shape)}, but should be {_torch(expected)}")
+            if key == "pos_embed":
+                side = backbone.grid * backbone.patch
+                problems[-1] += f" (choose weights made for images of {side} pixels)"
         if not jnp.issubdtype(arrays[key].dtype, jnp.floating):
             problems.append(f"{key} is {arrays[key].dtype}, but should be floating-point")
         elif not np.isfinite(arrays[key].astype(np.float32)).all():

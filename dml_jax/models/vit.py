@@ -44,7 +44,7 @@ def quick_gelu(x: Map) -> Map:
     return x * nn.sigmoid(1.702 * x)
 
 
-def swiglu(x: Map) -> Map:
+def swiglu(x: Map) -> Float[Array, "b y x half"]:
     """Returns the second half of the features, gated by SiLU of the first half."""
     gate, value = jnp.split(x, 2, axis=-1)
     return nn.silu(gate) * value
@@ -91,7 +91,7 @@ class Mlp(nn.Module):
     """
 
     dense: Callable[..., nn.Module]
-    activation: Callable[[Map], Map]
+    activation: Callable[[Map], Array]
     hidden: int | None = None
 
     @nn.compact
@@ -196,7 +196,7 @@ class ViT(nn.Module):
     position_of_class: bool = True
     attention_pool: bool = False
     layer_scale: bool = False
-    activation: Callable[[Map], Map] = gelu
+    activation: Callable[[Map], Array] = gelu
     hidden: int | None = None
     epsilon: float = 1e-6
     normalises_input: bool = False

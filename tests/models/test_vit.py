@@ -97,6 +97,9 @@ def test_an_unknown_tensor_and_a_missing_one_are_named():
         pretrained.convert(name, changed)
     assert "cls_token is missing" in str(error.value)
     assert "blocks.0.ls1.gamma is unexpected" in str(error.value)
+    changed["pos_embed"] = np.ones((1, 577, 192), np.float32)
+    with pytest.raises(ValueError, match="choose weights made for images of 224 pixels"):
+        pretrained.convert(name, changed)
     assert "blocks.2.mlp.fc1.weight is [192, 768], but should be [768, 192]" in str(error.value)
 
 
