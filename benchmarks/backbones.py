@@ -3,8 +3,8 @@
 python -m benchmarks.backbones
 python -m benchmarks.backbones --backbone=convnext_tiny --timm=convnext_tiny
 
-Needs timm. Both take turns in one process, with random weights and images. glibc keeps freed memory,
-for both.
+Needs timm. Both take turns in one process, with random weights and images. glibc keeps freed
+memory, for both.
 """
 
 import statistics

@@ -54,13 +54,13 @@ def vit_images(size):
     return np.random.RandomState(size).randn(2, size, size, 3).astype("float32")
 
 
-SMALL = {"features": 48, "heads": 3, "depth": 2}
-TIMMS_SMALL = {"embed_dim": 48, "num_heads": 3, "depth": 2}
+SMALL = {"features": 48, "heads": 3, "depth": 1}
+TIMMS_SMALL = {"embed_dim": 48, "num_heads": 3, "depth": 1}
 REDUCED = {
     "convnext_tiny": (
         "convnext_tiny",
-        {"stage_sizes": (1, 2, 2, 1), "width": 8},
-        {"depths": (1, 2, 2, 1), "dims": (8, 16, 32, 64)},
+        {"stage_sizes": (1, 1, 1, 1), "width": 8},
+        {"depths": (1, 1, 1, 1), "dims": (8, 16, 32, 64)},
         (64, 75),
     ),
     "vit_base_patch16_siglip": ("vit_base_patch16_siglip_224", SMALL, TIMMS_SMALL, (224, 80)),

@@ -17,7 +17,13 @@ from tests.helpers import weights
 GOLDEN = np.load(weights.GOLDEN / "timm.npz")
 AXES = {4: (3, 2, 0, 1), 2: (1, 0)}  # From Flax's layout to PyTorch's.
 RAW = {"input_normalisation": InputNormalisation((0.0,) * 3, (1.0,) * 3, "rgb")}
-CASES = [(name, size) for name, reduced in weights.REDUCED.items() for size in reduced[-1]]
+# Of each kind of layer one case is fast.
+FAST = ("convnext_tiny 64", "vit_base_patch32_siglip 160", "vit_giant_patch14_dinov2 98")
+CASES = [
+    pytest.param(name, size, marks=() if f"{name} {size}" in FAST else pytest.mark.slow)
+    for name, reduced in weights.REDUCED.items()
+    for size in reduced[-1]
+]
 
 
 def small_parameters(name):
@@ -89,7 +95,7 @@ def test_features_and_gradients_equal_timms(name, size):
         assert difference < 1e-4 * (np.linalg.norm(theirs) + 1e-2), (key, difference)
 
 
-@pytest.mark.parametrize("name", ["convnext_tiny", "vit_base_patch16_siglip"])
+@pytest.mark.parametrize("name", ["convnext_tiny", "vit_base_patch32_siglip"])
 def test_in_bfloat16_features_differ_by_its_rounding(name):
     size = weights.REDUCED[name][-1][-1]
     pooled = jax.jit(pooling_function(name, size, dtype="bfloat16"))(small_parameters(name))
@@ -108,7 +114,7 @@ def test_the_number_of_parameters_is_timms(name):
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("convnext_tiny", 224), ("vit_small_patch16", 224), ("vit_base_patch32_siglip", 256)],
+    [("convnext_tiny", 224), ("vit_base_patch32_siglip", 256)],
 )
 def test_the_number_of_operations_is_timms(name, size):
     """Up to those of normalisations and activations, which PyTorch's number leaves out.
