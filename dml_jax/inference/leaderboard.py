@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -143,7 +142,7 @@ def settings_of(entry: Entry, config: ConfigDict, chosen: frozenset[str]) -> Con
         return own
     if published.image_size and not chosen & {"data.image_size", "data.resize"}:
         own.data.image_size = published.image_size
-        own.data.resize = math.floor(published.image_size / published.crop)
+        own.data.resize = published.resize
     if "model.normalisation" not in chosen:
         own.model.normalisation = published.normalisation
     return own

@@ -66,7 +66,8 @@ class ModelConfig:
     pooling: str = setting(
         "gap",
         choice(POOLINGS),
-        help="Pooling over space: average, maximum, or their sum; or the class token of a ViT.",
+        help="Pooling over space: average, maximum, their sum, or the generalised mean with a "
+        "learned exponent; or the class token of a ViT, for SigLIP that of its attention pooling.",
     )
     dim: int = setting(512, integer(1), help="Dimensions of an embedding.")
     head_init: str = setting(

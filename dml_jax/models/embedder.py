@@ -11,10 +11,26 @@ from jaxtyping import Array, Float, Num, PRNGKeyArray
 
 from dml_jax._utils.errors import UserError
 
-POOLINGS = ("gap", "gmp", "gap+gmp", "token")
+POOLINGS = ("gap", "gmp", "gap+gmp", "gem", "token")
 HEAD_INITS = ("uniform", "kaiming_fan_out")
 ALL, HEAD = "all", "head"
 """Values of `train_from`: the whole network trains, or the linear head alone."""
+
+
+class GeM(nn.Module):
+    """Generalised mean over space with a learned exponent p.
+
+    (mean of x^p)^(1/p), for values below 1e-6 with 1e-6 in their place. p = 1 is the mean, and a
+    large p the maximum. Source: Radenovic et al., Fine-tuning CNN image retrieval with no human
+    annotation, TPAMI 2019, arXiv 1711.02512, equation 2, with its initial value of 3.
+    """
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w f"]) -> Float[Array, "b f"]:
+        """Returns the pooled features."""
+        p = self.param("p", nn.initializers.constant(3.0), (1,))
+        powers = jnp.maximum(x, 1e-6) ** p.reshape(1, 1, 1, 1)
+        return powers.mean((1, 2)) ** (1 / p.reshape(1, 1))
 
 
 class Embedder(nn.Module):
@@ -25,10 +41,12 @@ class Embedder(nn.Module):
     Attributes:
         backbone: module with an attribute `input_normalisation`, from normalised images
             [B, H, W, 3] to a feature map [B, h, w, F]. To be split, it needs an attribute `parts`,
-            names of consecutive parts, and must accept some of them as the argument `parts`.
-        pooling: over space: "gap" is the mean, "gmp" the maximum, "gap+gmp" their sum. "token" is
-            the class token of a backbone that has an attribute `prefix_tokens`, the number of
-            tokens before those of space.
+            names of consecutive parts, and must accept some of them as the argument `parts`. A
+            method `normalise_pooled`, if it has one, is applied to pooled features [B, F].
+        pooling: over space: "gap" is the mean, "gmp" the maximum, "gap+gmp" their sum, "gem" the
+            generalised mean of `GeM`. "token" is the first token of a backbone that has an
+            attribute `prefix_tokens`, the number of tokens before those of space: the class token,
+            or that of SigLIP's attention pooling.
         dim: size of an embedding.
         head_init: initial values of the head, for F pooled features. "uniform" draws kernel and
             bias from U(-1/sqrt(F), 1/sqrt(F)), like PyTorch's nn.Linear; "kaiming_fan_out" draws
@@ -63,6 +81,11 @@ class Embedder(nn.Module):
                 f"{', '.join(trainable_from(self.backbone))}"
             )
         super().__post_init__()
+
+    def setup(self) -> None:
+        """Makes the generalised mean, which both parts of the network may apply."""
+        if self.pooling == "gem":
+            self.gem = GeM()
 
     def __call__(self, images: Num[Array, "b h w 3"], *, train: bool) -> Float[Array, "b d"]:
         """Returns raw float32 embeddings [B, dim] of RGB images in 0..255, uint8 or float.
@@ -111,9 +134,15 @@ class Embedder(nn.Module):
 
     def _pool(self, x: Float[Array, "b h w f"]) -> Float[Array, "b f"]:
         x = x.astype(jnp.float32)
-        if self.pooling == "token":
-            return x[:, 0, 0]
+        pooled = x[:, 0, 0] if self.pooling == "token" else self._pool_space(x)
+        if hasattr(self.backbone, "normalise_pooled"):
+            return self.backbone.normalise_pooled(pooled)
+        return pooled
+
+    def _pool_space(self, x: Float[Array, "b h w f"]) -> Float[Array, "b f"]:
         x = x[:, :, prefix_tokens(self.backbone) :]
+        if self.pooling == "gem":
+            return self.gem(x)
         average, maximum = x.mean((1, 2)), _maximum(x)
         return {"gap": average, "gmp": maximum, "gap+gmp": average + maximum}[self.pooling]
 

@@ -26,6 +26,15 @@ def kaiming_normal(
     return numbers.reshape(shape) * (2 / math.prod((*shape[:2], shape[3]))) ** 0.5
 
 
+def truncated_normal(
+    key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "..."]:
+    """Returns a sample of the truncated normal distribution of deviation 0.02, as timm draws it."""
+    # Flat, as above.
+    draw = nn.initializers.truncated_normal(0.02)
+    return draw(key, (math.prod(shape),), dtype).reshape(shape)
+
+
 def convolution(
     features: int,
     kernel: int,

@@ -83,15 +83,21 @@ class Dense(nn.Module):
 def _unfold_or_convolve(
     x: Float[Array, "b h w c"], kernel: Float32[Array, "k k c f"], stride: int, padding: Padding
 ) -> Float[Array, "b y x f"]:
-    """Returns the convolution, with a workaround for a defect of XLA on the CPU.
+    """Returns the convolution, as a product of matrices where that is better.
 
-    If the kernel is larger than the feature map, XLA exchanges the two, and its CPU compiler emits
-    a loop about 50 times slower than expected. So small feature maps are unfolded into patches and
-    multiplied as matrices. The size of the output decides, since it is the map of the gradient.
+    Windows that do not overlap are the rows of a matrix already. If the kernel is larger than the
+    feature map, XLA exchanges the two, and its CPU compiler emits a loop about 50 times slower than
+    expected. So small feature maps are unfolded into patches. The size of the output decides, since
+    it is the map of the gradient.
     """
-    size = len(kernel)
+    size, channels = len(kernel), x.shape[-1]
     (low, high), _ = padding
     height, width = ((n + low + high - size) // stride + 1 for n in x.shape[1:3])
+    if size == stride and not low + high:
+        x = x[:, : height * size, : width * size]
+        windows = x.reshape(-1, height, size, width, size, channels).swapaxes(2, 3)
+        windows = windows.reshape(-1, height, width, size * size * channels)
+        return _multiply(windows, kernel.reshape(-1, kernel.shape[-1]))
     if height * width >= size**2:
         return _convolve(x, kernel, stride, padding)
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))

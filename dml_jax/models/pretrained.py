@@ -7,6 +7,7 @@ have PyTorch's names, dots included: `("params", "layer1.0", "conv1", "kernel")`
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -36,6 +37,7 @@ _LEAVES = {
 _AXES = {4: (2, 3, 1, 0), 2: (1, 0)}
 
 _CLASSIFIERS = ("fc.", "last_linear.", "classifier.", "head.")
+_FEATURES = ("head.norm.",)  # ConvNeXt's normalisation of pooled features.
 
 # PyTorch's hub puts at least eight digits of a file's SHA-256 into its name.
 _HASHED = re.compile(r".*-(?P<digits>[0-9a-f]{8,64})\.pth")
@@ -112,7 +114,10 @@ def load(
     except OSError:
         raise
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+        stated = published_input(location)
+        theirs = None if stated is None else stated.architecture
+        other = f" ({location} is said to hold {theirs})" if theirs not in (None, name) else ""
+        raise UserError(f"{path}: {error}{other}") from None
     except Exception as error:  # SafetensorError, and others for a corrupt header.
         raise UserError(
             f"{path} is damaged or not a safetensors file ({error}); "
@@ -143,6 +148,17 @@ class PublishedInput(NamedTuple):
     """Side of an image, pixels; None if it is not stated."""
     crop: float
     """Share of the shorter side that the centre crop keeps."""
+    crop_mode: str
+    """How the crop is taken: `center`, or by timm's other names."""
+    interpolation: str
+    """Interpolation of the resizing."""
+    architecture: str | None
+    """timm's name of the network; None if it is not stated."""
+
+    @property
+    def resize(self) -> int | None:
+        """Shorter side of an image before the centre crop, pixels."""
+        return None if self.image_size is None else math.floor(self.image_size / self.crop)
 
     @property
     def normalisation(self) -> str | None:
@@ -161,16 +177,44 @@ def published_input(location: str) -> PublishedInput | None:
         return None
     try:
         text = hub.file(on_hub, "config.json").read_text(encoding="utf-8")
-        config = json.loads(text)["pretrained_cfg"]
+        whole = json.loads(text)
+        config = whole["pretrained_cfg"]
         size = config.get("input_size")
         return PublishedInput(
             mean=tuple(map(float, config["mean"])),
             std=tuple(map(float, config["std"])),
             image_size=None if size is None else int(size[-1]),
             crop=float(config.get("crop_pct") or 1.0),
+            crop_mode=str(config.get("crop_mode", "center")),
+            interpolation=str(config.get("interpolation", "bicubic")),
+            architecture=whole.get("architecture"),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None
+
+
+def other_images(location: str, image_size: int, resize: int) -> str | None:
+    """Returns how images of a test differ from those the weights were made for, in a sentence.
+
+    None if they do not differ, or if no config.json of timm's on the hub states it.
+
+    Args:
+        location: see `is_location`.
+        image_size: side of the images, pixels.
+        resize: shorter side before the centre crop, pixels.
+    """
+    made_for = published_input(location)
+    if made_for is None or made_for.image_size is None:
+        return None
+    stated = made_for.image_size, made_for.resize, made_for.crop_mode
+    if stated == (image_size, resize, "center"):
+        return None
+    return (
+        f"{location} was made for images of {made_for.image_size} pixels, resized to "
+        f"{made_for.resize} with {made_for.interpolation} interpolation (crop mode "
+        f"{made_for.crop_mode}); this run has config.data.image_size={image_size} and "
+        f"config.data.resize={resize} with a centre crop"
+    )
 
 
 def _is_normalised_by(published: PublishedInput, ours: InputNormalisation) -> bool:
@@ -221,7 +265,8 @@ def backbone_tensors(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
     return {
         key: array
         for key, array in state_dict.items()
-        if not key.startswith(_CLASSIFIERS) and not key.endswith("num_batches_tracked")
+        if (key.startswith(_FEATURES) or not key.startswith(_CLASSIFIERS))
+        and not key.endswith("num_batches_tracked")
     }
 
 
@@ -260,7 +305,8 @@ def convert(name: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
         ValueError: the name is unknown, or tensors are missing, unexpected or of the wrong shape,
             dtype or value; the message lists them.
     """
-    init = partial(create_backbone(name).init, train=False)
+    backbone = create_backbone(name)
+    init = partial(backbone.init, train=False)
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     template = flax.traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0), image))
     paths = {".".join((*path[1:-1], _LEAVES.get(path[-1], path[-1]))): path for path in template}
@@ -274,6 +320,9 @@ def convert(name: str, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
         expected, shape = template[paths[key]].shape, arrays[key].shape
         if shape != expected:
             problems.append(f"{key} is {_torch(shape)}, but should be {_torch(expected)}")
+            if key == "pos_embed":
+                side = backbone.grid * backbone.patch
+                problems[-1] += f" (choose weights made for images of {side} pixels)"
         if not jnp.issubdtype(arrays[key].dtype, jnp.floating):
             problems.append(f"{key} is {arrays[key].dtype}, but should be floating-point")
         elif not np.isfinite(arrays[key].astype(np.float32)).all():

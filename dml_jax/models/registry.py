@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 
 from dml_jax._utils.registry import Registry
-from dml_jax.models import bninception, convnet, resnet, vit
+from dml_jax.models import bninception, convnet, convnext, resnet, vit
 from dml_jax.models.embedder import ALL, Embedder
 from dml_jax.models.normalisation import NORMALISATIONS
 
@@ -15,7 +15,7 @@ BACKBONES: Registry[Callable[..., nn.Module]] = Registry("backbone", nn.Module)
 
 register_backbone = BACKBONES.register
 
-for _name, _module in (resnet.VARIANTS | vit.VARIANTS).items():
+for _name, _module in (resnet.VARIANTS | convnext.VARIANTS | vit.VARIANTS).items():
     register_backbone(_name)(_module)
 register_backbone("bninception")(bninception.BNInception)
 register_backbone("conv4")(convnet.ConvNet)
@@ -66,7 +66,7 @@ def create_embedder(
 
     Args:
         backbone: a name in `BACKBONES`, or the import path of a backbone.
-        pooling: "gap", "gmp", "gap+gmp" or "token"; see `Embedder`.
+        pooling: "gap", "gmp", "gap+gmp", "gem" or "token"; see `Embedder`.
         dim: size of an embedding.
         head_init: "uniform" or "kaiming_fan_out"; see `Embedder`.
         train_from: "all", a part of the backbone, or "head"; see `Embedder`.

@@ -116,7 +116,7 @@ def build(
         step_config=step_config,
         take_step=step.compile_step(step_config, abstract_state, mesh),
         learning_rate=learning_rate,
-        init=lambda: init(_pretrained(network)),
+        init=lambda: init(_pretrained(config, network)),
         abstract_state=abstract_state,
         network=network,
         evaluator=Evaluator(
@@ -130,9 +130,13 @@ def build(
     )
 
 
-def _pretrained(network: Network) -> PyTree | None:
+def _pretrained(config: Config, network: Network) -> PyTree | None:
     """Returns the pretrained variables of the backbone; None for random ones."""
     model, backbone = network.model, network.embedder.backbone
+    size, resize = config.data.image_size, config.data.resize
+    difference = pretrained.other_images(model.pretrained, size, resize)
+    if difference is not None:
+        logging.warning("%s", difference)
     return pretrained.load(model.backbone, model.pretrained, backbone.input_normalisation)
 
 

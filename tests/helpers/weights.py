@@ -52,3 +52,42 @@ def vit_tensor(key, shape):
 def vit_images(size):
     """Returns two normalised images of a size."""
     return np.random.RandomState(size).randn(2, size, size, 3).astype("float32")
+
+
+SMALL = {"features": 48, "heads": 3, "depth": 1}
+TIMMS_SMALL = {"embed_dim": 48, "num_heads": 3, "depth": 1}
+REDUCED = {
+    "convnext_tiny": (
+        "convnext_tiny",
+        {"stage_sizes": (1, 1, 1, 1), "width": 8},
+        {"depths": (1, 1, 1, 1), "dims": (8, 16, 32, 64)},
+        (64, 75),
+    ),
+    "vit_base_patch16_siglip": ("vit_base_patch16_siglip_224", SMALL, TIMMS_SMALL, (224, 80)),
+    "vit_base_patch32_siglip": ("vit_base_patch32_siglip_256", SMALL, TIMMS_SMALL, (160,)),
+    "vit_so400m_patch14_siglip": (
+        "vit_so400m_patch14_siglip_224",
+        SMALL | {"hidden": 179},
+        TIMMS_SMALL,
+        (98,),
+    ),
+    "vit_base_patch16_siglip_gap": (
+        "vit_base_patch16_siglip_gap_224",
+        SMALL,
+        TIMMS_SMALL,
+        (80,),
+    ),
+    "vit_giant_patch14_dinov2": (
+        "vit_giant_patch14_dinov2",
+        SMALL | {"hidden": 256},
+        TIMMS_SMALL,
+        (98, 140),
+    ),
+}
+"""By backbone: timm's name, options that make it small, timm's names of them, sizes of images."""
+
+
+def samples(tensors):
+    """Returns up to about 50 numbers of each tensor, by PyTorch's names in their order."""
+    flat = [tensors[key].reshape(-1) for key in sorted(tensors)]
+    return np.concatenate([x[:: max(1, x.size // 50)] for x in flat])

@@ -58,6 +58,37 @@ def test_sum_of_poolings(images, variables):
     np.testing.assert_allclose(both, gap + gmp - bias, rtol=1e-4, atol=1e-5)
 
 
+def test_the_generalised_mean_and_its_learned_exponent(images):
+    """At p = 1 the mean, for a large p the maximum; equation 2 of arXiv 1711.02512."""
+    embedder = make(pooling="gem")
+    init = jax.jit(lambda x: embedder.init(jax.random.key(0), x, train=False))
+    variables = init(images)
+    assert variables["params"]["gem"]["p"].tolist() == [3.0]
+    x = jax.random.normal(jax.random.key(2), (2, 4, 5, 3))
+
+    def pooled(p):
+        return embedder_module.GeM().apply({"params": {"p": jnp.array([p], jnp.float32)}}, x)
+
+    positive = np.maximum(np.asarray(x, np.float64), 1e-6)
+    for p in (1.0, 2.5, 3.0):
+        expected = np.mean(positive**p, axis=(1, 2)) ** (1 / p)
+        np.testing.assert_allclose(pooled(p), expected, rtol=1e-5)
+    np.testing.assert_allclose(pooled(60.0), positive.max((1, 2)), rtol=0.06)
+    slope = jax.grad(lambda p: pooled(p).sum())(3.0)
+    numeric = [np.sum(np.mean(positive**p, axis=(1, 2)) ** (1 / p)) for p in (3.001, 2.999)]
+    np.testing.assert_allclose(slope, (numeric[0] - numeric[1]) / 0.002, rtol=1e-3)
+    # A frozen backbone pools in the other part of the network.
+    split = embedder.clone(train_from="head")
+    frozen = jax.jit(lambda v, x: split.apply(v, x, method="frozen"))(variables, images)
+    head = variables["params"]["head"]
+    np.testing.assert_allclose(
+        frozen @ head["kernel"] + head["bias"][None],
+        embed(variables, images, pooling="gem"),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
 def test_gradient_of_maximum_pooling_goes_to_the_maximum():
     features = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
     gradient = jax.grad(lambda x: embedder_module._maximum(x).sum())(features)

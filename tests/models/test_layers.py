@@ -45,7 +45,9 @@ def test_rematerialisation_changes_only_the_memory_use(name, monkeypatch):
     assert (memory[1] < 0.9 * memory[0]) == (jax.__version_info__ >= (0, 12)), memory
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("resnet18", 1 + 8), ("bninception", 1 + 10)])
+@pytest.mark.parametrize(
+    ("name", "blocks"), [("resnet18", 1 + 8), ("bninception", 1 + 10), ("convnext_tiny", 18)]
+)
 def test_every_block_is_rematerialised(name, blocks):
     backbone = create_backbone(name, remat=True)
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)

@@ -224,9 +224,44 @@ def test_a_file_of_the_hub_is_read_from_its_cache(state_dict, tmp_path):
     chex.assert_trees_all_equal(pretrained.load("resnet18", location, INCEPTION), expected)
     with pytest.raises(ValueError, match="set config.model.normalisation=inception"):
         pretrained.load("resnet18", location, IMAGENET)
+    del state_dict["bn1.bias"]
+    save_file(state_dict, config.with_name("model.safetensors"))
+    config.write_text(json.dumps(published | {"architecture": "resnet26"}))
+    with pytest.raises(ValueError, match="bn1.bias is missing .*is said to hold resnet26"):
+        pretrained.load("resnet18", location, INCEPTION)
+    for unknown in ("{", "[]", '{"pretrained_cfg": {"mean": "a"}}', '{"pretrained_cfg": [1]}'):
+        config.write_text(unknown)
+        with pytest.raises(ValueError, match="bn1.bias is missing$"):
+            pretrained.load("resnet18", location, IMAGENET)
     config.write_text(json.dumps(published).replace("0.5", "0.1"))
     with pytest.raises(ValueError, match="was trained with images of mean .* choose other weights"):
         pretrained.load("resnet18", location, IMAGENET)
+
+
+def test_other_images_than_those_of_the_hubs_config_are_stated(tmp_path, monkeypatch):
+    config = tmp_path / "config.json"
+    monkeypatch.setattr(pretrained.huggingface_hub, "hf_hub_download", lambda *_, **__: str(config))
+    location = "hf:timm/vit_small_patch14_dinov2.lvd142m"
+
+    def difference(size, resize, **published):
+        config.write_text(json.dumps({"pretrained_cfg": published}))
+        return pretrained.other_images(location, size, resize)
+
+    of_timm = {"input_size": [3, 224, 224], "crop_pct": 0.875, "crop_mode": "center"}
+    assert difference(224, 256, **of_timm) is None
+    assert "made for images of 224 pixels, resized to 256 with bicubic interpolation" in difference(
+        224, 257, **of_timm
+    )
+    dinov2 = difference(224, 256, input_size=[3, 518, 518], crop_pct=1.0)
+    assert dinov2 == (
+        f"{location} was made for images of 518 pixels, resized to 518 with bicubic interpolation "
+        "(crop mode center); this run has config.data.image_size=224 and config.data.resize=256 "
+        "with a centre crop"
+    )
+    assert "crop mode squash" in difference(224, 256, **of_timm | {"crop_mode": "squash"})
+    for unknown in ({}, {"input_size": 3}, {"input_size": []}, of_timm | {"crop_pct": 0}):
+        assert difference(224, 256, **unknown) is None
+    assert pretrained.other_images("none", 224, 256) is None
 
 
 @pytest.mark.parametrize("location", ["none", "a/b.safetensors", "hf:timm/resnet50.tv_in1k@main"])

@@ -17,6 +17,7 @@ from dml_jax.training import run
 from tests.helpers import tiny, weights
 
 GOLDEN = np.load(weights.GOLDEN / "vit.npz")
+SIZES = np.load(weights.GOLDEN / "timm.npz")
 CASES = sorted({tuple(key.split()[:3]) for key in GOLDEN.files})
 
 
@@ -84,14 +85,10 @@ def test_in_bfloat16_features_differ_by_its_rounding():
 
 
 @pytest.mark.parametrize("name", vit.VARIANTS)
-def test_the_number_of_parameters_is_the_published_one(name):
-    """In millions, without classifiers."""
+def test_the_number_of_parameters_is_timms(name):
     _, shapes = torch_names(name)
-    millions = sum(x.size for x in shapes.values()) / 1e6
-    expected = {"tiny": 5.5, "small": 21.9, "base": 86.2}[name.split("_")[1]]
-    if "patch32" in name:
-        expected = {"small": 22.5, "base": 87.5}[name.split("_")[1]]
-    assert abs(millions - expected) / expected < 0.02
+    parameters, _ = SIZES[f"sizes {name}"]
+    assert sum(x.size for x in shapes.values()) == parameters
 
 
 def test_an_unknown_tensor_and_a_missing_one_are_named():
@@ -103,6 +100,9 @@ def test_an_unknown_tensor_and_a_missing_one_are_named():
         pretrained.convert(name, changed)
     assert "cls_token is missing" in str(error.value)
     assert "blocks.0.ls1.gamma is unexpected" in str(error.value)
+    changed["pos_embed"] = np.ones((1, 577, 192), np.float32)
+    with pytest.raises(ValueError, match="choose weights made for images of 224 pixels"):
+        pretrained.convert(name, changed)
     assert "blocks.2.mlp.fc1.weight is [192, 768], but should be [768, 192]" in str(error.value)
 
 
