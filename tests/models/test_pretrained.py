@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from hypothesis import given, settings
 from safetensors.numpy import save_file
 
-from dml_jax._utils import sharding
+from dml_jax._utils import hub, sharding
 from dml_jax.models import pretrained
 from dml_jax.models.normalisation import IMAGENET, INCEPTION
 from dml_jax.training import builder
@@ -240,7 +240,7 @@ def test_a_file_of_the_hub_is_read_from_its_cache(state_dict, tmp_path):
 
 def test_other_images_than_those_of_the_hubs_config_are_stated(tmp_path, monkeypatch):
     config = tmp_path / "config.json"
-    monkeypatch.setattr(pretrained.huggingface_hub, "hf_hub_download", lambda *_, **__: str(config))
+    monkeypatch.setattr(hub.huggingface_hub, "hf_hub_download", lambda *_, **__: str(config))
     location = "hf:timm/vit_small_patch14_dinov2.lvd142m"
 
     def difference(size, resize, **published):
