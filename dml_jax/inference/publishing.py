@@ -8,11 +8,11 @@ from huggingface_hub.errors import HFValidationError
 from dml_jax._utils import hub
 from dml_jax._utils.errors import UserError
 from dml_jax.inference.export import CARD
-from dml_jax.inference.retriever import FUNCTION, WEIGHTS
+from dml_jax.inference.retriever import FUNCTION, THRESHOLD, WEIGHTS
 from dml_jax.training import run_directory
 
 FILES = (CARD, run_directory.CONFIG, FUNCTION, WEIGHTS)
-"""The files of an export that are published."""
+"""The files of an export that are published, beside a threshold if there is one."""
 
 
 def check_access(repository: str) -> None:
@@ -79,7 +79,7 @@ def upload(folder: Path, repository: str, *, private: bool) -> str:
         huggingface_hub.upload_folder(
             repo_id=repository,
             folder_path=folder,
-            allow_patterns=list(FILES),
+            allow_patterns=[*FILES, THRESHOLD],
             commit_message="Upload an export of dml_jax",
         )
     except Exception as error:  # Those of its HTTP client have no common base of ours.

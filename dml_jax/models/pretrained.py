@@ -179,12 +179,14 @@ def published_input(location: str) -> PublishedInput | None:
         text = hub.file(on_hub, "config.json").read_text(encoding="utf-8")
         whole = json.loads(text)
         config = whole["pretrained_cfg"]
+        if not config.get("crop_pct", 1.0) > 0:
+            return None
         size = config.get("input_size")
         return PublishedInput(
             mean=tuple(map(float, config["mean"])),
             std=tuple(map(float, config["std"])),
             image_size=None if size is None else int(size[-1]),
-            crop=float(config.get("crop_pct") or 1.0),
+            crop=float(config.get("crop_pct", 1.0)),
             crop_mode=str(config.get("crop_mode", "center")),
             interpolation=str(config.get("interpolation", "bicubic")),
             architecture=whole.get("architecture"),

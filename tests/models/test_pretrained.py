@@ -244,7 +244,8 @@ def test_other_images_than_those_of_the_hubs_config_are_stated(tmp_path, monkeyp
     location = "hf:timm/vit_small_patch14_dinov2.lvd142m"
 
     def difference(size, resize, **published):
-        config.write_text(json.dumps({"pretrained_cfg": published}))
+        whole = {"mean": [0.5] * 3, "std": [0.5] * 3} | published
+        config.write_text(json.dumps({"pretrained_cfg": whole}))
         return pretrained.other_images(location, size, resize)
 
     of_timm = {"input_size": [3, 224, 224], "crop_pct": 0.875, "crop_mode": "center"}

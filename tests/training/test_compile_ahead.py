@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from dml_jax._utils import sharding, topologies
-from dml_jax.training import compile_ahead
+from dml_jax.training import builder, compile_ahead
 from dml_jax.training.config import parse
 from tests.helpers import tiny
 
@@ -52,6 +53,17 @@ def test_the_step_stays_within_its_budget(topology, variant, peak, collectives, 
         ring = built.abstract_state.memory.ring.embeddings
         whole = ring.size * ring.dtype.itemsize
         assert all(one.size < whole / 4 for one in analysis.collectives)
+
+
+@pytest.mark.slow
+def test_devices_sum_gradients_in_float32_also_in_bfloat16():
+    pytest.importorskip("libtpu", reason="the extra tpu is not installed")
+    built = built_for(topologies.get("v5e:2x2").devices, "baseline", model__dtype="bfloat16")
+    lowered = built.take_step.lower(built.abstract_state, builder.abstract_batch(built))
+    text = compile_ahead._compile(lowered).as_text()
+    reductions = re.findall(r"= (.*) (?:all-reduce|reduce-scatter)(?:-start)?\(", text)
+    assert any("f32[3,3,8,8]" in result for result in reductions)
+    assert not any("bf16" in result for result in reductions)
 
 
 @pytest.fixture
