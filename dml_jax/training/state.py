@@ -188,4 +188,5 @@ def updated_average(
         step: number of steps before this one.
     """
     current = jnp.minimum(decay, (1 + step) / (10 + step))
-    return optax.incremental_update(variables, before, 1 - current)
+    # In this form a value that does not change is its own average, to the bit.
+    return jax.tree.map(lambda old, new: old + (1 - current) * (new - old), before, variables)
