@@ -117,11 +117,7 @@ def embed(
         x = frozen(parts[:, part])
         made, batch_stats = jax.checkpoint(trained)(params, batch_stats, x)
         # Keeps micro-batches in sequence, in the backward pass too.
-        changing, fixed = split({"embedder": params}, config.fixed)
-        changing, batch_stats, made = jax.lax.optimization_barrier((changing, batch_stats, made))
-        # The gradient of a barrier is of all its operands.
-        fixed, _ = jax.lax.optimization_barrier((fixed, jax.lax.stop_gradient(made)))
-        params = merge(changing, fixed)["embedder"]
+        params, batch_stats, made = jax.lax.optimization_barrier((params, batch_stats, made))
         embeddings.append(made)
     return jnp.stack(embeddings, axis=1).reshape(len(images), -1), batch_stats
 
