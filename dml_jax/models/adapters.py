@@ -47,7 +47,7 @@ class LowRankDense(linear.Dense):
 
 
 class Prompts(nn.Module):
-    """Learned tokens for a block, which replace those of the block before: VPT-Deep, equation 5.
+    """Learned tokens for a block, which replace those of the block before: VPT-Deep, section 3.2.
 
     They start as in the authors' code: U(-b, b) with b^2 = 6 / (3 patch^2 + features).
 
