@@ -245,7 +245,7 @@ class ViT(nn.Module):
         dense = partial(linear.Dense, dtype=self.dtype, kernel_init=layers.truncated_normal)
         perceptron = partial(Mlp, dense, self.activation, self.hidden)
         options = perceptron, self._normalise
-        adapted = dense
+        adapted: Callable[..., nn.Module] = dense
         if self.lora_rank:
             adapted = partial(adapters.LowRankDense, rank=self.lora_rank, **dense.keywords)
         prompts = partial(adapters.Prompts, self.prompts, self.patch) if self.prompts else None
