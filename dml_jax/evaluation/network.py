@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 from dml_jax._utils import sharding
 from dml_jax.data.config import DataConfig
-from dml_jax.models import BACKBONES, Embedder, create_embedder
+from dml_jax.models import BACKBONES, Embedder, adapters, create_embedder
 from dml_jax.models.config import ModelConfig
 
 VariablePath = tuple[str, ...]
@@ -87,6 +87,8 @@ def make(
     features, frozen = jax.eval_shape(frozen_init, jax.random.key(0), image)
     frozen_paths = frozenset(flax.traverse_util.flatten_dict(frozen))
     fixed = {path[1:] for path in frozen_paths if path[0] == "params"}
+    if model.lora_rank or model.prompts:
+        fixed |= _beside_adapters(shapes)
     return Network(
         model=model,
         data=data,
@@ -113,8 +115,14 @@ def _affine(shapes: dict[str, PyTree]) -> frozenset[VariablePath]:
     return frozenset(path for path in flat if path[:-1] in batch_norms)
 
 
+def _beside_adapters(shapes: dict[str, PyTree]) -> frozenset[VariablePath]:
+    """Returns the paths of the backbone's parameters that are not those of an adapter."""
+    flat = flax.traverse_util.flatten_dict(shapes["params"])
+    return frozenset(x for x in flat if x[0] == "backbone" and not adapters.is_adapter(x))
+
+
 def _backbone_options(model: ModelConfig) -> dict[str, Any]:
     """Returns the settings that the backbone has as options; not every backbone has all."""
     known = BACKBONES.options(model.backbone)
-    names = ("width", "stem", "freeze_bn", "dtype", "remat")
+    names = ("width", "stem", "freeze_bn", "dtype", "remat", "lora_rank", "prompts")
     return {name: getattr(model, name) for name in names if name in known}

@@ -105,6 +105,7 @@ def without_training(config: ConfigDict) -> ConfigDict:
     """Returns a configuration whose network is frozen up to the head, without caches of images."""
     own = config.copy_and_resolve_references()
     own.model.train_from, own.data.cache = HEAD, "none"
+    own.model.lora_rank = own.model.prompts = 0
     return own
 
 

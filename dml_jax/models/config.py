@@ -81,6 +81,18 @@ class ModelConfig:
         help=f"First part of the network that trains: `{ALL}`, a part of the backbone such as "
         f"`layer4`, or `{HEAD}`. What lies below is frozen, batch statistics too.",
     )
+    lora_rank: int = setting(
+        0,
+        integer(0),
+        help="Rank of the products of two matrices that train in place of a ViT's own weights, "
+        "beside the layers of its attentions (LoRA); 0 for none.",
+    )
+    prompts: int = setting(
+        0,
+        integer(0),
+        help="Number of learned tokens that each block of a ViT has besides its input, which train "
+        "in place of its own weights (VPT-Deep); 0 for none.",
+    )
     freeze_bn: bool = setting(
         True,
         flag(),
@@ -137,6 +149,30 @@ class ModelConfig:
         return (
             f"config.model.train_from is {self.train_from!r}; with {self.backbone} choose one of "
             f"{', '.join(allowed)}"
+        )
+
+    @together("lora_rank", "backbone", "train_from")
+    def _lora_rank(self) -> str | None:
+        return self._adapter("lora_rank", self.lora_rank)
+
+    @together("prompts", "backbone", "train_from")
+    def _prompts(self) -> str | None:
+        return self._adapter("prompts", self.prompts)
+
+    def _adapter(self, option: str, value: int) -> str | None:
+        if not value:
+            return None
+        if option not in BACKBONES.options(self.backbone):
+            return (
+                f"config.model.{option} is {value}, but {self.backbone} has no {option}; choose a "
+                "ViT, or set it to 0"
+            )
+        if self.train_from == ALL:
+            return None
+        return (
+            f"config.model.{option} is {value}, which trains in every block, but "
+            f"config.model.train_from is {self.train_from!r}; set it to {ALL!r}: the backbone's "
+            "own weights are fixed anyway"
         )
 
     @together("remat", "backbone")

@@ -62,11 +62,13 @@ class Dense(nn.Module):
 
     Attributes:
         features: output features.
+        use_bias: whether to add a bias.
         kernel_init: initialiser of the kernel.
         dtype: dtype of the computation; parameters are float32.
     """
 
     features: int
+    use_bias: bool = True
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     dtype: DTypeLike = jnp.float32
 
@@ -76,6 +78,8 @@ class Dense(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         y = _multiply(x.astype(self.dtype), kernel)
+        if not self.use_bias:
+            return y
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         return _add(y, bias)
 

@@ -19,10 +19,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from dml_jax._utils.errors import UserError
-from dml_jax.models import layers, linear
+from dml_jax.models import adapters, layers, linear
 from dml_jax.models.normalisation import CLIP, IMAGENET, INCEPTION, InputNormalisation
 
-TOKENS = ("cls_token", "reg_token", "pos_embed", "latent")
+TOKENS = ("cls_token", "reg_token", "pos_embed", "latent", adapters.PROMPTS)
 """Names of the parameters that are no weights of a layer."""
 
 _CUBIC = -0.5  # Coefficient of the interpolation with antialiasing, as in Pillow and PyTorch.
@@ -137,9 +137,10 @@ class Block(nn.Module):
     Attributes:
         heads: number of heads of the attention.
         layer_scale: whether each is multiplied by a parameter for each feature.
-        dense: constructor of a linear layer from features and name.
+        dense: constructor of a linear layer of the attention from features and name.
         perceptron: constructor of the perceptron from a name.
         normalise: constructor of a normalisation from its name.
+        prompts: constructor of the prompts from a name; None for none.
     """
 
     heads: int
@@ -147,14 +148,20 @@ class Block(nn.Module):
     dense: Callable[..., nn.Module]
     perceptron: Callable[..., nn.Module]
     normalise: Callable[..., nn.Module]
+    prompts: Callable[..., nn.Module] | None = None
 
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
         """Returns the tokens after the block."""
         parts = Attention(self.heads, self.dense, name="attn"), self.perceptron(name="mlp")
+        count = x.shape[2]
+        if self.prompts is not None:
+            x = self.prompts(name="prompt")(x)
         for number, part in enumerate(parts, start=1):
             y = part(self.normalise(name=f"norm{number}")(x))
             x = x + (LayerScale(name=f"ls{number}")(y) if self.layer_scale else y)
+            # What becomes of the prompts is dropped, and after the attention concerns no token.
+            x = x[:, :, :count]
         return x
 
 
@@ -183,6 +190,9 @@ class ViT(nn.Module):
             the patches then has no bias.
         dtype: dtype of the computation. Parameters and statistics of normalisations are float32.
         remat: rematerialise the activations of each block in the backward pass.
+        lora_rank: rank of the products added to the layers `qkv` and `proj` of each block's
+            attention; 0 for none. See `adapters`.
+        prompts: number of learned tokens that each block has besides its input; see `adapters`.
         input_normalisation: the normalisation of the images that the backbone expects.
     """
 
@@ -202,6 +212,8 @@ class ViT(nn.Module):
     normalises_input: bool = False
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    lora_rank: int = 0
+    prompts: int = 0
     input_normalisation: InputNormalisation = IMAGENET
 
     @property
@@ -232,12 +244,16 @@ class ViT(nn.Module):
         parts = self.parts if parts is None else parts
         dense = partial(linear.Dense, dtype=self.dtype, kernel_init=layers.truncated_normal)
         perceptron = partial(Mlp, dense, self.activation, self.hidden)
-        options = dense, perceptron, self._normalise
+        options = perceptron, self._normalise
+        adapted: Callable[..., nn.Module] = dense
+        if self.lora_rank:
+            adapted = partial(adapters.LowRankDense, rank=self.lora_rank, **dense.keywords)
+        prompts = partial(adapters.Prompts, self.prompts, self.patch) if self.prompts else None
         if "patch_embed" in parts:
             x = self._embed_patches(x)
 
         def transform(x: Tokens, name: str) -> Tokens:
-            return Block(self.heads, self.layer_scale, *options, name=name)(x)
+            return Block(self.heads, self.layer_scale, adapted, *options, prompts, name=name)(x)
 
         for name in self.parts[1:]:
             if name in parts:
@@ -245,7 +261,7 @@ class ViT(nn.Module):
         if parts and parts[-1] == self.parts[-1]:
             x = self._normalise(name="norm")(x)
             if self.attention_pool:
-                pooled = AttentionPool(self.heads, *options, name="attn_pool")(x)
+                pooled = AttentionPool(self.heads, dense, *options, name="attn_pool")(x)
                 x = jnp.concatenate([pooled, x], axis=2)
         return x
 

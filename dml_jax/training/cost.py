@@ -14,6 +14,7 @@ from dml_jax.data.prepare import DATA_SETS
 from dml_jax.data.splits import load_sources
 from dml_jax.training import builder, compile_ahead
 from dml_jax.training.config import Config
+from dml_jax.training.state import merge, split
 
 
 class Amount(NamedTuple):
@@ -117,10 +118,11 @@ def operations(config: Config) -> Operations:
 
     def gradient(variables: PyTree, images: Num[Array, "b h w 3"]) -> PyTree:
         frozen = network.embedder.apply(variables, images, method="frozen")
+        trained, fixed = split({"embedder": variables["params"]}, network.fixed)
 
-        def total(params: PyTree) -> Float[Array, ""]:
+        def total(trained: PyTree) -> Float[Array, ""]:
             embeddings, _ = network.embedder.apply(
-                {**variables, "params": params},
+                {**variables, "params": merge(trained, fixed)["embedder"]},
                 frozen,
                 train=True,
                 mutable=["batch_stats"],
@@ -128,7 +130,7 @@ def operations(config: Config) -> Operations:
             )
             return embeddings.sum()
 
-        return jax.grad(total)(variables["params"])
+        return jax.grad(total)(trained)
 
     counted = [
         (jax.jit(f).lower(variables, images).cost_analysis() or {})["flops"]

@@ -1,5 +1,6 @@
 """Forks: runs that start from the network of another run."""
 
+import dataclasses
 from pathlib import Path
 
 from jaxtyping import PyTree
@@ -8,6 +9,7 @@ from dml_jax._utils import storage
 from dml_jax._utils.errors import UserError
 from dml_jax._utils.files import read_json
 from dml_jax.evaluation.network import Network
+from dml_jax.models.config import ModelConfig
 from dml_jax.training import checkpoint, run_directory
 from dml_jax.training.bucket import copy
 from dml_jax.training.builder import Experiment
@@ -63,11 +65,13 @@ def read_fork(network: Network, workdir: Path) -> dict[str, PyTree]:
         FileNotFoundError: there is no run or no checkpoint in it.
         ValueError: the other run trains a different network.
     """
-    theirs, ours = run_directory.read_config(workdir).model, network.model
-    for name in ("backbone", "width", "stem", "channels", "normalisation", "dim"):
-        if theirs.get(name) != getattr(ours, name):
+    ours, names = network.model, ("backbone", "width", "stem", "channels", "normalisation", "dim")
+    # A run of an earlier version has not all settings.
+    theirs = dataclasses.asdict(ModelConfig()) | run_directory.read_config(workdir).model.to_dict()
+    for name in (*names, "lora_rank", "prompts"):
+        if theirs[name] != getattr(ours, name):
             raise UserError(
                 f"config.model.{name} is {getattr(ours, name)!r}, but the run to fork from, "
-                f"{workdir}, has {theirs.get(name)!r}"
+                f"{workdir}, has {theirs[name]!r}"
             )
     return checkpoint.read_network(network, workdir, "last")[1]

@@ -1,5 +1,6 @@
 """The result of a run: scores before the first step and after the last, and embeddings."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,16 @@ def score_backbone(experiment: Experiment, workdir: Path, variables: dict[str, P
         variables: variables of the network before the first step.
     """
     config = experiment.config
-    is_random = config.model.pretrained == pretrained.NONE and forked_from(workdir, None) is None
+    is_fork = forked_from(workdir, None) is not None
+    is_random = config.model.pretrained == pretrained.NONE and not is_fork
     if is_random or not config.evaluation.test:
         return
     evaluator = experiment.evaluator
+    if config.model.prompts and not is_fork:
+        # They are random yet.
+        network = evaluator.network
+        model = dataclasses.replace(network.model, prompts=0)
+        evaluator = evaluator._replace(network=network._replace(model=model))
     scores = evaluator.score(zero_shot.pooled_features(evaluator, variables, "test"))
     if processes.is_first_process():
         write_json(workdir / run_directory.ZERO_SHOT, scores)

@@ -133,7 +133,10 @@ def create(
     variables = {"batch_stats": {}, **embedder.init(network_key, image, train=False)}
     if backbone is not None:
         given = {name: {"backbone": tree} for name, tree in backbone.items() if tree}
-        variables = {name: {**tree, **given.get(name, {})} for name, tree in variables.items()}
+        # Leaf by leaf: adapters are not among the pretrained variables.
+        flat = flax.traverse_util.flatten_dict(variables, keep_empty_nodes=True)
+        flat |= flax.traverse_util.flatten_dict(given)
+        variables = flax.traverse_util.unflatten_dict(flat)
     proxies = initial_proxies(proxy_key, init=proxy_init, shape=proxy_shape)
     proxies = jnp.pad(proxies, ((0, padding), (0, 0)))
     params = {"embedder": variables["params"], "proxies": proxies}

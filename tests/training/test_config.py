@@ -238,6 +238,8 @@ OFFICIAL = {
     "model.channels": None,
     "model.normalisation": None,
     "model.train_from": "all",
+    "model.lora_rank": 0,
+    "model.prompts": 0,
     "model.freeze_bn": True,
     "model.freeze_bn_affine": False,
     "model.dtype": "float32",
