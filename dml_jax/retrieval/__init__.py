@@ -39,6 +39,7 @@ def evaluate(
     confidence: float | None = None,
     fmr: Sequence[float] = (),
     rerank: str | None = None,
+    same_images: bool = False,
 ) -> dict[str, float]:
     """Returns retrieval metrics of an exact inner-product search of normalised embeddings.
 
@@ -71,6 +72,8 @@ def evaluate(
         fmr: false match rates, for each of which a threshold and its FNMR are computed from all
             pairs, on the host.
         rerank: a method of `reranking.METHODS`; by default the order is that of the similarity.
+        same_images: whether the gallery has the images of the queries in the same order, embedded
+            in another way. The query's own image is then excluded, as without a gallery.
 
     Returns:
         Fractions in 0..1: `recall@{k}` for each k, `r_precision`, `map@r`, `precision@{k}` and
@@ -81,12 +84,12 @@ def evaluate(
     Raises:
         ValueError: shapes do not match, an array is empty or not finite, a k is below 1 or larger
             than the gallery, no query has a match, a rate is not within 0..1 or needs more pairs,
-            or the backend or the method is not available.
+            the backend or the method is not available, or `same_images` does not fit the others.
         TypeError: labels or values of k are not integers, or embeddings are not real numbers.
         ModuleNotFoundError: AMI needs scikit-learn.
     """
     queries, query_labels = inputs.validate(embeddings, labels, "")
-    exclude_query = gallery is None
+    exclude_query = gallery is None or same_images
     targets, target_labels = (
         (queries, query_labels) if gallery is None else inputs.validate(*gallery, "gallery ")
     )
@@ -94,6 +97,8 @@ def evaluate(
         raise UserError(
             f"embeddings have {queries.shape[1]} dimensions, the gallery's {targets.shape[1]}"
         )
+    if same_images and (gallery is None or fmr or not np.array_equal(query_labels, target_labels)):
+        raise UserError("same_images needs a gallery with the labels of the queries, and no fmr")
     levels = {"recall_at": recall_at, "precision_at": precision_at, "map_at": map_at}
     for name, values in levels.items():
         inputs.check_levels(name, values, len(targets) - exclude_query)
