@@ -71,6 +71,9 @@ _CONFIDENCE = flags.DEFINE_float(
 _FMR = flags.DEFINE_list(
     "fmr", [], "False match rates, such as 1e-3, for the threshold that each needs and its FNMR."
 )
+_DIAGNOSTICS = flags.DEFINE_bool(
+    "diagnostics", False, "Whether to compute alignment, uniformity, density and spectral decay."
+)
 _RERANK = flags.DEFINE_enum(
     "rerank", None, reranking.METHODS, "How to re-rank the neighbours, for a second set of scores."
 )
@@ -93,7 +96,7 @@ _OUT = flags.DEFINE_string("out", "leaderboard", "The folder that --zero_shot wr
 # Not together with --zero_shot.
 _OF_OTHERS = (
     *(_CHECKPOINT, _GALLERY, _BACKBONE, _PRETRAINED),
-    *(_AMI, _PRECISION_AT, _MAP_AT, _PER_CLASS, _CONFIDENCE, _FMR, _RERANK, _DEFORM),
+    *(_AMI, _PRECISION_AT, _MAP_AT, _PER_CLASS, _CONFIDENCE, _FMR, _RERANK, _DIAGNOSTICS, _DEFORM),
 )
 
 
@@ -139,6 +142,7 @@ def _options() -> dict[str, Any]:
         "per_class": _PER_CLASS.value,
         "confidence": _CONFIDENCE.value,
         "fmr": command_line.numbers(_FMR, float),
+        "diagnostics": _DIAGNOSTICS.value,
     }
 
 
@@ -147,7 +151,7 @@ def _scored(score: Callable[..., dict[str, float]], options: dict[str, Any]) -> 
     scores: dict[str, Any] = score(**options)
     if _RERANK.value is None:
         return scores
-    order = options | {"nmi": False, "ami": False, "fmr": ()}
+    order = options | {"nmi": False, "ami": False, "fmr": (), "diagnostics": False}
     _, seconds_without = _timed(score, **order)
     reranked, seconds = _timed(score, **order, rerank=_RERANK.value)
     scores["reranked"] = {

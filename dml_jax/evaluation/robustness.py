@@ -37,7 +37,7 @@ def score(
         set has a gallery of its own.
     """
     (split,) = plain.keys() - {"gallery"}
-    options |= {"nmi": False, "ami": False, "fmr": ()}
+    options |= {"nmi": False, "ami": False, "fmr": (), "diagnostics": False}
     with_plain = {}
     if "gallery" not in plain:
         with_plain = {

@@ -84,9 +84,11 @@ def test_evaluate_scores_checkpoints_and_exported_embeddings(finished):
             f"--embeddings={finished / run_directory.EMBEDDINGS}",
             "--nmi",
             "--recall_at=1",
+            "--diagnostics",
         )
     )
     assert exported["recall@1"] == result["last"]["recall@1"]
+    assert exported["pi_ratio"] > 0
     assert 0 <= exported["nmi"] <= 1 and "recall@2" not in exported
 
 
