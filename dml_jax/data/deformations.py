@@ -69,7 +69,7 @@ def shear(image: Image, strength: float, generator: np.random.Generator) -> Imag
 def noise(image: Image, strength: float, generator: np.random.Generator) -> Image:
     """Returns the image with Gaussian noise of a standard deviation of 255 `strength`, clipped."""
     noisy = image + 255 * strength * generator.standard_normal(image.shape)
-    return np.uint8(noisy.round().clip(0, 255))
+    return noisy.round().clip(0, 255).astype(np.uint8)
 
 
 def blur(image: Image, strength: float, generator: np.random.Generator) -> Image:
