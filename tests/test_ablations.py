@@ -7,7 +7,12 @@ import pytest
 import scipy.stats
 
 from dml_jax import losses, memvir, proxy_synthesis
+from dml_jax._utils import sharding
 from dml_jax.proxy_synthesis import ProxySynthesisConfig
+from dml_jax.report import training_map
+from dml_jax.training import builder, step
+from dml_jax.training.config import parse
+from tests.helpers import tiny
 from tests.helpers.oracles import LOSSES, prepared
 
 BATCH, CLASSES, DIM = 4, 4, 3
@@ -120,7 +125,6 @@ def test_what_is_not_masked_are_the_listed_rows_and_classes(name, ablation):
     ("name", "ablation"),
     [
         ("norm_softmax", "stop_gradient"),
-        ("norm_softmax", "per_sample"),
         ("norm_softmax", "proxies"),
         ("proxy_anchor", "proxies"),
         ("proxy_anchor", "embeddings"),
@@ -183,6 +187,27 @@ def test_the_settings_are_the_arguments_of_both_functions():
     assert mixed.row_mask.tolist() == [True] * BATCH + [False] * 2 * BATCH
     assert mixed.class_mask.all()
     assert {*settings.of_draw(), *settings.of_synthesis()} == set(vars(settings))
+
+
+@pytest.mark.parametrize("mix", ["proxies", "embeddings"])
+def test_the_step_and_the_map_of_a_run_use_its_settings(mix, tmp_path):
+    settings = {"proxy_synthesis__ratio": 1.0, "proxy_synthesis__mix": mix}
+    made = tiny.config(tiny.write_images(tmp_path), **settings)
+    built = builder.build(parse(made), sharding.make_mesh(jax.devices()[:1]))
+    loss = built.config.loss
+    vectors = make_vectors(loss)
+    present = jnp.ones(CLASSES, bool)
+    problem = step._mixed(
+        built.step_config, jax.random.key(0), *vectors, jnp.asarray(LABELS), present
+    )
+    assert problem["row_mask"][BATCH:].all() == (mix != "proxies")
+    assert problem["class_mask"][CLASSES:].all() == (mix != "embeddings")
+    points = training_map._synthetic(built, *vectors, LABELS)
+    shown = {
+        kind: sum(len(x.label) for x in points if x.kind == kind) for kind in training_map.KINDS
+    }
+    assert (shown["synthetic embedding"] > 0) == (mix != "proxies")
+    assert (shown["synthetic proxy"] > 0) == (mix != "embeddings")
 
 
 def test_weights_of_samples_follow_the_beta_distribution_independently():
