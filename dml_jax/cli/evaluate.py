@@ -8,6 +8,7 @@ dml-jax evaluate --config=folder --config.data.root=photos --zero-shot --out=lea
 The last two forms train nothing: they score the pooled features of a backbone on the test images of
 the config, and the same features after PCA-whitening fitted on its training images. The last one
 does so for a list of backbones and writes a page that compares them. Started again, it resumes.
+--deform=cutout,rotation also scores a run on deformed test images, for each of a few strengths.
 --rerank also scores the neighbours after re-ranking, and prints the seconds of the search with and
 without it.
 """
@@ -27,7 +28,8 @@ from dml_jax import retrieval
 from dml_jax._utils import files, sharding, storage
 from dml_jax._utils.errors import UserError
 from dml_jax.cli import command_line, config_flag
-from dml_jax.evaluation import embedding_files
+from dml_jax.data.deformations import DEFORMATIONS
+from dml_jax.evaluation import embedding_files, robustness
 from dml_jax.inference import leaderboard
 from dml_jax.models import pretrained, zoo
 from dml_jax.retrieval import reranking
@@ -69,8 +71,16 @@ _CONFIDENCE = flags.DEFINE_float(
 _FMR = flags.DEFINE_list(
     "fmr", [], "False match rates, such as 1e-3, for the threshold that each needs and its FNMR."
 )
+_DIAGNOSTICS = flags.DEFINE_bool(
+    "diagnostics", False, "Whether to compute alignment, uniformity, density and spectral decay."
+)
 _RERANK = flags.DEFINE_enum(
     "rerank", None, reranking.METHODS, "How to re-rank the neighbours, for a second set of scores."
+)
+_DEFORM = flags.DEFINE_list(
+    "deform",
+    [],
+    f"Deformations of a run's test images, for further scores: {', '.join(DEFORMATIONS)}.",
 )
 _ZERO_SHOT = flags.DEFINE_bool(
     "zero_shot", False, "Whether to score all of --backbones and write a page, --out/index.html."
@@ -86,7 +96,7 @@ _OUT = flags.DEFINE_string("out", "leaderboard", "The folder that --zero_shot wr
 # Not together with --zero_shot.
 _OF_OTHERS = (
     *(_CHECKPOINT, _GALLERY, _BACKBONE, _PRETRAINED),
-    *(_AMI, _PRECISION_AT, _MAP_AT, _PER_CLASS, _CONFIDENCE, _FMR, _RERANK),
+    *(_AMI, _PRECISION_AT, _MAP_AT, _PER_CLASS, _CONFIDENCE, _FMR, _RERANK, _DIAGNOSTICS, _DEFORM),
 )
 
 
@@ -95,21 +105,26 @@ def main() -> None:
     with command_line.user_errors():
         options = _options()
         scores: dict[str, Any]
+        unknown = [name for name in _DEFORM.value if name not in DEFORMATIONS]
+        if unknown:
+            raise UserError(
+                f"--deform: no {', '.join(unknown)}; choose from {', '.join(DEFORMATIONS)}"
+            )
         one = sum(_given(option) for option in (_WORKDIR, _EMBEDDINGS, _CONFIG)) == 1
-        if one and _EMBEDDINGS.value and not _given(_CHECKPOINT, _BACKBONE, _PRETRAINED):
+        if one and _EMBEDDINGS.value and not _given(_CHECKPOINT, _BACKBONE, _PRETRAINED, _DEFORM):
             scores = _score_exported(_EMBEDDINGS.value, options)
         elif one and _WORKDIR.value and not _given(_GALLERY, _BACKBONE, _PRETRAINED):
             scores = _score_run(bucket.copy(_WORKDIR.value), options)
         elif one and _ZERO_SHOT.value and _CONFIG.value and not _given(*_OF_OTHERS):
             _write_leaderboard(_CONFIG.value, options, Path(_OUT.value))
             return
-        elif one and _CONFIG.value and not _given(_CHECKPOINT, _GALLERY, _ZERO_SHOT):
+        elif one and _CONFIG.value and not _given(_CHECKPOINT, _GALLERY, _ZERO_SHOT, _DEFORM):
             scores = _score_backbone(_CONFIG.value, options)
         else:
             raise UserError(
-                "give one of --workdir, optionally with --checkpoint; --embeddings, optionally "
-                "with --gallery; and --config, optionally with --backbone and --pretrained, or "
-                "with --zero_shot"
+                "give one of --workdir, optionally with --checkpoint and --deform; --embeddings, "
+                "optionally with --gallery; and --config, optionally with --backbone and "
+                "--pretrained, or with --zero_shot"
             )
     print(json.dumps(scores, indent=2))
 
@@ -127,6 +142,7 @@ def _options() -> dict[str, Any]:
         "per_class": _PER_CLASS.value,
         "confidence": _CONFIDENCE.value,
         "fmr": command_line.numbers(_FMR, float),
+        "diagnostics": _DIAGNOSTICS.value,
     }
 
 
@@ -135,7 +151,7 @@ def _scored(score: Callable[..., dict[str, float]], options: dict[str, Any]) -> 
     scores: dict[str, Any] = score(**options)
     if _RERANK.value is None:
         return scores
-    order = options | {"nmi": False, "ami": False, "fmr": ()}
+    order = options | {"nmi": False, "ami": False, "fmr": (), "diagnostics": False}
     _, seconds_without = _timed(score, **order)
     reranked, seconds = _timed(score, **order, rerank=_RERANK.value)
     scores["reranked"] = {
@@ -226,7 +242,12 @@ def _score_run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     built = builder.build(config, sharding.make_mesh(), run_directory.read_inspection(folder))
     _, variables = checkpoint.read_network(built.network, folder, _CHECKPOINT.value or "last")
     embeddings = built.evaluator.embed(variables, "test")
-    return _scored(functools.partial(built.evaluator.score, embeddings), options)
+    scores = _scored(functools.partial(built.evaluator.score, embeddings), options)
+    if _DEFORM.value:
+        scores["deformed"] = robustness.score(
+            built.evaluator, variables, embeddings, _DEFORM.value, **options
+        )
+    return scores
 
 
 def start() -> None:

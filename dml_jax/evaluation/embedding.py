@@ -105,6 +105,7 @@ def embed_images(
     variables: dict[str, PyTree],
     source: data.Source,
     cache: device_cache.Cache | None = None,
+    change: Callable[[Iterable[Any]], Iterable[Any]] = _identity,
 ) -> Float32[np.ndarray, "images dim"]:
     """Embeds the images of a source, with the test-time crop.
 
@@ -113,13 +114,14 @@ def embed_images(
         variables: variables of the network.
         source: the images.
         cache: the same images in device memory; by default they are read from the source.
+        change: function of the batches that returns those to embed, with other images.
 
     Returns:
         Raw embeddings in the order of the source.
     """
     batches = _test_batches(network, source, cache)
     try:
-        return embed(network.embed, variables, batches, len(source), network.mesh)
+        return embed(network.embed, variables, change(batches), len(source), network.mesh)
     finally:
         batches.close()
 

@@ -67,14 +67,18 @@ class Evaluator(NamedTuple):
         if "gallery" in embeddings:
             gallery = embeddings["gallery"], self.sources["gallery"].labels
         backend, metrics = exact.choose("auto"), dict[str, float]()
-        chosen: dict[str, Any] = {"recall_at": self.recall_at, "nmi": self.nmi, **options}
+        chosen: dict[str, Any] = {
+            "recall_at": self.recall_at,
+            "nmi": self.nmi,
+            "gallery": gallery,
+            **options,
+        }
 
         def evaluate() -> None:
             metrics.update(
                 retrieval.evaluate(
                     embeddings[split],
                     self.sources[split].labels,
-                    gallery=gallery,
                     backend=backend,
                     **chosen,
                 )

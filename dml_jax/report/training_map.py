@@ -101,7 +101,7 @@ def compute(run: Run) -> TrainingMap | None:
     own = own.reshape(len(chosen) * per_class, -1)
     labels = np.searchsorted(chosen, source.labels)
     points = _current(built, embeddings, own, labels)
-    if built.step_config.mixing_ratio:
+    if built.step_config.mixing.ratio:
         points += _synthetic(built, embeddings, own, labels)
     if remembered is not None:
         points += _remembered(remembered, chosen, per_class)
@@ -214,8 +214,7 @@ def _synthetic(
         lam, partner = proxy_synthesis.draw(
             jax.random.key(part),
             jnp.asarray(labels),
-            alpha=step_config.mixing_alpha,
-            ratio=step_config.mixing_ratio,
+            **step_config.mixing.of_draw(),
         )
         problem = proxy_synthesis.synthesize(
             embeddings,
@@ -223,17 +222,21 @@ def _synthetic(
             jnp.asarray(labels),
             lam=lam,
             partner=partner,
-            ratio=step_config.mixing_ratio,
             loss=step_config.loss,
+            **step_config.mixing.of_synthesis(),
         )
-        kept = np.flatnonzero(problem.row_mask[batch:])
-        kept = kept[kept % _STEPS == part]
-        first, second = labels[kept % batch], labels[np.asarray(partner).ravel()[kept]]
         # For losses with several proxies per class, only the first mixture is shown.
         mixed = np.asarray(problem.proxies)[len(proxies) :: per_class]
         rows = np.asarray(problem.embeddings)[batch:]
-        points.append(_points("synthetic embedding", rows[kept], first, second))
-        points.append(_points("synthetic proxy", mixed[kept], first, second))
+        class_mask = problem.class_mask[len(proxies) // per_class :]
+        for kind, vectors, mask in (
+            ("synthetic embedding", rows, problem.row_mask[batch:]),
+            ("synthetic proxy", mixed, class_mask),
+        ):
+            kept = np.flatnonzero(mask)
+            kept = kept[kept % _STEPS == part]
+            first, second = labels[kept % batch], labels[np.asarray(partner).ravel()[kept]]
+            points.append(_points(kind, vectors[kept], first, second))
     return points
 
 

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 
 from dml_jax._utils.errors import UserError
 from dml_jax.retrieval import classes, exact, inputs, metrics, reranking, verification
+from dml_jax.retrieval.diagnostics import diagnose
 
 # Queries per block: as many as faiss processes at a time, but so few that the neighbours of a block
 # (8 bytes each, in a few arrays) need about 64 MB for any k.
@@ -39,6 +40,8 @@ def evaluate(
     confidence: float | None = None,
     fmr: Sequence[float] = (),
     rerank: str | None = None,
+    same_images: bool = False,
+    diagnostics: bool = False,
 ) -> dict[str, float]:
     """Returns retrieval metrics of an exact inner-product search of normalised embeddings.
 
@@ -71,22 +74,27 @@ def evaluate(
         fmr: false match rates, for each of which a threshold and its FNMR are computed from all
             pairs, on the host.
         rerank: a method of `reranking.METHODS`; by default the order is that of the similarity.
+        same_images: whether the gallery has the images of the queries in the same order, embedded
+            in another way. The query's own image is then excluded, as without a gallery.
+        diagnostics: whether to compute the diagnostics of the space of the queries.
 
     Returns:
         Fractions in 0..1: `recall@{k}` for each k, `r_precision`, `map@r`, `precision@{k}` and
         `map@{k}`; if requested, each of these as a mean over classes (`macro_{name}`), its interval
         (`{name}_low`, `{name}_high`), `nmi` and `ami`; for each false match rate f `fnmr@fmr{f}`,
-        and the cosine `threshold@fmr{f}`; and the count `queries_without_match`.
+        and the cosine `threshold@fmr{f}`; the fields of `diagnostics.Diagnostics`, which are not
+        all fractions; and the count `queries_without_match`.
 
     Raises:
         ValueError: shapes do not match, an array is empty or not finite, a k is below 1 or larger
             than the gallery, no query has a match, a rate is not within 0..1 or needs more pairs,
-            or the backend or the method is not available.
+            the backend or the method is not available, or `same_images` does not fit the others, or
+            diagnostics need more classes or images.
         TypeError: labels or values of k are not integers, or embeddings are not real numbers.
         ModuleNotFoundError: AMI needs scikit-learn.
     """
     queries, query_labels = inputs.validate(embeddings, labels, "")
-    exclude_query = gallery is None
+    exclude_query = gallery is None or same_images
     targets, target_labels = (
         (queries, query_labels) if gallery is None else inputs.validate(*gallery, "gallery ")
     )
@@ -94,6 +102,8 @@ def evaluate(
         raise UserError(
             f"embeddings have {queries.shape[1]} dimensions, the gallery's {targets.shape[1]}"
         )
+    if same_images and (gallery is None or fmr or not np.array_equal(query_labels, target_labels)):
+        raise UserError("same_images needs a gallery with the labels of the queries, and no fmr")
     levels = {"recall_at": recall_at, "precision_at": precision_at, "map_at": map_at}
     for name, values in levels.items():
         inputs.check_levels(name, values, len(targets) - exclude_query)
@@ -108,12 +118,13 @@ def evaluate(
     if with_match == 0:
         raise UserError("no query has an image of its class in the gallery")
 
+    described = diagnose(queries, query_codes)._asdict() if diagnostics else {}
     search = reranking.searcher(targets, backend, rerank, exclude_query=exclude_query)
     depth, blocks = max([1, *recall_at, *precision_at, *map_at]), []
     for rows, k in _blocks(relevant, depth):
         matches = target_codes[search(queries, rows, k)] == query_codes[rows, None]
         blocks.append((query_codes[rows], _of_queries(matches, relevant[rows], **levels)))
-    result = _means(blocks, per_class, confidence)
+    result = _means(blocks, per_class, confidence) | described
     if nmi or ami:
         clusters = exact.kmeans(queries, len(np.unique(query_codes)), gpu=backend == "gpu")
     if nmi:

@@ -45,17 +45,18 @@ def spread(embeddings: Float32[np.ndarray, "n d"], *, seed: int = 0) -> Spread:
     """
     chosen = np.random.default_rng(seed).permutation(len(embeddings))[:SAMPLE]
     unit = exact.unit_rows(embeddings[chosen]).astype(np.float64)
-    return Spread(_mean_cosine(unit), _effective_rank(unit))
+    return Spread(_mean_cosine(unit), effective_rank(unit))
 
 
-def _mean_cosine(unit: Float[np.ndarray, "n d"]) -> float:
-    count, total = len(unit), unit.sum(axis=0)
-    return float((total @ total - (unit**2).sum()) / (count * (count - 1)))
-
-
-def _effective_rank(unit: Float[np.ndarray, "n d"]) -> float:
+def effective_rank(unit: Float[np.ndarray, "n d"]) -> float:
+    """Returns the effective rank of unit vectors; see `spread`."""
     values = np.linalg.svd(unit, compute_uv=False)
     if not values.any():
         return 0.0
     shares = values[values > 0] / values.sum()
     return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def _mean_cosine(unit: Float[np.ndarray, "n d"]) -> float:
+    count, total = len(unit), unit.sum(axis=0)
+    return float((total @ total - (unit**2).sum()) / (count * (count - 1)))

@@ -31,7 +31,8 @@ def searcher(
         gallery: [n, d] unit vectors.
         backend: a backend that `exact.choose` returned.
         method: one of `METHODS`; None searches once, without re-ranking.
-        exclude_query: whether the queries are the gallery, so that each excludes itself.
+        exclude_query: whether the queries and the gallery are the same images in the same order,
+            so that each query excludes its own.
 
     Raises:
         ValueError: there is no such method.

@@ -45,10 +45,8 @@ class StepConfig(NamedTuple):
     optimizer: optax.GradientTransformationExtraArgs
     seed: int
     steps_per_epoch: int
-    mixing_alpha: float
-    """Proxy Synthesis: mixing weights are drawn from Beta(alpha, alpha)."""
-    mixing_ratio: float
-    """Proxy Synthesis: synthetic classes per sample; 0 for none."""
+    mixing: proxy_synthesis.ProxySynthesisConfig
+    """Proxy Synthesis."""
     memory_warmup_steps: int
     """MemVir: steps before the memory is used; without effect if the state has no memory."""
     num_classes: int
@@ -150,7 +148,7 @@ def objective(
         "labels": sharding.replicate(batch["label"]),
         "class_mask": jnp.arange(classes) < config.num_classes,
     }
-    if config.mixing_ratio:
+    if config.mixing.ratio:
         problem = _mixed(config, key, **problem)
     if state.memory is None:
         return config.loss(**problem), (batch_stats, None)
@@ -172,19 +170,17 @@ def _mixed(
     class_mask: Array,
 ) -> dict[str, Array]:
     """Returns the arguments of the loss with synthetic classes."""
-    lam, partner = proxy_synthesis.draw(
-        key, labels, alpha=config.mixing_alpha, ratio=config.mixing_ratio
-    )
+    lam, partner = proxy_synthesis.draw(key, labels, **config.mixing.of_draw())
     mixed = proxy_synthesis.synthesize(
         embeddings,
         proxies,
         labels,
         lam=lam,
         partner=partner,
-        ratio=config.mixing_ratio,
         loss=config.loss,
         class_mask=class_mask,
         shards=config.shards,
+        **config.mixing.of_synthesis(),
     )
     of_rows = {"embeddings": mixed.embeddings, "labels": mixed.labels, "row_mask": mixed.row_mask}
     return mixed._asdict() | jax.tree.map(sharding.replicate, of_rows)

@@ -73,17 +73,22 @@ def test_a_finished_run_is_not_trained_again(images, finished):
 @pytest.mark.slow
 def test_evaluate_scores_checkpoints_and_exported_embeddings(finished):
     result = run_directory.read_result(finished)
-    best = json.loads(succeed("evaluate.py", f"--workdir={finished}", "--checkpoint=best_map"))
+    of_best = f"--workdir={finished}", "--checkpoint=best_map"
+    best = json.loads(succeed("evaluate.py", *of_best, "--deform=zoom_in"))
     assert best["map@r"] == result["best"]["map@r"]
+    assert best["deformed"]["zoom_in"].keys() == {"1.25", "1.5", "2"}
+    assert "no melt; choose from cutout" in run("evaluate.py", *of_best, "--deform=melt").stderr
     exported = json.loads(
         succeed(
             "evaluate.py",
             f"--embeddings={finished / run_directory.EMBEDDINGS}",
             "--nmi",
             "--recall_at=1",
+            "--diagnostics",
         )
     )
     assert exported["recall@1"] == result["last"]["recall@1"]
+    assert exported["pi_ratio"] > 0
     assert 0 <= exported["nmi"] <= 1 and "recall@2" not in exported
 
 

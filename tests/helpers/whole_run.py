@@ -126,9 +126,9 @@ def config(case, root, weights):
     return made
 
 
-def draw(case, key, labels, *, alpha, ratio):
+def draw(case, key, labels, **settings):
     """Returns the recorded weight and partners of a batch; replaces `proxy_synthesis.draw`."""
-    del key, alpha, ratio
+    del key, settings
     steps = recorded(case, "labels")
     assert len(np.unique(steps, axis=0)) == len(steps)  # Labels identify the step.
     step = jnp.argmax((jnp.asarray(steps, jnp.int32) == labels[None]).all(axis=1))
