@@ -116,5 +116,5 @@ def _affine(shapes: dict[str, PyTree]) -> frozenset[VariablePath]:
 def _backbone_options(model: ModelConfig) -> dict[str, Any]:
     """Returns the settings that the backbone has as options; not every backbone has all."""
     known = BACKBONES.options(model.backbone)
-    names = ("width", "stem", "freeze_bn", "dtype", "remat")
+    names = ("width", "stem", "freeze_bn", "dtype", "remat", "drop_path")
     return {name: getattr(model, name) for name in names if name in known}

@@ -149,12 +149,12 @@ class Block(nn.Module):
     normalise: Callable[..., nn.Module]
 
     @nn.compact
-    def __call__(self, x: Tokens) -> Tokens:
-        """Returns the tokens after the block."""
+    def __call__(self, x: Tokens, drop: Callable[..., Tokens]) -> Tokens:
+        """Returns the tokens after the block; see `layers.stochastic_depth` for `drop`."""
         parts = Attention(self.heads, self.dense, name="attn"), self.perceptron(name="mlp")
         for number, part in enumerate(parts, start=1):
             y = part(self.normalise(name=f"norm{number}")(x))
-            x = x + (LayerScale(name=f"ls{number}")(y) if self.layer_scale else y)
+            x = x + drop(LayerScale(name=f"ls{number}")(y) if self.layer_scale else y, number)
         return x
 
 
@@ -183,6 +183,8 @@ class ViT(nn.Module):
             the patches then has no bias.
         dtype: dtype of the computation. Parameters and statistics of normalisations are float32.
         remat: rematerialise the activations of each block in the backward pass.
+        drop_path: rate at which training drops the branches of the last block; see
+            `layers.stochastic_depth`.
         input_normalisation: the normalisation of the images that the backbone expects.
     """
 
@@ -202,6 +204,7 @@ class ViT(nn.Module):
     normalises_input: bool = False
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    drop_path: float = 0.0
     input_normalisation: InputNormalisation = IMAGENET
 
     @property
@@ -222,26 +225,26 @@ class ViT(nn.Module):
 
         Args:
             x: normalised images, or the tokens that the previous part returned.
-            train: whether the network is being trained, which makes no difference.
+            train: whether the network is being trained: it then drops branches.
             parts: consecutive parts to apply; all by default.
 
         Raises:
             ValueError: the patches do not cover the images.
         """
-        del train
         parts = self.parts if parts is None else parts
         dense = partial(linear.Dense, dtype=self.dtype, kernel_init=layers.truncated_normal)
         perceptron = partial(Mlp, dense, self.activation, self.hidden)
         options = dense, perceptron, self._normalise
+        drops = layers.stochastic_depth(self, self.depth, train=train)
         if "patch_embed" in parts:
             x = self._embed_patches(x)
 
-        def transform(x: Tokens, name: str) -> Tokens:
-            return Block(self.heads, self.layer_scale, *options, name=name)(x)
+        def transform(x: Tokens, name: str, drop: Callable[..., Tokens]) -> Tokens:
+            return Block(self.heads, self.layer_scale, *options, name=name)(x, drop)
 
-        for name in self.parts[1:]:
+        for name, drop in zip(self.parts[1:], drops, strict=True):
             if name in parts:
-                x = layers.block(self, partial(transform, name=name), x)
+                x = layers.block(self, partial(transform, name=name, drop=drop), x)
         if parts and parts[-1] == self.parts[-1]:
             x = self._normalise(name="norm")(x)
             if self.attention_pool:
