@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dml_jax.data import sources
-from dml_jax.data.images import Augmentation
+from dml_jax.data.images import IN_STEP, Augmentation
 from dml_jax.data.inspection import POLICIES
 from dml_jax.settings import (
     choice,
@@ -139,6 +139,17 @@ class DataConfig:
         return (
             f"config.data.cache_size is {self.cache_size}; it must be at least config.data.resize, "
             f"{self.resize}"
+        )
+
+    @together("cache", "augmentation")
+    def _changed_in_the_step(self) -> str | None:
+        used = [name for name in IN_STEP if getattr(self.augmentation, name)]
+        if self.cache != "features" or not used:
+            return None
+        return (
+            f"config.data.augmentation.{used[0]} is {getattr(self.augmentation, used[0])}, but the "
+            "views of config.data.cache='features' have their own colours and are not erased; set "
+            "it to 0, or choose another cache"
         )
 
     @together("name", "root")

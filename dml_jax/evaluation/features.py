@@ -25,6 +25,7 @@ from dml_jax._utils import locks, processes, progress, storage
 from dml_jax._utils.errors import UserError
 from dml_jax._utils.files import errors_with_path, read_json, write_json
 from dml_jax.data import Source
+from dml_jax.data.images import IN_STEP
 from dml_jax.evaluation.embedding import embed, outputs
 from dml_jax.evaluation.network import Network
 
@@ -159,7 +160,9 @@ class _Cache:
         config = self._network.data
         if views is None:
             return {"image_size": config.image_size, "resize": config.resize}
+        # Without those of the training step, which are 0 here.
         augmentation = dataclasses.asdict(config.augmentation)
+        augmentation = {name: x for name, x in augmentation.items() if name not in IN_STEP}
         return {"image_size": config.image_size, "augmentation": augmentation, "views": views}
 
     def _compute(self, place: Path, source: Source, views: int | None) -> None:
