@@ -136,7 +136,7 @@ def build(
 def _pretrained(config: Config, network: Network) -> PyTree | None:
     """Returns the pretrained variables of the backbone; None for random ones."""
     model, backbone = network.model, network.embedder.backbone
-    size, resize = config.data.image_size, config.data.resize
+    size, resize = config.data.test_side, config.data.resize
     difference = pretrained.other_images(model.pretrained, size, resize)
     if difference is not None:
         logging.warning("%s", difference)

@@ -109,8 +109,10 @@ def operations(config: Config) -> Operations:
     variables = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), network.variables_shape
     )
-    size = config.data.image_size
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
+    images, test_images = (
+        jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
+        for size in (config.data.image_size, config.data.test_side)
+    )
 
     def embed(variables: PyTree, images: Num[Array, "b h w 3"]) -> Any:
         return network.embedder.apply(variables, images, train=False)
@@ -124,6 +126,7 @@ def operations(config: Config) -> Operations:
                 frozen,
                 train=True,
                 mutable=["batch_stats"],
+                rngs={"dropout": jax.random.key(0)},
                 method="trained",
             )
             return embeddings.sum()
@@ -131,7 +134,7 @@ def operations(config: Config) -> Operations:
         return jax.grad(total)(variables["params"])
 
     counted = [
-        (jax.jit(f).lower(variables, images).cost_analysis() or {})["flops"]
-        for f in (gradient, embed)
+        (jax.jit(f).lower(variables, x).cost_analysis() or {})["flops"]
+        for f, x in ((gradient, images), (embed, test_images))
     ]
     return Operations(*counted)

@@ -227,6 +227,7 @@ OFFICIAL = {
     "data.validation_fold": 0,
     "data.n_instance": 1,
     "data.image_size": 224,
+    "data.test_size": None,
     "data.resize": 256,
     "data.augmentation.crop_scale": (0.08, 1.0),
     "data.augmentation.flip": True,
@@ -496,6 +497,10 @@ BAD = {
     ),
     "data.root": ("letters", "config.data.root is 'letters', but glyphs comes with its images"),
     "data.resize": (16, "config.data.resize is 16; it must be at least config.data.image_size, 32"),
+    "data.test_size": (
+        48,
+        "config.data.resize is 32; it must be at least config.data.test_size, 48",
+    ),
     "data.augmentation.crop_scale": (
         (0.9, 0.5),
         r"crop_scale is \(0.9, 0.5\); .* a minimum and a maximum",
@@ -607,6 +612,7 @@ BAD_OF_TYPE = {
     tuple: (3, None, "12", (math.nan,), ("1",), (-1,), (True, 1.5)),
 }
 OPTIONAL = {
+    "data.test_size": int,
     "model.width": int,
     "model.stem": str,
     "model.channels": str,
