@@ -5,14 +5,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from dml_jax.data import sources
-from dml_jax.data.images import Augmentation
+from dml_jax.data.images import IN_STEP, Augmentation
 from dml_jax.data.inspection import POLICIES
 from dml_jax.settings import (
     choice,
     group,
     integer,
     number,
+    optional,
     registered,
     setting,
     text,
@@ -23,6 +26,11 @@ from dml_jax.settings import (
 def _same_crops(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     """Returns whether a change of the cache keeps the crops: the other caches draw others."""
     return {there.get("cache"), here["cache"]} <= {"none", "host"}
+
+
+def test_side(settings: Mapping[str, Any] | ConfigDict) -> int:
+    """Returns `DataConfig.test_side` of plain settings, which may be older than `test_size`."""
+    return settings.get("test_size") or settings["image_size"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +80,12 @@ class DataConfig:
     )
     image_size: int = setting(
         224, integer(1, 2**16), help="Side of the network's input images, pixels."
+    )
+    test_size: int | None = setting(
+        None,
+        optional(integer(1, 2**16)),
+        help="Side of the centre crop of a test image, pixels; by default `data.image_size`. "
+        "Exports and searches have it too.",
     )
     resize: int = setting(
         256,
@@ -123,13 +137,19 @@ class DataConfig:
             f"config.data.validation_classes={share} it must be below {folds}"
         )
 
-    @together("resize", "image_size")
+    @property
+    def test_side(self) -> int:
+        """The side of a test image, pixels."""
+        return self.test_size or self.image_size
+
+    @together("resize", "image_size", "test_size")
     def _resize(self) -> str | None:
-        if self.resize >= self.image_size:
+        if self.resize >= self.test_side:
             return None
+        name = "image_size" if self.test_size is None else "test_size"
         return (
-            f"config.data.resize is {self.resize}; it must be at least config.data.image_size, "
-            f"{self.image_size}"
+            f"config.data.resize is {self.resize}; it must be at least config.data.{name}, "
+            f"{self.test_side}"
         )
 
     @together("cache", "cache_size", "resize")
@@ -139,6 +159,17 @@ class DataConfig:
         return (
             f"config.data.cache_size is {self.cache_size}; it must be at least config.data.resize, "
             f"{self.resize}"
+        )
+
+    @together("cache", "augmentation")
+    def _changed_in_the_step(self) -> str | None:
+        used = [name for name in IN_STEP if getattr(self.augmentation, name)]
+        if self.cache != "features" or not used:
+            return None
+        return (
+            f"config.data.augmentation.{used[0]} is {getattr(self.augmentation, used[0])}, but the "
+            "views of config.data.cache='features' have their own colours and are not erased; set "
+            "it to 0, or choose another cache"
         )
 
     @together("name", "root")

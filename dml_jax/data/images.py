@@ -26,6 +26,12 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "WEBP")
 """Formats that are read, whatever the extension of the file. Pillow reads more, but some of them
 with external programs, and some contain an image whose size is known only to its decoder."""
 
+COLOURS = ("brightness", "contrast", "saturation")
+"""Fields of `Augmentation` that change colours; see `data.colour`."""
+
+IN_STEP = (*COLOURS, "erasing")
+"""Fields of `Augmentation` that do not concern single images: the training step applies them."""
+
 _JPEG_SCALES = (1, 2, 4, 8)  # Decoding at other scales is not faster than at full size.
 _MAX_ASPECT = 32  # Longer side of a test image over its shorter one; longer images are cut first.
 
@@ -68,6 +74,28 @@ class Augmentation:
         0.0,
         number(least=0.0, below=1.0),
         help="Maximum shift in either direction along each axis, as a fraction of the side.",
+    )
+    brightness: float = setting(
+        0.0,
+        number(least=0.0, most=10.0),
+        help="Maximum relative change of brightness in either direction. The three changes of "
+        "colour are those of torchvision's ColorJitter, in random order.",
+    )
+    contrast: float = setting(
+        0.0,
+        number(least=0.0, most=10.0),
+        help="Maximum relative change of contrast in either direction.",
+    )
+    saturation: float = setting(
+        0.0,
+        number(least=0.0, most=10.0),
+        help="Maximum relative change of saturation in either direction.",
+    )
+    erasing: float = setting(
+        0.0,
+        number(least=0.0, most=1.0),
+        help="Random erasing: probability that a rectangle of 1/50 to 1/3 of the image is replaced "
+        "by noise.",
     )
 
     def __post_init__(self) -> None:

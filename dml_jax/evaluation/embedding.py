@@ -135,13 +135,13 @@ def _test_batches(
         return data.test_batches(
             source,
             batch_size=network.rows,
-            image_size=config.image_size,
+            image_size=config.test_side,
             resize=config.resize,
             num_workers=config.num_workers,
             **process,
         )
-    boxes = device_cache.centre_boxes(cache.sides, size=config.image_size, resize_to=config.resize)
-    crop = partial(device_cache.test_views, mesh=mesh, size=config.image_size)
+    boxes = device_cache.centre_boxes(cache.sides, size=config.test_side, resize_to=config.resize)
+    crop = partial(device_cache.test_views, mesh=mesh, size=config.test_side)
 
     def cached_batches() -> Generator[dict[str, Array | np.ndarray]]:
         for index in data.test_indices(len(source), batch_size=network.rows, **process):

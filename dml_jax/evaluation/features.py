@@ -25,6 +25,7 @@ from dml_jax._utils import locks, processes, progress, storage
 from dml_jax._utils.errors import UserError
 from dml_jax._utils.files import errors_with_path, read_json, write_json
 from dml_jax.data import Source
+from dml_jax.data.images import IN_STEP
 from dml_jax.evaluation.embedding import embed, outputs
 from dml_jax.evaluation.network import Network
 
@@ -158,14 +159,17 @@ class _Cache:
     def _crops(self, views: int | None) -> dict[str, Any]:
         config = self._network.data
         if views is None:
-            return {"image_size": config.image_size, "resize": config.resize}
+            return {"image_size": config.test_side, "resize": config.resize}
+        # Without those of the training step, which are 0 here.
         augmentation = dataclasses.asdict(config.augmentation)
+        augmentation = {name: x for name, x in augmentation.items() if name not in IN_STEP}
         return {"image_size": config.image_size, "augmentation": augmentation, "views": views}
 
     def _compute(self, place: Path, source: Source, views: int | None) -> None:
         """Computes the features of one cache, or the rest of them, and writes them."""
         network, total = self._network, (views or 1) * len(source)
-        shape = (views or 1, len(source), *network.features_shape.shape)
+        of_image = network.test_features_shape if views is None else network.features_shape
+        shape = (views or 1, len(source), *of_image.shape)
         values, done = None, 0
         if processes.is_first_process():
             values, done = _open(place, shape, network.rows)
@@ -198,7 +202,7 @@ class _Cache:
         config = self._network.data
         order = {
             "batch_size": self._network.rows,
-            "image_size": config.image_size,
+            "image_size": config.test_side if views is None else config.image_size,
             "start_batch": start,
             "num_workers": config.num_workers,
             "process_index": jax.process_index(),

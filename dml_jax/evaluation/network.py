@@ -33,7 +33,9 @@ class Network(NamedTuple):
     fixed: frozenset[VariablePath]
     """Paths of the parameters that never change, below `variables_shape["params"]`."""
     features_shape: jax.ShapeDtypeStruct
-    """Shape and dtype of the result of the frozen part for one image."""
+    """Shape and dtype of the result of the frozen part for one image of training."""
+    test_features_shape: jax.ShapeDtypeStruct
+    """The same for a test image."""
     embed: jax.stages.Wrapped
     """Jitted function of the variables and images `[batch, ...]` that returns embeddings."""
     freeze: jax.stages.Wrapped
@@ -52,6 +54,9 @@ def make(
         data: settings of its images.
         mesh: the devices to run on.
         batch_size: number of images to embed at a time, rounded up to a multiple of the devices.
+
+    Raises:
+        ValueError: the network cannot embed images of these sizes.
     """
     embedder = create_embedder(
         backbone=model.backbone,
@@ -79,12 +84,19 @@ def make(
         x = x.astype(features.dtype)
         return embedder.apply(variables, x, train=False, method="trained")
 
-    image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
     init = partial(embedder.init, train=False)
-    # A network without batch normalisation has no statistics.
-    shapes = {"batch_stats": {}, **jax.eval_shape(init, jax.random.key(0), image)}
     frozen_init = partial(embedder.init_with_output, method="frozen")
-    features, frozen = jax.eval_shape(frozen_init, jax.random.key(0), image)
+
+    def shapes_of(side: int) -> tuple[PyTree, PyTree, PyTree]:
+        image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
+        key = jax.random.key(0)
+        return jax.eval_shape(init, key, image), *jax.eval_shape(frozen_init, key, image)
+
+    shapes, features, frozen = shapes_of(data.image_size)
+    # A network without batch normalisation has no statistics.
+    shapes = {"batch_stats": {}, **shapes}
+    # Also refuses a size that the network cannot embed.
+    test_features = shapes_of(data.test_side)[1] if data.test_size else features
     frozen_paths = frozenset(flax.traverse_util.flatten_dict(frozen))
     fixed = {path[1:] for path in frozen_paths if path[0] == "params"}
     if model.lora_rank or model.prompts:
@@ -100,11 +112,16 @@ def make(
         ),
         frozen=frozen_paths,
         fixed=frozenset(fixed) | (_affine(shapes) if model.freeze_bn_affine else frozenset()),
-        features_shape=jax.ShapeDtypeStruct(features.shape[1:], features.dtype),
+        features_shape=_of_one(features),
+        test_features_shape=_of_one(test_features),
         embed=jitted(embed_batch),
         freeze=jitted(freeze_batch),
         embed_features=jitted(embed_features),
     )
+
+
+def _of_one(batch: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(batch.shape[1:], batch.dtype)
 
 
 def _affine(shapes: dict[str, PyTree]) -> frozenset[VariablePath]:
@@ -124,5 +141,5 @@ def _beside_adapters(shapes: dict[str, PyTree]) -> frozenset[VariablePath]:
 def _backbone_options(model: ModelConfig) -> dict[str, Any]:
     """Returns the settings that the backbone has as options; not every backbone has all."""
     known = BACKBONES.options(model.backbone)
-    names = ("width", "stem", "freeze_bn", "dtype", "remat", "lora_rank", "prompts")
+    names = ("width", "stem", "freeze_bn", "dtype", "remat", "drop_path", "lora_rank", "prompts")
     return {name: getattr(model, name) for name in names if name in known}

@@ -120,7 +120,7 @@ def serialize(network: Network, weights: dict[str, Any]) -> bytes:
         return network.embedder.apply(variables, images, train=False)
 
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
-    size = network.data.image_size
+    size = network.data.test_side
     batch = jax.export.symbolic_shape(f"batch, {size}, {size}, 3")
     with _without_source_files():
         exported = jax.export.export(jax.jit(embed), platforms=PLATFORMS)(

@@ -30,6 +30,7 @@ from dml_jax.training.state import network_variables
 FEATURES, WHITENED = "features", "whitened"
 """The scores of the pooled features, and of the same after PCA-whitening."""
 
+_SIZES = ("image_size", "test_size", "resize")  # Settings of a test image.
 _TIMED_CALLS, _TIMED_SECONDS = 3, 1.0  # Minimum number and duration of the calls that are timed.
 
 
@@ -117,7 +118,7 @@ def _plain(config: ConfigDict) -> dict[str, Any]:
     """Returns the settings that affect a result, as JSON has them."""
     plain = json.loads(config.to_json())
     kept = {name: plain[name] for name in ("model", "evaluation", "batch_size", "seed")}
-    return kept | {"data": {name: plain["data"][name] for name in ("image_size", "resize")}}
+    return kept | {"data": {name: plain["data"][name] for name in _SIZES}}
 
 
 def settings_of(entry: Entry, config: ConfigDict, chosen: frozenset[str]) -> ConfigDict:
@@ -141,8 +142,8 @@ def settings_of(entry: Entry, config: ConfigDict, chosen: frozenset[str]) -> Con
     published = pretrained.published_input(entry.pretrained)
     if published is None:
         return own
-    if published.image_size and not chosen & {"data.image_size", "data.resize"}:
-        own.data.image_size = published.image_size
+    if published.image_size and not chosen & {f"data.{name}" for name in _SIZES}:
+        own.data.image_size, own.data.test_size = published.image_size, None
         own.data.resize = published.resize
     if "model.normalisation" not in chosen:
         own.model.normalisation = published.normalisation
@@ -178,7 +179,7 @@ def score_one(
         "dim": embedded[FEATURES]["test"].shape[1],
         "whitened_dim": embedded[WHITENED]["test"].shape[1],
         "parameters": sum(x.size for x in jax.tree.leaves(backbone)),
-        "image_size": settings.data.image_size,
+        "image_size": settings.data.test_side,
         "batch_size": built.network.rows,
         **_costs(built.network, variables),
     }
@@ -201,7 +202,7 @@ def embed(
 
 def _costs(network: Network, variables: PyTree) -> dict[str, Any]:
     """Returns speed and memory of the compiled network, without reading of images."""
-    shape = (network.rows, network.data.image_size, network.data.image_size, 3)
+    shape = (network.rows, network.data.test_side, network.data.test_side, 3)
     images = jax.device_put(jnp.zeros(shape, jnp.uint8), sharding.batch_sharding(network.mesh))
     compiled = network.freeze.lower(variables, images).compile()
     jax.block_until_ready(compiled(variables, images))  # The first call also allocates.

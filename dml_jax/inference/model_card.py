@@ -10,6 +10,7 @@ import jax
 import dml_jax
 from dml_jax import retrieval
 from dml_jax._utils import hub
+from dml_jax.data.config import test_side
 from dml_jax.evaluation.thresholds import Threshold
 
 _TASK = "image-feature-extraction"
@@ -144,7 +145,7 @@ def write(
     Returns:
         Markdown, with the metadata header of the Hugging Face hub, scores included.
     """
-    size, model = config["data"]["image_size"], config["model"]
+    size, model = test_side(config["data"]), config["model"]
     title = f"Image embedding, {model['backbone']}, {model['dim']} dimensions"
     scored = _scored(config, result, evaluated, step)
     stated = f"The weights are under `{licence}`."

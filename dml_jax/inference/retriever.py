@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from dml_jax._utils import files, hub, sharding
 from dml_jax._utils.errors import UserError
+from dml_jax.data.config import test_side
 from dml_jax.data.images import centre_view, decode, from_pillow
 from dml_jax.evaluation import embedding_files
 from dml_jax.inference import trained
@@ -161,7 +162,7 @@ def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> Retr
     chosen = files.read_json(folder / THRESHOLD) or {}
     return Retriever(
         function,
-        image_size=config.data.image_size,
+        image_size=test_side(config.data),
         resize=config.data.resize,
         threshold=chosen.get("threshold"),
     )

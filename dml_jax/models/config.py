@@ -18,6 +18,7 @@ from dml_jax.settings import (
     choice,
     flag,
     integer,
+    number,
     optional,
     registered,
     setting,
@@ -113,6 +114,12 @@ class ModelConfig:
         "memory.",
         resumable=True,
     )
+    drop_path: float = setting(
+        0.0,
+        number(least=0.0, below=1.0),
+        help="Stochastic depth: rate at which training leaves out the last residual block of a "
+        "ViT, a ConvNeXt or a ResNet for an image. The rate grows linearly from 0 at the first.",
+    )
 
     @together("width", "backbone", "pretrained")
     def _width(self) -> str | None:
@@ -180,6 +187,19 @@ class ModelConfig:
         if not self.remat or "remat" in BACKBONES.options(self.backbone):
             return None
         return f"config.model.remat is True, but {self.backbone} has no blocks to rematerialise"
+
+    @together("drop_path", "backbone", "train_from")
+    def _drop_path(self) -> str | None:
+        if not self.drop_path:
+            return None
+        given = f"config.model.drop_path is {self.drop_path}"
+        if "drop_path" not in BACKBONES.options(self.backbone):
+            return f"{given}, but {self.backbone} has no residual blocks to drop; set it to 0"
+        if self.train_from == HEAD:
+            return (
+                f"{given}, but with config.model.train_from={HEAD!r} no block trains; set it to 0"
+            )
+        return None
 
     @together("freeze_bn_affine", "freeze_bn")
     def _affine(self) -> str | None:

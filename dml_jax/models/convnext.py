@@ -26,14 +26,16 @@ class Block(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Returns the feature map after the block."""
+    def __call__(
+        self, x: Float[Array, "b h w c"], drop: Callable[..., Array]
+    ) -> Float[Array, "b h w c"]:
+        """Returns the feature map after the block; see `layers.stochastic_depth` for `drop`."""
         channels = x.shape[-1]
         dense = partial(linear.Dense, dtype=self.dtype, kernel_init=layers.truncated_normal)
         y = depthwise.convolution(channels, 7, dtype=self.dtype, name="conv_dw")(x)
         y = vit.Mlp(dense, vit.gelu, name="mlp")(_normalisation(self.dtype, "norm")(y))
         gamma = self.param("gamma", nn.initializers.constant(1e-6), (channels,))
-        return x + y * gamma.astype(y.dtype).reshape(1, 1, 1, -1)
+        return x + drop(y * gamma.astype(y.dtype).reshape(1, 1, 1, -1))
 
 
 class ConvNeXt(nn.Module):
@@ -46,6 +48,8 @@ class ConvNeXt(nn.Module):
         width: channels of the first stage; each later stage doubles them.
         dtype: dtype of the computation. Parameters and statistics of normalisations are float32.
         remat: rematerialise the activations of each block in the backward pass.
+        drop_path: rate at which training drops the branch of the last block; see
+            `layers.stochastic_depth`.
         input_normalisation: the normalisation of the images that the backbone expects.
     """
 
@@ -53,6 +57,7 @@ class ConvNeXt(nn.Module):
     width: int = 96
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    drop_path: float = 0.0
     input_normalisation: InputNormalisation = IMAGENET
 
     @staticmethod
@@ -80,21 +85,24 @@ class ConvNeXt(nn.Module):
 
         Args:
             x: normalised images, or the feature map that the previous part returned.
-            train: whether the network is being trained, which makes no difference.
+            train: whether the network is being trained: it then drops branches.
             parts: consecutive parts to apply; all by default.
 
         Raises:
             ValueError: images have fewer than 32 pixels a side.
         """
-        del train
         parts = self.parts if parts is None else parts
         if "stem" in parts:
             self.check_image_size(*x.shape[1:3])
             x = self._reduce(self.width, 4, "stem.0")(x)
             x = _normalisation(self.dtype, "stem.1")(x)
 
-        def transform(x: Float[Array, "b h w c"], name: str) -> Float[Array, "b h w c"]:
-            return Block(self.dtype, name=name)(x)
+        drops = layers.stochastic_depth(self, sum(self.stage_sizes), train=train)
+
+        def transform(
+            x: Float[Array, "b h w c"], name: str, drop: Callable[..., Array]
+        ) -> Float[Array, "b h w c"]:
+            return Block(self.dtype, name=name)(x, drop)
 
         for stage, size in enumerate(self.stage_sizes):
             if f"stages.{stage}" not in parts:
@@ -104,7 +112,8 @@ class ConvNeXt(nn.Module):
                 x = self._reduce(self.width * 2**stage, 2, f"stages.{stage}.downsample.1")(x)
             for number in range(size):
                 name = f"stages.{stage}.blocks.{number}"
-                x = layers.block(self, partial(transform, name=name), x)
+                drop = drops[sum(self.stage_sizes[:stage]) + number]
+                x = layers.block(self, partial(transform, name=name, drop=drop), x)
         if self.is_initializing() and self.parts[-1] in parts:
             self.normalise_pooled(x.mean((1, 2)))
         return x

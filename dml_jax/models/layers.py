@@ -152,6 +152,37 @@ def block(
     return nn.remat(lambda _, x: function(x))(module, x)
 
 
+def stochastic_depth(
+    module: nn.Module, blocks: int, *, train: bool
+) -> tuple[Callable[..., Float[Array, "b *map"]], ...]:
+    """Returns for each residual block the function that drops its branches at random.
+
+    `drop(y, branch)` sets a branch to 0 for some images of a batch, and divides it by the
+    probability of the others. Block i of n drops with probability `module.drop_path` i / (n - 1),
+    i from 0, each branch and image on its own. Without training nothing is dropped.
+
+    Source: Huang et al., Deep networks with stochastic depth, ECCV 2016, arXiv 1603.09382, with the
+    rates and the division of timm.
+
+    Args:
+        module: the backbone, whose compact method calls this, with random numbers for "dropout".
+        blocks: number of its residual blocks.
+        train: whether the network is being trained.
+    """
+    if not train or not module.drop_path:
+        return (lambda y, branch=0: y,) * blocks
+    # Made outside the blocks, so that rematerialisation does not change it.
+    key = module.make_rng("dropout")
+
+    def drop(y: Array, branch: int = 0, *, block: int) -> Array:
+        keep = 1 - module.drop_path * block / max(blocks - 1, 1)
+        of_branch = jax.random.fold_in(jax.random.fold_in(key, block), branch)
+        kept = jax.random.bernoulli(of_branch, keep, (y.shape[0], *[1] * (y.ndim - 1)))
+        return jnp.where(kept, y / keep, 0)
+
+    return tuple(functools.partial(drop, block=block) for block in range(blocks))
+
+
 def max_pool(
     x: Float[Array, "b h w c"],
     stride: int = 1,

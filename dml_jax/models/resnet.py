@@ -37,8 +37,15 @@ class ResidualBlock(nn.Module):
     norm: Callable[..., nn.Module]
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
-        """Returns the block's output, [B, H/stride, W/stride, F]."""
+    def __call__(
+        self, x: Float[Array, "b h w c"], drop: Callable[..., Array]
+    ) -> Float[Array, "b h2 w2 f"]:
+        """Returns the block's output, [B, H/stride, W/stride, F].
+
+        Args:
+            x: feature map.
+            drop: see `layers.stochastic_depth`.
+        """
         f, s = self.features, self.stride
         layers = (
             [(f, 1, 1), (f, 3, s), (4 * f, 1, 1)] if self.bottleneck else [(f, 3, s), (f, 3, 1)]
@@ -50,7 +57,7 @@ class ResidualBlock(nn.Module):
         if x.shape != y.shape:
             x = self.conv(y.shape[-1], 1, s, name="downsample.0")(x)
             x = self.norm(name="downsample.1")(x)
-        return nn.relu(x + y)
+        return nn.relu(x + drop(y))
 
 
 class ResNet(nn.Module):
@@ -69,6 +76,8 @@ class ResNet(nn.Module):
         dtype: dtype of convolutions and activations. Parameters, running statistics and the
             reductions of batch normalisation are always float32.
         remat: rematerialise the activations of each block in the backward pass.
+        drop_path: rate at which training drops the branch of the last block; see
+            `layers.stochastic_depth`.
         input_normalisation: the normalisation of the images that the backbone expects.
 
     Raises:
@@ -82,6 +91,7 @@ class ResNet(nn.Module):
     freeze_bn: bool = False
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    drop_path: float = 0.0
     input_normalisation: InputNormalisation = IMAGENET
 
     def __post_init__(self) -> None:
@@ -110,6 +120,7 @@ class ResNet(nn.Module):
         """
         parts = self.parts if parts is None else parts
         conv = partial(layers.convolution, dtype=self.dtype)
+        drops = layers.stochastic_depth(self, sum(self.stage_sizes), train=train)
         norm = partial(layers.batch_norm, frozen=self.freeze_bn, train=train, dtype=self.dtype)
 
         def stem(x: Float[Array, "b h w c"]) -> Float[Array, "b y x f"]:
@@ -127,7 +138,7 @@ class ResNet(nn.Module):
                 conv=conv,
                 norm=norm,
                 name=f"layer{stage + 1}.{number}",
-            )(x)
+            )(x, drops[sum(self.stage_sizes[:stage]) + number])
 
         if "stem" in parts:
             x = layers.block(self, stem, x)

@@ -151,15 +151,15 @@ class Block(nn.Module):
     prompts: Callable[..., nn.Module] | None = None
 
     @nn.compact
-    def __call__(self, x: Tokens) -> Tokens:
-        """Returns the tokens after the block."""
+    def __call__(self, x: Tokens, drop: Callable[..., Tokens]) -> Tokens:
+        """Returns the tokens after the block; see `layers.stochastic_depth` for `drop`."""
         parts = Attention(self.heads, self.dense, name="attn"), self.perceptron(name="mlp")
         count = x.shape[2]
         if self.prompts is not None:
             x = self.prompts(name="prompt")(x)
         for number, part in enumerate(parts, start=1):
             y = part(self.normalise(name=f"norm{number}")(x))
-            x = x + (LayerScale(name=f"ls{number}")(y) if self.layer_scale else y)
+            x = x + drop(LayerScale(name=f"ls{number}")(y) if self.layer_scale else y, number)
             # What becomes of the prompts is dropped, and after the attention concerns no token.
             x = x[:, :, :count]
         return x
@@ -190,6 +190,8 @@ class ViT(nn.Module):
             the patches then has no bias.
         dtype: dtype of the computation. Parameters and statistics of normalisations are float32.
         remat: rematerialise the activations of each block in the backward pass.
+        drop_path: rate at which training drops the branches of the last block; see
+            `layers.stochastic_depth`.
         lora_rank: rank of the products added to the layers `qkv` and `proj` of each block's
             attention; 0 for none. See `adapters`.
         prompts: number of learned tokens that each block has besides its input; see `adapters`.
@@ -212,6 +214,7 @@ class ViT(nn.Module):
     normalises_input: bool = False
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    drop_path: float = 0.0
     lora_rank: int = 0
     prompts: int = 0
     input_normalisation: InputNormalisation = IMAGENET
@@ -234,13 +237,12 @@ class ViT(nn.Module):
 
         Args:
             x: normalised images, or the tokens that the previous part returned.
-            train: whether the network is being trained, which makes no difference.
+            train: whether the network is being trained: it then drops branches.
             parts: consecutive parts to apply; all by default.
 
         Raises:
             ValueError: the patches do not cover the images.
         """
-        del train
         parts = self.parts if parts is None else parts
         dense = partial(linear.Dense, dtype=self.dtype, kernel_init=layers.truncated_normal)
         perceptron = partial(Mlp, dense, self.activation, self.hidden)
@@ -249,15 +251,17 @@ class ViT(nn.Module):
         if self.lora_rank:
             adapted = partial(adapters.LowRankDense, rank=self.lora_rank, **dense.keywords)
         prompts = partial(adapters.Prompts, self.prompts, self.patch) if self.prompts else None
+        drops = layers.stochastic_depth(self, self.depth, train=train)
         if "patch_embed" in parts:
             x = self._embed_patches(x)
 
-        def transform(x: Tokens, name: str) -> Tokens:
-            return Block(self.heads, self.layer_scale, adapted, *options, prompts, name=name)(x)
+        def transform(x: Tokens, name: str, drop: Callable[..., Tokens]) -> Tokens:
+            block = Block(self.heads, self.layer_scale, adapted, *options, prompts, name=name)
+            return block(x, drop)
 
-        for name in self.parts[1:]:
+        for name, drop in zip(self.parts[1:], drops, strict=True):
             if name in parts:
-                x = layers.block(self, partial(transform, name=name), x)
+                x = layers.block(self, partial(transform, name=name, drop=drop), x)
         if parts and parts[-1] == self.parts[-1]:
             x = self._normalise(name="norm")(x)
             if self.attention_pool:

@@ -107,7 +107,7 @@ class Listing:
             )
             return (amount.trained_images + amount.evaluated_images) / self._rate / _HOUR
         peak = cost.PEAKS[self._device][config.model.dtype]
-        key = (config.model, config.data.image_size)
+        key = (config.model, config.data.image_size, config.data.test_side)
         if key not in self._operations:
             self._operations[key] = cost.operations(config)
         training, evaluation = self._operations[key]

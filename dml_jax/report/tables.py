@@ -7,6 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dml_jax import published, retrieval
+from dml_jax.data.config import test_side
 from dml_jax.report import comparison
 from dml_jax.report.runs import Group, Run
 from dml_jax.training import config as configs
@@ -71,7 +72,7 @@ def zero_shot(groups: Sequence[Group]) -> list[dict[str, Any]]:
             group.first.zero_shot,
         )
         if scores is not None:
-            key = (model.backbone, model.pretrained, model.pooling, data.image_size, data.resize)
+            key = (model.backbone, model.pretrained, model.pooling, test_side(data), data.resize)
             values = [f"{100 * scores[metric]:.2f}" for metric in retrieval.SCORES.values()]
             rows.setdefault(key, {"name": model.backbone, "values": values})
     return list(rows.values())

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from dml_jax import data
+from dml_jax.data.config import test_side
 
 COLUMNS = 20
 """Thumbnails in a row of a sheet, and maximum number of rows."""
@@ -52,7 +53,7 @@ def draw(thumbnails: Sequence[Thumbnail], config: ConfigDict) -> Sheets:
         ValueError: an image cannot be decoded.
     """
     side = _LARGE if len(thumbnails) <= _MOST_LARGE else _SMALL
-    resize = max(side, round(side * config.data.resize / config.data.image_size))
+    resize = max(side, round(side * config.data.resize / test_side(config.data)))
 
     def view(thumbnail: Thumbnail) -> UInt8[np.ndarray, "h w 3"]:
         source, number = thumbnail

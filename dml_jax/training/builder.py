@@ -16,7 +16,8 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from dml_jax import data, losses, memvir
 from dml_jax._utils import sharding, storage
 from dml_jax._utils.errors import UserError
-from dml_jax.data import device_cache
+from dml_jax.data import colour, device_cache
+from dml_jax.data.images import IN_STEP
 from dml_jax.data.splits import load_splits
 from dml_jax.evaluation import features
 from dml_jax.evaluation import network as networks
@@ -27,6 +28,8 @@ from dml_jax.models import pretrained
 from dml_jax.models.embedder import HEAD, parts_above
 from dml_jax.training import optimizer, state, step
 from dml_jax.training.config import Config
+
+_COLOURS = 2**32 - 1  # Folded into the key of a step's views for their colours and erasing.
 
 
 class Experiment(NamedTuple):
@@ -133,7 +136,7 @@ def build(
 def _pretrained(config: Config, network: Network) -> PyTree | None:
     """Returns the pretrained variables of the backbone; None for random ones."""
     model, backbone = network.model, network.embedder.backbone
-    size, resize = config.data.image_size, config.data.resize
+    size, resize = config.data.test_side, config.data.resize
     difference = pretrained.other_images(model.pretrained, size, resize)
     if difference is not None:
         logging.warning("%s", difference)
@@ -211,14 +214,22 @@ def _images(
     """Returns the function that makes the images of a step, or their features, from its batch."""
     if config.data.cache == "features":
         return partial(step.features_of_batch, dtype=network.features_shape.dtype)
-    if config.data.cache != "device":
-        return step.images_of_batch
-    return partial(
-        device_cache.train_views,
-        mesh=network.mesh,
-        size=config.data.image_size,
-        augmentation=config.data.augmentation,
-    )
+    augmentation, views = config.data.augmentation, step.images_of_batch
+    if config.data.cache == "device":
+        views = partial(
+            device_cache.train_views,
+            mesh=network.mesh,
+            size=config.data.image_size,
+            augmentation=augmentation,
+        )
+    if not any(getattr(augmentation, name) for name in IN_STEP):
+        return views
+
+    def changed(batch: Mapping[str, Array], key: PRNGKeyArray) -> Array:
+        of_colours = jax.random.fold_in(key, _COLOURS)
+        return colour.changed(views(batch, key), of_colours, augmentation=augmentation)
+
+    return changed
 
 
 def _check_lengths(config: Config, steps_per_epoch: int) -> None:

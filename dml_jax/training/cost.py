@@ -110,8 +110,10 @@ def operations(config: Config) -> Operations:
     variables = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), network.variables_shape
     )
-    size = config.data.image_size
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
+    images, test_images = (
+        jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
+        for size in (config.data.image_size, config.data.test_side)
+    )
 
     def embed(variables: PyTree, images: Num[Array, "b h w 3"]) -> Any:
         return network.embedder.apply(variables, images, train=False)
@@ -126,6 +128,7 @@ def operations(config: Config) -> Operations:
                 frozen,
                 train=True,
                 mutable=["batch_stats"],
+                rngs={"dropout": jax.random.key(0)},
                 method="trained",
             )
             return embeddings.sum()
@@ -133,7 +136,7 @@ def operations(config: Config) -> Operations:
         return jax.grad(total)(trained)
 
     counted = [
-        (jax.jit(f).lower(variables, images).cost_analysis() or {})["flops"]
-        for f in (gradient, embed)
+        (jax.jit(f).lower(variables, x).cost_analysis() or {})["flops"]
+        for f, x in ((gradient, images), (embed, test_images))
     ]
     return Operations(*counted)

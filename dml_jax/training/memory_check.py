@@ -106,7 +106,7 @@ def need(built: Experiment) -> Need:
     """
     state, batch = built.abstract_state, builder.abstract_batch(built)
     step = built.take_step.lower(state, batch).compile().memory_analysis()
-    rows, size = built.network.rows, built.config.data.image_size
+    rows, size = built.network.rows, built.config.data.test_side
     images = jax.ShapeDtypeStruct(
         (rows, size, size, 3), jnp.uint8, sharding=sharding.batch_sharding(built.mesh)
     )
@@ -211,8 +211,11 @@ def _candidates(built: Experiment, needed: Need, room: int | float) -> Iterator[
             break
     size = int(config.data.image_size / math.sqrt(times)) // _SIZE_STEP * _SIZE_STEP
     if 0 < size < config.data.image_size:
-        resize = round(config.data.resize * size / config.data.image_size)
-        yield {"data.image_size": size, "data.resize": resize}
+        yield {"data.image_size": size} | {
+            f"data.{name}": round(getattr(config.data, name) * size / config.data.image_size)
+            for name in ("test_size", "resize")
+            if getattr(config.data, name)
+        }
 
 
 def _fits(built: Experiment, workdir: Path, settings: Mapping[str, Any], room: int | float) -> bool:

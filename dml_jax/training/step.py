@@ -22,7 +22,8 @@ from dml_jax.training.state import (
     updated_average,
 )
 
-_VIEWS = 2**32 - 1  # Folded into the key of a step for the random views of its images.
+# Folded into the key of a step, for the random views of its images and for stochastic depth.
+_VIEWS, _DEPTH = 2**32 - 1, 2**32 - 2
 
 
 def images_of_batch(batch: Mapping[str, Array], key: PRNGKeyArray) -> Array:
@@ -68,7 +69,11 @@ class StepConfig(NamedTuple):
 
 
 def embed(
-    config: StepConfig, params: PyTree, batch_stats: PyTree, images: Num[Array, "batch *image"]
+    config: StepConfig,
+    params: PyTree,
+    batch_stats: PyTree,
+    images: Num[Array, "batch *image"],
+    key: PRNGKeyArray,
 ) -> tuple[Float[Array, "batch dim"], PyTree]:
     """Embeds a batch in training mode, one micro-batch after another.
 
@@ -82,6 +87,7 @@ def embed(
         batch_stats: batch statistics before the batch.
         images: images, or cached features; sharded by row. Each micro-batch takes equally many
             rows from every device.
+        key: random key of the batch, for stochastic depth.
 
     Returns:
         The embeddings, and the batch statistics after the batch.
@@ -93,19 +99,22 @@ def embed(
         variables = {"params": params, "batch_stats": batch_stats}
         return config.embedder.apply(variables, images, method="frozen")
 
-    def trained(params: PyTree, batch_stats: PyTree, x: Array) -> tuple[Array, PyTree]:
+    def trained(
+        params: PyTree, batch_stats: PyTree, x: Array, key: PRNGKeyArray
+    ) -> tuple[Array, PyTree]:
         embeddings, updates = config.embedder.apply(
             {"params": params, "batch_stats": batch_stats},
             x,
             train=True,
             mutable=["batch_stats"],
+            rngs={"dropout": key},
             method="trained",
         )
         return embeddings, updates.get("batch_stats", {})
 
     count = config.micro_batches
     if count == 1:
-        return trained(params, batch_stats, frozen(images))
+        return trained(params, batch_stats, frozen(images), key)
     # A micro-batch is every count-th row: the same rows on any number of devices, without transfer.
     parts = images.reshape(-1, count, *images.shape[1:])
     # Unrolled: in an XLA loop, gradients of convolutions are many times slower on the CPU.
@@ -113,7 +122,8 @@ def embed(
     for part in range(count):
         # The frozen part is not differentiated, so nothing of it is rematerialised.
         x = frozen(parts[:, part])
-        made, batch_stats = jax.checkpoint(trained)(params, batch_stats, x)
+        of_part = jax.random.fold_in(key, part)
+        made, batch_stats = jax.checkpoint(trained)(params, batch_stats, x, of_part)
         # Keeps micro-batches in sequence, in the backward pass too.
         params, batch_stats, made = jax.lax.optimization_barrier((params, batch_stats, made))
         embeddings.append(made)
@@ -139,7 +149,13 @@ def objective(
     Returns:
         The loss, and the new batch statistics and memory.
     """
-    embeddings, batch_stats = embed(config, params["embedder"], state.batch_stats, batch["image"])
+    embeddings, batch_stats = embed(
+        config,
+        params["embedder"],
+        state.batch_stats,
+        batch["image"],
+        jax.random.fold_in(key, _DEPTH),
+    )
     classes = len(params["proxies"]) // config.loss.proxies_per_class
     # Each device gets all rows, and computes the terms of its classes.
     problem = {

@@ -6,10 +6,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+import dml_jax
 from dml_jax._utils.sharding import make_mesh
+from dml_jax.data import centre_view
 from dml_jax.evaluation import embedding, embedding_files
 from dml_jax.evaluation.embedding import embed
 from dml_jax.evaluation.embedding_files import load_embeddings, save_embeddings
+from dml_jax.inference import export
+from dml_jax.training import builder, run, run_directory
+from dml_jax.training.config import parse
+from dml_jax.training.state import network_variables
+from tests.helpers import tiny
 from tests.helpers.fuzz import damaged
 
 
@@ -218,3 +225,49 @@ def test_arbitrary_files_raise_only_documented_errors(tmp_path):
             assert str(path) in str(error)
 
     try_all()
+
+
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_test_images_may_be_larger_than_training_images(cache, tmp_path):
+    images = tiny.write_images(tmp_path)
+    config = tiny.config(images, data__test_size=24, data__resize=30, data__cache=cache)
+    built = builder.build(parse(config), mesh_of(2))
+    variables, source = network_variables(built.init()), built.sources["test"]
+    vectors = built.evaluator.embed(variables, "test")["test"]
+    crops = [
+        centre_view(source.image(i).pixels(), size=24, resize_to=30) for i in range(len(source))
+    ]
+    expected = np.asarray(built.network.embed(variables, jnp.asarray(crops)))
+    # The device cache crops before it enlarges.
+    tolerance = 1e-5 if cache == "none" else 0.05
+    error = np.linalg.norm(vectors - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert error.max() < tolerance
+    if cache == "none":
+        assert builder.abstract_batch(built)["image"].shape[1:] == (tiny.SIZE, tiny.SIZE, 3)
+
+
+def test_a_size_of_test_images_that_the_network_cannot_embed_is_refused_at_the_start(tmp_path):
+    images = tiny.write_images(tmp_path)
+    settings = {"model__backbone": "vit_tiny_patch16", "model__width": None}
+    config = tiny.config(images, data__test_size=24, data__resize=30, **settings)
+    with pytest.raises(ValueError, match="do not cover images of 24x24; choose multiples of 16"):
+        builder.make_network(parse(config), mesh_of(1))
+
+
+@pytest.mark.slow
+def test_cached_features_and_exports_have_the_size_of_test_images(tmp_path):
+    images = tiny.write_images(tmp_path / "images")
+    sizes = {"data__test_size": 32, "data__resize": 32, "epochs": 1}
+    network = {"model__backbone": "conv4", "model__train_from": "block3", "data__cache": "features"}
+    config = tiny.config(images, **sizes, **network)
+    folder = tmp_path / "run"
+    run.train(config, folder)
+    made = builder.make_network(parse(config), mesh_of(1))
+    assert (made.features_shape.shape[0], made.test_features_shape.shape[0]) == (4, 8)
+    export.write(folder, tmp_path / "exported", "last")
+    saved = load_embeddings(folder / run_directory.EMBEDDINGS)
+    paths = [images / name for name in saved.names]
+    ours, exported = (dml_jax.load(x).embed(paths) for x in (folder, tmp_path / "exported"))
+    np.testing.assert_allclose(exported, ours, rtol=1e-4, atol=1e-5)
+    # Cached features are rounded to float16.
+    np.testing.assert_allclose(ours, saved.embeddings, rtol=2e-2, atol=2e-3)

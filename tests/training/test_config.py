@@ -59,6 +59,7 @@ def roots(tmp_path_factory):
         published = dataclasses.replace(DATA_SETS[name], counts=counts)
         prepare(name, source=write(folder / "source"), out=folder / "out", published=published)
         folders[name] = str(folder / "out")
+    folders["hyp_vit"] = folders["cub200"]
     read = data.create
 
     @functools.cache
@@ -128,7 +129,9 @@ STEPS = [
     for loss in losses.names()
 ] + [
     # The letters are drawn first, all 8,906 of them.
-    pytest.param(file.stem, "ps_memvir", marks=[pytest.mark.slow] * (file.stem == "glyphs"))
+    pytest.param(
+        file.stem, "ps_memvir", marks=[pytest.mark.slow] * (file.stem in ("glyphs", "hyp_vit"))
+    )
     for file in FILES
     if file.stem != "cars196"
 ]
@@ -152,6 +155,8 @@ def test_every_variant_of_every_file_is_valid(file, roots):
 @pytest.mark.parametrize(("file", "variant"), STEPS)
 def test_variants_take_two_steps(file, variant, roots, tmp_path):
     made = load(ROOT / "configs" / f"{file}.py").get_config(variant)
+    if file == "hyp_vit":
+        made.model.update(pooling="gap", train_from="all")
     made.update_from_flattened_dict(SMALL | {"data.root": roots[file]})
     has_memory = "memvir" in variant
     if has_memory:
@@ -222,12 +227,17 @@ OFFICIAL = {
     "data.validation_fold": 0,
     "data.n_instance": 1,
     "data.image_size": 224,
+    "data.test_size": None,
     "data.resize": 256,
     "data.augmentation.crop_scale": (0.08, 1.0),
     "data.augmentation.flip": True,
     "data.augmentation.rotation": 0.0,
     "data.augmentation.zoom": 0.0,
     "data.augmentation.shift": 0.0,
+    "data.augmentation.brightness": 0.0,
+    "data.augmentation.contrast": 0.0,
+    "data.augmentation.saturation": 0.0,
+    "data.augmentation.erasing": 0.0,
     "model.backbone": "bninception",
     "model.width": None,
     "model.stem": None,
@@ -243,8 +253,10 @@ OFFICIAL = {
     "model.freeze_bn": True,
     "model.freeze_bn_affine": False,
     "model.dtype": "float32",
+    "model.drop_path": 0.0,
     "loss.name": "norm_softmax",
     "loss.scale": 23.0,
+    "loss.label_smoothing": 0.0,
     "proxy_init": "uniform_dim",
     "proxy_synthesis.ratio": 0.0,
     "proxy_synthesis.alpha": 0.4,
@@ -271,6 +283,7 @@ OFFICIAL = {
     "optimizer.clip_value": None,
     "optimizer.clip_norm": None,
     "optimizer.frozen_epochs": 0,
+    "optimizer.average_decay": 0.0,
     "evaluation.every_epochs": 5,
     "evaluation.recall_at": (1, 2, 4, 8),
     "evaluation.nmi": False,
@@ -417,7 +430,7 @@ def test_proxy_anchor_of_the_pull_request_has_the_settings_of_the_other_losses()
         "proxy_init": "normal_classes",
         "optimizer.clip_value": 1e9,
     }
-    del expected["loss.scale"]
+    del expected["loss.scale"], expected["loss.label_smoothing"]
     assert ours == expected
 
 
@@ -447,6 +460,38 @@ def test_an_unknown_variant_is_refused_with_a_list_of_the_known_ones():
         glyphs.get_config("memvir_ps")
 
 
+# The commands of the README of htdt/hyp_metric for vit_small_patch16_224, with the defaults of its
+# train.py and the images of each training set: --num_samples, --bs, --resize, iterations.
+HYP_VIT = {
+    "cub200": (9, 900, 256, 50, 5864),
+    "cars196": (9, 882, 224, 300, 8054),
+    "sop": (2, 900, 224, 200 * (11318 * 2 // 900), 59551),
+    "inshop": (2, 900, 224, 400 * (3997 * 2 // 900), 25882),
+}
+
+
+@pytest.mark.parametrize("name", HYP_VIT)
+def test_hyp_vit_has_the_recipe_of_its_authors(name):
+    samples, batch_size, resize, steps, images = HYP_VIT[name]
+    module = load(ROOT / "configs" / "hyp_vit.py")
+    made = module.get_config(name)
+    assert made.to_dict() == module.get_config(f"{name}_baseline_norm_softmax").to_dict()
+    assert module.get_config(f"{name}_ps_proxy_nca").loss.name == "proxy_nca"
+    parsed = config.parse(made)
+    assert (parsed.data.name, parsed.data.n_instance) == (name, samples)
+    assert (parsed.batch_size, parsed.data.resize, parsed.data.image_size) == (
+        batch_size,
+        resize,
+        224,
+    )
+    of_epoch = images // batch_size
+    assert (parsed.epochs - 1) * of_epoch < steps <= parsed.epochs * of_epoch
+    of_optimizer = parsed.optimizer
+    assert (of_optimizer.name, of_optimizer.learning_rate) == ("adamw", 3e-5)
+    assert (of_optimizer.weight_decay, of_optimizer.clip_norm) == (0.01, 3.0)
+    assert (parsed.model.dim, parsed.data.augmentation.crop_scale) == (128, (0.2, 1.0))
+
+
 BAD = {
     "seed": (2**32, "config.seed is 4294967296; it must be an integer from 0 to 4294967295"),
     "skip_nonfinite": (-1, "config.skip_nonfinite is -1; it must be an integer from 0 to"),
@@ -459,6 +504,10 @@ BAD = {
     ),
     "data.root": ("letters", "config.data.root is 'letters', but glyphs comes with its images"),
     "data.resize": (16, "config.data.resize is 16; it must be at least config.data.image_size, 32"),
+    "data.test_size": (
+        48,
+        "config.data.resize is 32; it must be at least config.data.test_size, 48",
+    ),
     "data.augmentation.crop_scale": (
         (0.9, 0.5),
         r"crop_scale is \(0.9, 0.5\); .* a minimum and a maximum",
@@ -519,6 +568,28 @@ def test_rematerialisation_is_refused_for_backbones_without_blocks():
         config.parse(made)
 
 
+def test_stochastic_depth_is_refused_without_blocks_that_train():
+    made = glyphs.get_config()
+    made.model.update(backbone="resnet18", drop_path=0.1)
+    config.parse(made)
+    made.model.train_from = "head"
+    with pytest.raises(ValueError, match=r"drop_path is 0.1, but .*train_from='head' no block"):
+        config.parse(made)
+    made.model.update(backbone="conv4", train_from="all")
+    with pytest.raises(ValueError, match=r"drop_path is 0.1, but conv4 has no residual blocks"):
+        config.parse(made)
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "erasing"])
+def test_cached_features_have_no_changes_of_the_training_step(name):
+    made = load(ROOT / "configs" / "grocery.py").get_config()
+    made.data.augmentation[name] = 0.5
+    with pytest.raises(ValueError, match=rf"augmentation.{name} is 0.5, but the views of .*cache"):
+        config.parse(made)
+    made.data.cache = "host"
+    config.parse(made)
+
+
 def test_decay_epochs_and_decay_every_are_exclusive():
     made = load(ROOT / "configs" / "cars196.py").get_config()
     made.optimizer.decay_every = 10
@@ -550,6 +621,7 @@ BAD_OF_TYPE = {
     tuple: (3, None, "12", (math.nan,), ("1",), (-1,), (True, 1.5)),
 }
 OPTIONAL = {
+    "data.test_size": int,
     "model.width": int,
     "model.stem": str,
     "model.channels": str,

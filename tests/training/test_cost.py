@@ -1,6 +1,6 @@
 import pytest
 
-from dml_jax.configs import cars196, inshop
+from dml_jax.configs import cars196, glyphs, inshop
 from dml_jax.training import cost
 from dml_jax.training.config import parse
 from tests.helpers import tiny
@@ -67,3 +67,16 @@ def test_frozen_parts_have_no_backward_pass():
     made.model.update(backbone="conv4", width=8, pretrained="none", train_from="head")
     training, evaluation = cost.operations(parse(made))
     assert training == pytest.approx(evaluation, rel=0.01)
+
+
+def test_stochastic_depth_costs_nothing_and_larger_test_images_more():
+    made = glyphs.get_config()
+    made.update_from_flattened_dict(
+        {"model.backbone": "resnet6", "model.stem": "small", "model.width": 4}
+    )
+    training, evaluation = cost.operations(parse(made))
+    made.model.drop_path = 0.5
+    made.data.update(test_size=64, resize=64)
+    dropping, larger = cost.operations(parse(made))
+    assert dropping == pytest.approx(training, rel=0.02)
+    assert larger == pytest.approx(4 * evaluation, rel=0.05)

@@ -229,6 +229,29 @@ def test_only_frozen_scales_and_biases_do_not_train(images, epochs):
 FROM_LAYER2 = {"model__train_from": "layer2", **tiny.RESNET}
 
 
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_colours_change_inside_the_step_for_images_of_both_caches(images, cache):
+    config = tiny.config(images, data__cache=cache)
+    plain, bright = [], []
+    for strength, found in ((0.0, plain), (0.9, bright)):
+        config.data.augmentation.brightness = strength
+        built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:2]))
+        _, batch = next(device_batches(built, 0, 1))
+        with jax.set_mesh(built.mesh):
+            made = jax.jit(built.step_config.images)(batch, jax.random.key(0))
+        assert made.dtype == np.uint8 and made.sharding.is_equivalent_to(
+            sharding.batch_sharding(built.mesh), made.ndim
+        )
+        found.extend(np.asarray(made).astype(np.float64))
+    factors = []
+    for before, after in zip(plain, bright, strict=True):
+        kept = (after > 0) & (after < 255)
+        factor = (after[kept] / before[kept]).mean()
+        np.testing.assert_allclose(after[kept], factor * before[kept], atol=1.5)
+        factors.append(factor)
+    assert 0.1 <= min(factors) < 0.8 and 1.2 < max(factors) <= 1.95
+
+
 def test_the_average_of_the_network_follows_its_formula(images):
     config = tiny.config(images, optimizer__average_decay=0.3, model__freeze_bn=False)
     built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
@@ -418,7 +441,7 @@ def test_batch_statistics_are_updated_by_each_micro_batch(images):
     batch_stats, params = state.batch_stats, state.params["embedder"]
     pixels = jax.random.randint(jax.random.key(0), (8, 4, 4, 3), 0, 256)
     step_config = built.step_config._replace(micro_batches=2)
-    embeddings, updated = step.embed(step_config, params, batch_stats, pixels)
+    embeddings, updated = step.embed(step_config, params, batch_stats, pixels, jax.random.key(1))
     for part in (0, 1):
         expected, updates = step_config.embedder.apply(
             {"params": params, "batch_stats": batch_stats},
@@ -436,6 +459,47 @@ def test_micro_batches_are_the_same_on_any_number_of_devices(images):
     alone, _ = losses_of_run(config, devices=1, steps=3)
     together, _ = losses_of_run(config, devices=4, steps=3)
     np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_stochastic_depth_is_the_same_on_any_number_of_devices(images):
+    settings = {"batch_size": 16, "micro_batches": 2, "model__freeze_bn": True} | tiny.RESNET
+    config = tiny.config(images, model__drop_path=0.5, **settings)
+    alone, _ = losses_of_run(config, devices=1, steps=3)
+    together, _ = losses_of_run(config, devices=8, steps=3)
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+
+def test_seed_step_and_micro_batch_determine_which_branches_are_dropped(images):
+    frozen = {"model__freeze_bn": True} | tiny.RESNET
+    config = tiny.config(images, model__drop_path=0.8, batch_size=16, **frozen)
+    built = builder.build(parse(config), sharding.make_mesh(jax.devices()[:1]))
+    state = built.init()
+    # Equal images: their embeddings tell which of them went through the second block.
+    batch = {"image": np.full((16, 16, 16, 3), 99, np.uint8), "label": np.zeros(16, np.int32)}
+    batch = jax.tree.map(jax.numpy.asarray, batch)
+
+    @jax.jit
+    def embedded(key):
+        step_config = built.step_config._replace(micro_batches=2)
+        params, inputs = state.params["embedder"], batch["image"]
+        return step.embed(step_config, params, state.batch_stats, inputs, key)[0]
+
+    first, again, other = (embedded(jax.random.key(seed))[:, 0] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+
+    def dropped(x):
+        return np.abs(x - np.median(x)) < 1e-6
+
+    assert 8 < dropped(first).sum() < 16
+    assert (dropped(first) != dropped(other)).any()
+    assert (dropped(first[::2]) != dropped(first[1::2])).any()
+    # A step that is taken again, as after a resume, drops the same branches; another step others.
+    compiled = built.take_step
+    copies = [jax.tree.map(lambda x: x.copy(), state) for _ in range(2)]
+    taken = [float(compiled(copy, batch)[1].loss) for copy in copies]
+    later = compiled(state._replace(step=state.step + 1), batch)[1].loss
+    assert taken[0] == taken[1] != float(later)
 
 
 @pytest.mark.slow
