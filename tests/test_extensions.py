@@ -37,7 +37,8 @@ def test_custom_parts_train_resume_and_are_evaluated(tmp_path):
     run(tmp_path, *train, "--config.epochs=1")
     run(tmp_path, *train)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["loss"] == {"name": "my_parts:ShiftedSoftmax", "scale": 23.0, "threshold": 0.1}
+    given = {"scale": 23.0, "threshold": 0.1, "label_smoothing": 0.0}
+    assert config["loss"] == {"name": "my_parts:ShiftedSoftmax", **given}
     assert config["model"]["backbone"] == "my_parts:PatchTransformer"
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

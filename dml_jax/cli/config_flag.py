@@ -22,6 +22,11 @@ def config_globals() -> dict[str, Any]:
     return runpy.run_path(file_and_variant()[0])
 
 
+def packaged_globals(name: str) -> dict[str, Any]:
+    """Returns the globals of a packaged config file, such as `cars196`."""
+    return runpy.run_path(str(packaged_configs.path(name)))
+
+
 def overrides() -> dict[str, Any]:
     """Returns the settings given as `--config.PATH=VALUE`, by path."""
     return dict(config_flags.get_override_values(flags.FLAGS["config"]))

@@ -15,14 +15,13 @@ examples/launch/paper_array.sh. --print makes the table of the cells that have f
 """
 
 import os
-import runpy
 
 from absl import flags
 from ml_collections import config_flags
 
 from dml_jax import retrieval
 from dml_jax._utils.errors import UserError
-from dml_jax.cli import command_line, config_flag, packaged_configs
+from dml_jax.cli import command_line, config_flag
 from dml_jax.report import papers
 from dml_jax.report.dry_run import Listing
 from dml_jax.report.papers import Plan
@@ -81,7 +80,7 @@ def main(table: str) -> None:
         index = _index()
         planned = papers.plan(
             table,
-            lambda name: runpy.run_path(str(packaged_configs.path(name))),
+            config_flag.packaged_globals,
             data_sets=_DATA_SETS.value,
             losses=_LOSSES.value,
             methods=_METHODS.value,

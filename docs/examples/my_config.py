@@ -5,7 +5,8 @@ dml-jax train --config=my_config.py --workdir=runs/mine --config.data.root=DIR
 
 from ml_collections import ConfigDict
 
-from dml_jax.training.config import default
+from dml_jax import losses
+from dml_jax.training.config import default, loss_to_dict
 
 
 def get_config(variant=None):
@@ -28,5 +29,6 @@ def get_config(variant=None):
         }
     )
     config.optimizer.schedule_arguments = ConfigDict({"warmup_epochs": 1})
-    config.loss = ConfigDict({"name": "my_parts:ShiftedSoftmax", "scale": 23.0, "threshold": 0.1})
+    loss = losses.create("my_parts:ShiftedSoftmax", threshold=0.1)
+    config.loss = ConfigDict(loss_to_dict(loss))
     return config.lock()
