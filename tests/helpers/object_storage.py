@@ -4,12 +4,13 @@ import contextlib
 import logging
 import os
 import socket
+import threading
 import uuid
 from http.server import ThreadingHTTPServer
 from unittest import mock
 
 import fsspec
-from gcp_storage_emulator.server import create_server
+from gcp_storage_emulator.server import Router, create_server
 from moto.server import ThreadedMotoServer
 
 SCHEMES = ("memory", "gs", "s3")
@@ -19,6 +20,19 @@ class Concurrent(ThreadingHTTPServer):
     """A server that takes many connections at once, as fsspec's clients make them."""
 
     request_queue_size = 256
+
+
+@contextlib.contextmanager
+def one_request_at_a_time():
+    """Makes the emulator handle requests one after another: its store is not safe for threads."""
+    handle, lock = Router.handle, threading.Lock()
+
+    def handle_alone(router, method):
+        with lock:
+            handle(router, method)
+
+    with mock.patch.object(Router, "handle", handle_alone):
+        yield
 
 
 @contextlib.contextmanager
@@ -46,7 +60,8 @@ def served():
     for scheme in ("gs", "s3"):
         fsspec.get_filesystem_class(scheme).clear_instance_cache()
     try:
-        yield
+        with one_request_at_a_time():
+            yield
     finally:
         for name, value in before.items():
             os.environ.pop(name)
