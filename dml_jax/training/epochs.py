@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 
 from dml_jax import memvir
-from dml_jax._utils import sharding
+from dml_jax._utils import processes, sharding
 from dml_jax.retrieval import collapse
 from dml_jax.training import checkpoint, history, trackers
 from dml_jax.training.builder import Experiment
@@ -111,7 +111,7 @@ class Epochs:
         if len(embeddings) < 2:  # A single query, searched in a gallery.
             return {}
         spread = collapse.spread(embeddings)
-        if spread.is_collapsed:
+        if spread.is_collapsed and processes.is_first_process():
             logging.warning(
                 "the embeddings have collapsed: two images have a mean cosine of %.3f, and the "
                 "effective rank is %.1f of %d; see docs/how-to/metrics.md",
