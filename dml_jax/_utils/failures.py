@@ -82,6 +82,7 @@ def _end(store: Any, failure: dict[str, Any]) -> NoReturn:
         deadline = time.monotonic() + _GRACE
         while jax.process_index() == 0 and time.monotonic() < deadline:
             if len(store.key_value_dir_get(_ENDING)) == jax.process_count():
+                time.sleep(_PAUSE)  # Until they have exited: without the store they would abort.
                 break
             time.sleep(_PAUSE / 10)
     finally:
