@@ -339,5 +339,6 @@ def test_an_unknown_loss_raises_and_lists_the_known_ones():
 
 
 def test_an_unknown_hyperparameter_raises_and_lists_the_known_ones():
-    with pytest.raises(ValueError, match="'proxy_nca' has no hyper-parameter margin; it has scale"):
+    message = "'proxy_nca' has no hyper-parameter margin; it has label_smoothing, scale"
+    with pytest.raises(ValueError, match=message):
         losses.create("proxy_nca", margin=0.1)
