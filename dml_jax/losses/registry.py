@@ -35,7 +35,7 @@ def create(name: str, **hyperparameters: Any) -> ProxyLoss:
     """Returns the loss of a name.
 
     >>> create("norm_softmax", scale=16.0)
-    NormSoftmax(scale=16.0)
+    NormSoftmax(label_smoothing=0.0, scale=16.0)
 
     Args:
         name: one of `names()`, or the import path of another loss.

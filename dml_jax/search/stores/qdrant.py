@@ -31,7 +31,10 @@ class QdrantStore:
             # The check runs in a thread, and only warns.
             self._client = qdrant_client.QdrantClient(url=url, check_compatibility=False)
         else:
-            self._client = qdrant_client.QdrantClient(path=folder)
+            # Only `write` uses SQLite, in one thread; the client's check leaks a connection.
+            self._client = qdrant_client.QdrantClient(
+                path=folder, force_disable_check_same_thread=True
+            )
 
     def write(self, dim: int, batches: Iterator[Batch], facts: Facts) -> None:
         """Creates the collection; its metadata, which are written last, complete it."""
