@@ -54,6 +54,8 @@ def get_config(variant: str = "norm_softmax") -> ConfigDict:
         variant,
         proxy_synthesis={"ratio": 1.0, "alpha": 0.4},
         memvir={"num_steps": num_steps, "step_gap": step_gap, "warmup_epochs": 40},
+        # An epoch's.
+        xbm_steps=62,
         # The default in the code of SoftTriple's authors.
         loss_settings={"soft_triple": {"tau": 0.2}},
     )

@@ -41,6 +41,8 @@ def get_config(variant: str = "norm_softmax") -> ConfigDict:
         variant,
         proxy_synthesis={"ratio": 1.0, "alpha": 0.4},
         memvir={"num_steps": 5, "step_gap": 20, "warmup_epochs": 12},
+        # An epoch's.
+        xbm_steps=202,
         # The default in the code of SoftTriple's authors.
         loss_settings={"soft_triple": {"tau": 0.2}},
     )

@@ -320,19 +320,6 @@ def choose(accepted: Bool[Array, ""], update: Memory, before: Memory) -> Memory:
     )
 
 
-def shardings(memory: Memory, mesh: jax.sharding.Mesh) -> PyTree:
-    """Returns the sharding of each array of a memory: rows and classes are split over devices.
-
-    Args:
-        memory: a memory, or its shapes.
-        mesh: the devices, whose number divides those of rows and of classes.
-    """
-    return jax.tree.map(
-        lambda x: sharding.batch_sharding(mesh) if x.ndim else sharding.replicated_sharding(mesh),
-        memory,
-    )
-
-
 class _Batch(NamedTuple):
     """Prepared vectors of the current step, or of a part of it, with masks."""
 

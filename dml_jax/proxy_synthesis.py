@@ -10,12 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import scipy.special
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dml_jax import losses
-from dml_jax._utils import sharding
+from dml_jax._utils import numerics, sharding
 from dml_jax._utils.errors import UserError
 from dml_jax.losses.base import ClassMask, Embeddings, Labels, RawProxies, RowMask
 from dml_jax.settings import choice, flag, number, optional, setting, together
@@ -25,8 +23,6 @@ Permutation = Int[Array, " batch"]
 
 _SWAP_ROUNDS = 8
 """Rounds of swaps. For 128 samples of 20 classes, at most 1 draw in 1000 needs more."""
-_QUANTILES = 2**14
-"""Number of different mixing weights. Their distribution function is exact to 1 / 2**15."""
 
 MIXES = ("both", "proxies", "embeddings")
 """What of the mixtures joins the batch; see `synthesize`."""
@@ -136,20 +132,12 @@ def draw(
     """
     draws = math.ceil(ratio)
     weight_key, *partner_keys = jax.random.split(key, 1 + draws)
-    # `jax.random.beta` rejects candidates in a loop, for which a GPU's host has to wait.
     shape = (draws, labels.shape[0]) if per_sample else (draws,)
-    chosen = jax.random.randint(weight_key, shape, 0, _QUANTILES)
-    drawn = jnp.asarray(_beta_quantiles(alpha))[chosen]
+    drawn = numerics.draw_beta(weight_key, alpha, shape)
     weights = drawn if lam is None else jnp.full(shape, lam, drawn.dtype)
     choose = _neighbours if same_class else _partners
     partner = [choose(partner_key, labels) for partner_key in partner_keys]
     return weights, jnp.reshape(jnp.asarray(partner, jnp.int32), (draws, labels.shape[0]))
-
-
-def _beta_quantiles(alpha: float) -> Float[np.ndarray, " quantiles"]:
-    """Returns quantiles of Beta(alpha, alpha), which are equally likely."""
-    levels = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
-    return scipy.special.betaincinv(alpha, alpha, levels).astype(np.float32)
 
 
 def _neighbours(key: PRNGKeyArray, labels: BatchLabels) -> Permutation:

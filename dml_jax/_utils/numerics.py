@@ -1,10 +1,14 @@
-"""Functions shared by the losses, with finite gradients at every finite input."""
+"""Functions shared by losses and mixtures, with finite gradients at every finite input."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+import scipy.special
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 _MIN_SCALE = 1e-12
+_QUANTILES = 2**14
+"""Different numbers of `draw_beta`. Their distribution function is exact to 1 / 2**15."""
 
 
 def normalize(vectors: Float[Array, "*n dim"]) -> Float[Array, "*n dim"]:
@@ -81,3 +85,29 @@ def log_sum_exp(
     return jnp.where(
         nonempty, jnp.log(jnp.where(nonempty, total, 1.0)) + jnp.squeeze(largest, axis), -jnp.inf
     )
+
+
+def log_one_plus_exp(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Returns `log(1 + exp(x))`; at -inf the value and the gradient are 0."""
+    nonempty = x != -jnp.inf
+    return jnp.where(nonempty, jax.nn.softplus(jnp.where(nonempty, x, 0.0)), 0.0)
+
+
+def draw_beta(key: PRNGKeyArray, alpha: float, shape: tuple[int, ...]) -> Float[Array, "*n"]:
+    """Returns numbers drawn from Beta(alpha, alpha), without a loop.
+
+    `jax.random.beta` rejects candidates in a loop, for which a GPU's host has to wait.
+
+    Args:
+        key: a random key.
+        alpha: both parameters of the distribution.
+        shape: shape of the result.
+    """
+    quantiles = jnp.asarray(_beta_quantiles(alpha))
+    return quantiles[jax.random.randint(key, shape, 0, _QUANTILES)]
+
+
+def _beta_quantiles(alpha: float) -> Float[np.ndarray, " quantiles"]:
+    """Returns quantiles of Beta(alpha, alpha), which are equally likely."""
+    levels = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
+    return scipy.special.betaincinv(alpha, alpha, levels).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The interface of proxy losses, as Proxy Synthesis and MemVir use it, and array types."""
+"""The interfaces of losses of proxies, as Proxy Synthesis and MemVir use them, and of pairs."""
 
 import abc
 import dataclasses
@@ -8,11 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dml_jax._utils import numerics
+from dml_jax._utils.errors import UserError
 
 Scalar = Float[Array, ""]
 Embeddings = Float[Array, "rows dim"]
 Proxies = Float[Array, "proxies dim"]
 Logits = Float[Array, "rows classes"]
+Similarities = Float[Array, "rows candidates"]
+PairMask = Bool[Array, "rows candidates"]
 Labels = Int[Array, " rows"]
 RowMask = Bool[Array, " rows"]
 ClassMask = Bool[Array, " classes"]
@@ -28,7 +31,17 @@ AnchorMask = Bool[Array, " anchors"]
 
 
 @dataclasses.dataclass(frozen=True)
-class ProxyLoss(abc.ABC):
+class Loss:
+    """Base class of all losses: a `ProxyLoss` or a `PairLoss`."""
+
+    def proxy_shape(self, num_classes: int, dim: int) -> tuple[int, int] | None:
+        """Returns the shape of the proxies for embeddings of size `dim`; None without proxies."""
+        del num_classes, dim
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class ProxyLoss(Loss, abc.ABC):
     """Base class of losses that are a mean over anchors of a function of a log-sum-exp.
 
     In a softmax loss each row of the batch is an anchor, and its log-sum-exp is over classes. In
@@ -135,3 +148,71 @@ class ProxyLoss(abc.ABC):
         if class_mask is None:
             class_mask = jnp.ones(len(proxies) // self.proxies_per_class, bool)
         return row_mask, class_mask
+
+
+@dataclasses.dataclass(frozen=True)
+class PairLoss(Loss, abc.ABC):
+    """Base class of losses of pairs: the mean over rows of a function of their cosines.
+
+    The rows of a batch are compared with candidates: the rows themselves, or those of the batches
+    in a memory (`dml_jax.xbm`).
+    """
+
+    @abc.abstractmethod
+    def of_rows(
+        self, similarities: Similarities, positive: PairMask, negative: PairMask
+    ) -> RowLogits:
+        """Returns the loss of each row.
+
+        Args:
+            similarities: the cosine of each row with each candidate.
+            positive: pairs of one class, without those of a sample and itself.
+            negative: pairs of different classes.
+        """
+
+    def __call__(
+        self,
+        embeddings: Embeddings,
+        labels: Labels,
+        *,
+        candidates: Float[Array, "candidates dim"] | None = None,
+        candidate_labels: Int[Array, " candidates"] | None = None,
+        candidate_mask: Bool[Array, " candidates"] | None = None,
+    ) -> Scalar:
+        """Returns the mean loss of a batch.
+
+        A pair of one class with a cosine above 1 - 1e-5 is taken for a sample and itself, and
+        excluded, as in the official code of both losses.
+
+        Args:
+            embeddings: `[rows, dim]`, raw.
+            labels: `[rows]`.
+            candidates: raw vectors to compare the rows with; the rows themselves by default.
+            candidate_labels: their labels.
+            candidate_mask: candidates to include; None includes all.
+
+        Returns:
+            A float32 scalar.
+        """
+        rows = numerics.normalize(embeddings)
+        if candidates is None or candidate_labels is None:
+            columns, candidate_labels = rows, labels
+        else:
+            columns = numerics.normalize(candidates)
+        similarities = numerics.inner_products(rows, columns)
+        same = labels[:, None] == candidate_labels[None]
+        included = jnp.ones((), bool) if candidate_mask is None else candidate_mask[None]
+        # Negated, so that NaN propagates.
+        positive = same & ~(similarities >= 1 - 1e-5) & included
+        return jnp.mean(self.of_rows(similarities, positive, ~same & included))
+
+
+def of_proxies(loss: Loss) -> ProxyLoss:
+    """Returns a loss that must be one of proxies.
+
+    Raises:
+        ValueError: it is a loss of pairs.
+    """
+    if not isinstance(loss, ProxyLoss):
+        raise UserError(f"{loss} has no proxies; choose a loss of dml_jax.losses.names()")
+    return loss

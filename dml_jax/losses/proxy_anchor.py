@@ -3,7 +3,6 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
 from dml_jax._utils import numerics
@@ -63,12 +62,6 @@ class ProxyAnchor(ProxyLoss):
     ) -> Scalar:
         """Returns the positive term's mean plus the negative term's mean."""
         with_positives = anchor_mask & (positives != -jnp.inf)
-        positive_term = jnp.sum(_log_one_plus_exp(positives), where=with_positives)
+        positive_term = jnp.sum(numerics.log_one_plus_exp(positives), where=with_positives)
         positive_term /= jnp.maximum(jnp.sum(with_positives), 1).astype(jnp.float32)
-        return positive_term + jnp.mean(_log_one_plus_exp(log_sums), where=anchor_mask)
-
-
-def _log_one_plus_exp(x: AnchorTerms) -> AnchorTerms:
-    """Returns `log(1 + exp(x))`; at -inf the value and the gradient are 0."""
-    nonempty = x != -jnp.inf
-    return jnp.where(nonempty, jax.nn.softplus(jnp.where(nonempty, x, 0.0)), 0.0)
+        return positive_term + jnp.mean(numerics.log_one_plus_exp(log_sums), where=anchor_mask)

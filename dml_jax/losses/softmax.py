@@ -1,4 +1,4 @@
-"""Losses that are a cross-entropy over classes: softmax, Norm-SoftMax, Proxy-NCA."""
+"""Losses that are a cross-entropy over classes, from plain softmax to Proxy-NCA."""
 
 import dataclasses
 
@@ -106,6 +106,39 @@ class Softmax(SoftmaxLoss):
     def logits(self, embeddings: Embeddings, proxies: Proxies) -> Logits:
         """Returns the inner products."""
         return numerics.inner_products(embeddings, proxies)
+
+
+@dataclasses.dataclass(frozen=True)
+class VirtualSoftmax(SoftmaxLoss):
+    """Softmax of raw vectors with a further class for each row, which has no members.
+
+    Its proxy has the direction of the row's embedding and the length of the proxy of the row's
+    label, so that its logit is the product of the two lengths.
+
+    Source: Chen, Deng and Shen, Virtual class enhanced discriminative embedding learning, NeurIPS
+    2018, equations 3 and 4.
+    """
+
+    def prepare(self, embeddings: Embeddings, proxies: RawProxies) -> Prepared:
+        """Returns the raw vectors in float32."""
+        return embeddings.astype(jnp.float32), proxies.astype(jnp.float32)
+
+    def logits(self, embeddings: Embeddings, proxies: Proxies) -> Logits:
+        """Returns the inner products."""
+        return numerics.inner_products(embeddings, proxies)
+
+    def anchor_terms(
+        self,
+        embeddings: Embeddings,
+        proxies: Proxies,
+        labels: Labels,
+        row_mask: RowMask,
+        class_mask: ClassMask,
+    ) -> tuple[AnchorTerms, AnchorTerms]:
+        """Returns each row's log-sum-exp, over its virtual class too, and its target logit."""
+        log_sums, targets = super().anchor_terms(embeddings, proxies, labels, row_mask, class_mask)
+        virtual = numerics.lengths(embeddings) * numerics.lengths(proxies)[labels]
+        return jnp.logaddexp(log_sums, virtual), targets
 
 
 @dataclasses.dataclass(frozen=True)

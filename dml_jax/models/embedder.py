@@ -1,5 +1,6 @@
 """The embedder: input normalisation, backbone, pooling and a linear head."""
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
@@ -111,17 +112,38 @@ class Embedder(nn.Module):
         return jax.lax.stop_gradient(x)
 
     @nn.compact
-    def trained(self, x: Num[Array, "b *features"], *, train: bool) -> Float[Array, "b d"]:
+    def trained(
+        self,
+        x: Num[Array, "b *features"],
+        *,
+        train: bool,
+        mix: Callable[[int, Array], Array] | None = None,
+    ) -> Float[Array, "b d"]:
         """Returns the embeddings [B, dim] of the results of `frozen`.
 
         With `train`, the collection "batch_stats" must be mutable.
+
+        Args:
+            x: results of `frozen`.
+            train: whether the network is being trained.
+            mix: function of the number of a place of `mixing_places` and of its inputs, which
+                returns the inputs to use instead; None changes nothing. It needs a backbone that
+                can be split, unless the head alone trains.
         """
+        *above, _ = places = mixing_places(self)
         if self.train_from == ALL:
             x = self.backbone.input_normalisation.normalise(x)
-            x = self._pool(self.backbone(x, train=train))
-        elif self.train_from != HEAD:
-            above = self.backbone.parts[self.backbone.parts.index(self.train_from) :]
-            x = self._pool(self.backbone(x, train=train, parts=above))
+        if mix is None and self.train_from == ALL:
+            x = self.backbone(x, train=train)
+        elif mix is None and above:
+            x = self.backbone(x, train=train, parts=above)
+        elif mix is not None:
+            for depth, part in enumerate(above):
+                x = self.backbone(mix(depth, x), train=train, parts=(part,))
+        if above:
+            x = self._pool(x)
+        if mix is not None:
+            x = mix(len(places) - 1, x)
         # By default accelerators round the operands of a float32 product to bfloat16 or TF32.
         kernel_init, bias_init = _head_inits(self.head_init, features=x.shape[-1])
         return nn.Dense(
@@ -156,6 +178,15 @@ def trainable_from(backbone: nn.Module) -> tuple[str, ...]:
     """Returns the values of `train_from` for a backbone."""
     # The first part stands for the whole network, which is ALL.
     return (ALL, *getattr(backbone, "parts", ())[1:], HEAD)
+
+
+def mixing_places(embedder: Embedder) -> tuple[str, ...]:
+    """Returns the parts that train, whose inputs `Embedder.trained` may mix; the head is last."""
+    if embedder.train_from == HEAD:
+        return (HEAD,)
+    parts = getattr(embedder.backbone, "parts", (ALL,))
+    first = 0 if embedder.train_from == ALL else parts.index(embedder.train_from)
+    return (*parts[first:], HEAD)
 
 
 def parts_above(embedder: Embedder, image_size: int) -> dict[tuple[str, ...], int]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Float64, Int64
 
-from dml_jax import data, memvir, proxy_synthesis
+from dml_jax import data, losses, memvir, proxy_synthesis
 from dml_jax._utils import sharding
 from dml_jax.evaluation.embedding import embed_images
 from dml_jax.report import projection
@@ -96,7 +96,7 @@ def compute(run: Run) -> TrainingMap | None:
     images = np.concatenate([np.flatnonzero(train.labels == c)[:_IMAGES] for c in chosen])
     source = _subset(train, images)
     embeddings = jnp.asarray(embed_images(built.network, variables, source))
-    per_class = built.step_config.loss.proxies_per_class
+    per_class = losses.of_proxies(built.step_config.loss).proxies_per_class
     own = jnp.asarray(proxies.reshape(len(train.class_names), -1)[chosen])
     own = own.reshape(len(chosen) * per_class, -1)
     labels = np.searchsorted(chosen, source.labels)
@@ -190,9 +190,9 @@ def _current(
     proxies: Float[Array, "p d2"],
     labels: Int64[np.ndarray, " n"],
 ) -> list[_Points]:
-    rows, columns = built.step_config.loss.prepare(embeddings, proxies)
-    per_class = built.step_config.loss.proxies_per_class
-    classes = np.arange(len(columns)) // per_class
+    loss = losses.of_proxies(built.step_config.loss)
+    rows, columns = loss.prepare(embeddings, proxies)
+    classes = np.arange(len(columns)) // loss.proxies_per_class
     return [_points("image", rows, labels), _points("proxy", columns, classes)]
 
 
@@ -208,7 +208,8 @@ def _synthetic(
     from several steps.
     """
     step_config, batch = built.step_config, len(labels)
-    per_class = step_config.loss.proxies_per_class
+    loss = losses.of_proxies(step_config.loss)
+    per_class = loss.proxies_per_class
     points = []
     for part in range(_STEPS):
         lam, partner = proxy_synthesis.draw(
@@ -222,7 +223,7 @@ def _synthetic(
             jnp.asarray(labels),
             lam=lam,
             partner=partner,
-            loss=step_config.loss,
+            loss=loss,
             **step_config.mixing.of_synthesis(),
         )
         # For losses with several proxies per class, only the first mixture is shown.

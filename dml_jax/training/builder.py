@@ -13,7 +13,7 @@ import optax
 from absl import logging
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from dml_jax import data, losses, memvir
+from dml_jax import data, losses, memvir, xbm
 from dml_jax._utils import sharding, storage
 from dml_jax._utils.errors import UserError
 from dml_jax.data import colour, device_cache
@@ -25,7 +25,7 @@ from dml_jax.evaluation.features import Features
 from dml_jax.evaluation.network import Network
 from dml_jax.evaluation.scoring import Evaluator
 from dml_jax.models import pretrained
-from dml_jax.models.embedder import HEAD, parts_above
+from dml_jax.models.embedder import ALL, HEAD, Embedder, mixing_places, parts_above
 from dml_jax.training import optimizer, state, step
 from dml_jax.training.config import Config
 
@@ -90,7 +90,9 @@ def build(
     )
     _check_lengths(config, steps_per_epoch)
     _warn_about_memvir(config, steps_per_epoch)
+    _warn_about_pairs(config)
     network = make_network(config, mesh)
+    _check_mixup(config, network.embedder)
     by_layer = config.optimizer.layer_decay != 1.0
     above = parts_above(network.embedder, config.data.image_size) if by_layer else {}
     transformation, learning_rate = optimizer.create(
@@ -167,11 +169,13 @@ def _step_config(
         seed=config.seed,
         steps_per_epoch=steps_per_epoch,
         mixing=config.proxy_synthesis,
-        memory_warmup_steps=config.memvir.warmup_epochs * steps_per_epoch,
+        memory_warmup_steps=_warmup_epochs(config) * steps_per_epoch,
         num_classes=num_classes,
         shards=network.mesh.size,
         frozen_steps=config.optimizer.frozen_epochs * steps_per_epoch,
         micro_batches=config.micro_batches,
+        mixup=config.mixup,
+        memory_weight=config.xbm.weight,
         average_decay=config.optimizer.average_decay,
         fixed=network.fixed,
         images=_images(config, network),
@@ -187,15 +191,16 @@ def _initial_state(
     """Returns the state before the first step, with pretrained variables if they are given."""
     classes = step_config.num_classes
     padded = sharding.padded(classes, step_config.shards)
+    shape = config.loss.proxy_shape(classes, config.model.dim)
     return state.create(
         jax.random.key(config.seed),
         embedder=step_config.embedder,
         optimizer=step_config.optimizer,
         image_size=config.data.image_size,
-        proxy_shape=config.loss.proxy_shape(classes, config.model.dim),
+        proxy_shape=shape,
         proxy_init=config.proxy_init,
-        padding=(padded - classes) * config.loss.proxies_per_class,
-        memory=_memory(config, config.loss, padded),
+        padding=0 if shape is None else shape[0] // classes * (padded - classes),
+        memory=_memory(config, padded),
         averaged=bool(step_config.average_decay),
         fixed=step_config.fixed,
         backbone=backbone,
@@ -275,18 +280,52 @@ def _warn_about_memvir(config: Config, steps_per_epoch: int) -> None:
         )
 
 
-def _memory(config: Config, loss: losses.ProxyLoss, num_classes: int) -> memvir.Memory | None:
-    if not config.memvir.num_steps:
+def _warmup_epochs(config: Config) -> int:
+    """Returns the epochs before the memory of MemVir or XBM is used."""
+    return config.xbm.warmup_epochs if config.xbm.num_steps else config.memvir.warmup_epochs
+
+
+def _memory(config: Config, num_classes: int) -> state.Memory | None:
+    if isinstance(config.loss, losses.ProxyLoss) and config.memvir.num_steps:
+        return memvir.init(
+            num_steps=config.memvir.num_steps,
+            step_gap=config.memvir.step_gap,
+            batch_size=config.batch_size,
+            num_classes=num_classes,
+            dim=config.model.dim,
+            dtype=jnp.dtype(config.memvir.dtype),
+            loss=config.loss,
+        )
+    if not config.xbm.num_steps:
         return None
-    return memvir.init(
-        num_steps=config.memvir.num_steps,
-        step_gap=config.memvir.step_gap,
-        batch_size=config.batch_size,
-        num_classes=num_classes,
-        dim=config.model.dim,
-        dtype=jnp.dtype(config.memvir.dtype),
-        loss=loss,
+    return xbm.init(
+        num_steps=config.xbm.num_steps, batch_size=config.batch_size, dim=config.model.dim
     )
+
+
+def _check_mixup(config: Config, embedder: Embedder) -> None:
+    places = mixing_places(embedder)
+    if not config.mixup.alpha:
+        return
+    if places[0] == ALL:
+        raise UserError(
+            f"config.mixup.alpha needs a backbone with `parts`, which {config.model.backbone} "
+            "does not have; see dml_jax.models.Embedder"
+        )
+    if config.mixup.depth >= len(places):
+        raise UserError(
+            f"config.mixup.depth is {config.mixup.depth}, but the part of the network that trains "
+            f"has {len(places)} places: the inputs of {', '.join(places)}; choose at most "
+            f"{len(places) - 1}"
+        )
+
+
+def _warn_about_pairs(config: Config) -> None:
+    if isinstance(config.loss, losses.PairLoss) and config.data.n_instance == 1:
+        logging.warning(
+            "the loss is one of pairs, but config.data.n_instance is 1, so that a batch has pairs "
+            "of one class only by chance; choose 2 or more"
+        )
 
 
 def _with_shardings(shapes: state.TrainState, mesh: jax.sharding.Mesh) -> state.TrainState:
@@ -297,7 +336,9 @@ def _with_shardings(shapes: state.TrainState, mesh: jax.sharding.Mesh) -> state.
         lambda path, _: by_row if proxies in path else replicated, shapes
     )
     if shapes.memory is not None:
-        shardings = shardings._replace(memory=memvir.shardings(shapes.memory, mesh))
+        # Rows and classes, the first axes of a memory, are split over devices.
+        of_memory = jax.tree.map(lambda x: by_row if x.ndim else replicated, shapes.memory)
+        shardings = shardings._replace(memory=of_memory)
     return jax.tree.map(
         lambda x, of_array: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of_array),
         shapes,

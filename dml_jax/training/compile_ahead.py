@@ -124,10 +124,10 @@ def analyse(built: Experiment) -> Analysis:
     assert memory is not None and text is not None  # TPU and GPU compilers report both.
     parts = {
         "network": bytes_per_device((state.params["embedder"], state.batch_stats)),
-        "proxies": bytes_per_device(state.params["proxies"]),
+        "proxies": bytes_per_device(state.params.get("proxies")),
         "average": bytes_per_device(state.average),
         "optimizer": bytes_per_device(state.opt_state),
-        "MemVir's memory": bytes_per_device(state.memory),
+        "memory": bytes_per_device(state.memory),
         "batch": bytes_per_device(batch),
     }
     in_place = donated_outputs(text)

@@ -16,6 +16,7 @@ from dml_jax._utils.errors import UserError
 from dml_jax.data.config import DataConfig
 from dml_jax.evaluation.config import EvaluationConfig
 from dml_jax.memvir import MemVirConfig
+from dml_jax.mixup import MixupConfig
 from dml_jax.models import check_image_size
 from dml_jax.models.config import ModelConfig
 from dml_jax.models.embedder import ALL
@@ -24,9 +25,10 @@ from dml_jax.settings import choice, flag, group, integer, setting, text, togeth
 from dml_jax.training.checkpoint import CheckpointConfig
 from dml_jax.training.optimizer import OptimizerConfig
 from dml_jax.training.state import PROXY_INITS
+from dml_jax.xbm import XbmConfig
 
 
-def _parse_loss(values: Any, path: str, problems: dict[str, str]) -> losses.ProxyLoss:
+def _parse_loss(values: Any, path: str, problems: dict[str, str]) -> losses.Loss:
     name = values.get("name") if isinstance(values, Mapping | ConfigDict) else None
     check = settings.registered(losses.LOSSES)
     if not check.holds(name):
@@ -37,7 +39,7 @@ def _parse_loss(values: Any, path: str, problems: dict[str, str]) -> losses.Prox
     return settings.parse(loss, hyperparameters, path, problems, of=f" of {name}")
 
 
-def loss_to_dict(loss: losses.ProxyLoss) -> dict[str, Any]:
+def loss_to_dict(loss: losses.Loss) -> dict[str, Any]:
     """Returns the settings of a loss: its name and its hyper-parameters."""
     return {"name": losses.LOSSES.name_of(type(loss)), **settings.to_dict(loss)}
 
@@ -93,7 +95,7 @@ class Config:
     )
     data: DataConfig = group(DataConfig, help="The images.")
     model: ModelConfig = group(ModelConfig, help="The network.")
-    loss: losses.ProxyLoss = _loss_group()
+    loss: losses.Loss = _loss_group()
     proxy_init: str = setting(
         "uniform_dim",
         choice(PROXY_INITS),
@@ -101,6 +103,8 @@ class Config:
     )
     proxy_synthesis: ProxySynthesisConfig = group(ProxySynthesisConfig, help="Proxy Synthesis.")
     memvir: MemVirConfig = group(MemVirConfig, help="MemVir.")
+    mixup: MixupConfig = group(MixupConfig, help="Mixup and manifold mixup, for comparison.")
+    xbm: XbmConfig = group(XbmConfig, help="Cross-batch memory, for losses of pairs.")
     optimizer: OptimizerConfig = group(OptimizerConfig, help="The optimizer.")
     evaluation: EvaluationConfig = group(
         EvaluationConfig, help="The evaluation by retrieval.", resumable=True
@@ -177,6 +181,50 @@ class Config:
             return None
         return (
             f"config.memvir.warmup_epochs is {self.memvir.warmup_epochs}, but the run ends after "
+            f"{self.epochs}, before the memory is used"
+        )
+
+    @together("loss", "proxy_synthesis.ratio", "memvir.num_steps", "mixup.alpha", "xbm.num_steps")
+    def _method(self) -> str | None:
+        with_proxies = {
+            "config.proxy_synthesis.ratio": self.proxy_synthesis.ratio,
+            "config.memvir.num_steps": self.memvir.num_steps,
+            "config.mixup.alpha": self.mixup.alpha,
+        }
+        used = [path for path, value in with_proxies.items() if value]
+        name = losses.LOSSES.name_of(type(self.loss))
+        if isinstance(self.loss, losses.PairLoss) and used:
+            return (
+                f"{' and '.join(used)} must be 0: the loss {name} has no proxies; a "
+                "memory for it is config.xbm.num_steps"
+            )
+        if self.xbm.num_steps and not isinstance(self.loss, losses.PairLoss):
+            return (
+                f"config.xbm.num_steps is {self.xbm.num_steps}, but the loss {name} has "
+                f"no pairs; choose one of {', '.join(losses.pair_names())}, or config.memvir"
+            )
+        if self.mixup.alpha and len(used) > 1:
+            return (
+                f"{' and '.join(used)} are used together; a mixture of two images has no class "
+                "that the others could use, so set one of them to 0"
+            )
+        return None
+
+    @together("mixup.alpha", "batch_size", "micro_batches")
+    def _partners(self) -> str | None:
+        if not self.mixup.alpha or self.batch_size // self.micro_batches > 1:
+            return None
+        return (
+            "config.mixup.alpha mixes the samples of a micro-batch, but config.batch_size "
+            f"{self.batch_size} in {self.micro_batches} micro-batches leaves one sample in each"
+        )
+
+    @together("xbm.warmup_epochs", "epochs", "xbm.num_steps")
+    def _xbm_warmup(self) -> str | None:
+        if not self.xbm.num_steps or self.xbm.warmup_epochs < self.epochs:
+            return None
+        return (
+            f"config.xbm.warmup_epochs is {self.xbm.warmup_epochs}, but the run ends after "
             f"{self.epochs}, before the memory is used"
         )
 

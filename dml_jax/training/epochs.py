@@ -1,6 +1,5 @@
 """The end of an epoch of training: metrics, evaluation, log, checkpoint."""
 
-import functools
 import math
 import time
 from typing import Any
@@ -9,7 +8,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from dml_jax import memvir
+from dml_jax import losses, memvir
 from dml_jax._utils import processes, sharding
 from dml_jax.retrieval import collapse
 from dml_jax.training import checkpoint, history, trackers
@@ -41,7 +40,7 @@ class Epochs:
         self._writer, self._checkpoints = writer, checkpoints
         self._began, self._first_step = time.perf_counter(), start
         self._measure_drift = jax.jit(
-            functools.partial(memvir.drift, experiment.config.loss),
+            lambda memory: memvir.drift(losses.of_proxies(experiment.config.loss), memory),
             out_shardings=sharding.replicated_sharding(experiment.mesh),
         )
         self._embeddings: dict[str, np.ndarray] | None = None  # Those of the latest evaluation.
@@ -92,7 +91,7 @@ class Epochs:
 
     def _drift(self, state: TrainState) -> dict[str, float]:
         """Returns the drift of MemVir's virtual classes at the latest step, if there were any."""
-        if state.memory is None:
+        if not isinstance(state.memory, memvir.Memory):
             return {}
         drift = jax.device_get(self._measure_drift(state.memory))
         values = {f"memvir_{name}": float(value) for name, value in drift._asdict().items()}

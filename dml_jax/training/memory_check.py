@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from dml_jax import memvir
 from dml_jax._utils import free_memory, processes, runtime, sharding
 from dml_jax._utils.errors import UserError
 from dml_jax.evaluation.embedding import in_flight
@@ -195,7 +196,7 @@ def fitting(
 def _candidates(built: Experiment, needed: Need, room: int | float) -> Iterator[Mapping[str, Any]]:
     """Yields changes of settings that could make a run fit, ordered by their effect on results."""
     config, memory = built.config, built.abstract_state.memory
-    is_wide = memory is not None and config.memvir.dtype == "float32"
+    is_wide = isinstance(memory, memvir.Memory) and config.memvir.dtype == "float32"
     if is_wide and needed.total - sharding.bytes_per_device(memory) / 2 <= room:
         yield {"memvir.dtype": "bfloat16"}
     available = (room - needed.fixed) / _SLACK

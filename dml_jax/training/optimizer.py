@@ -213,7 +213,8 @@ def create(
         _clip_norm(config.clip_norm),
         direction,
         _decay_by_layer(config.layer_decay, parts_above),
-        optax.partition(groups, {group: group for group in groups}),
+        # A loss of pairs has no proxies.
+        optax.partition(groups, lambda params: {group: group for group in params}),
     )
     return transformation, rates
 
@@ -280,4 +281,4 @@ def _labels(params: Mapping[str, Any]) -> dict[str, Any]:
         name: jax.tree.map(lambda _, name=name: "backbone" if name == "backbone" else "other", tree)
         for name, tree in params["embedder"].items()
     }
-    return {"embedder": labels, "proxies": "other"}
+    return {group: "other" for group in params} | {"embedder": labels}

@@ -33,7 +33,7 @@ def reference() -> str:
         "## loss.*\n\nEach loss has its own hyper-parameters, the fields of its class. The\n"
         "formulas are in `dml_jax.losses`.\n"
     )
-    for name in losses.names():
+    for name in (*losses.names(), *losses.pair_names()):
         rows = list(settings.describe(losses.LOSSES.get(name), "loss"))
         parts.append(f"### {name}\n\n{_table(rows)}" if rows else f"### {name}\n\nNone.\n")
     return "\n".join(parts)

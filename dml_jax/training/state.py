@@ -10,9 +10,10 @@ import optax
 from clu import metrics
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from dml_jax import memvir
+from dml_jax import memvir, xbm
 from dml_jax.models import Embedder
 
+Memory = memvir.Memory | xbm.Memory
 PROXY_INITS = ("uniform_dim", "uniform_classes", "normal_dim", "normal_classes")
 
 
@@ -38,12 +39,12 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]
     params: PyTree
-    """`{"embedder": ..., "proxies": [proxies, dim]}`; see `create`."""
+    """`{"embedder": ..., "proxies": [proxies, dim]}`; a loss of pairs has no proxies."""
     batch_stats: PyTree
     average: PyTree | None
     """Moving average of the network's variables, which is evaluated; None for none."""
     opt_state: optax.OptState
-    memory: memvir.Memory | None
+    memory: Memory | None
     metrics: EpochMetrics
     skipped: Skipped
 
@@ -100,10 +101,10 @@ def create(
     embedder: Embedder,
     optimizer: optax.GradientTransformation,
     image_size: int,
-    proxy_shape: tuple[int, int],
+    proxy_shape: tuple[int, int] | None,
     proxy_init: str,
     padding: int,
-    memory: memvir.Memory | None,
+    memory: Memory | None,
     averaged: bool = False,
     fixed: Collection[tuple[str, ...]] = (),
     backbone: PyTree | None = None,
@@ -115,11 +116,11 @@ def create(
         embedder: the network.
         optimizer: the optimizer of embedder and proxies.
         image_size: height and width of an image in pixels.
-        proxy_shape: number and dimension of the proxies.
+        proxy_shape: number and dimension of the proxies; None for none.
         proxy_init: see `initial_proxies`.
         padding: number of proxies of zeros that follow, so that the number of devices divides the
             whole number. The step masks their classes, so they stay zero.
-        memory: the empty memory of MemVir; None without MemVir.
+        memory: the empty memory of MemVir or XBM; None without one.
         averaged: whether the state has a moving average of the network's variables.
         fixed: paths of the embedder's parameters that never change; see `split`.
         backbone: pretrained variables of the backbone; None for random ones.
@@ -137,9 +138,10 @@ def create(
         flat = flax.traverse_util.flatten_dict(variables, keep_empty_nodes=True)
         flat |= flax.traverse_util.flatten_dict(given)
         variables = flax.traverse_util.unflatten_dict(flat)
-    proxies = initial_proxies(proxy_key, init=proxy_init, shape=proxy_shape)
-    proxies = jnp.pad(proxies, ((0, padding), (0, 0)))
-    params = {"embedder": variables["params"], "proxies": proxies}
+    params = {"embedder": variables["params"]}
+    if proxy_shape is not None:
+        proxies = initial_proxies(proxy_key, init=proxy_init, shape=proxy_shape)
+        params["proxies"] = jnp.pad(proxies, ((0, padding), (0, 0)))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

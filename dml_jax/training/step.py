@@ -1,4 +1,4 @@
-"""The training step: embeddings, Proxy Synthesis, MemVir, loss, gradients and update."""
+"""The training step: embeddings, mixtures, memory, loss, gradients and update."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,11 +10,13 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num, PRNGKeyArray, PyTree
 
-from dml_jax import losses, memvir, proxy_synthesis
+from dml_jax import losses, memvir, mixup, proxy_synthesis, xbm
 from dml_jax._utils import sharding
+from dml_jax.mixup import Mixture, MixupConfig
 from dml_jax.models import Embedder
 from dml_jax.training.state import (
     EpochMetrics,
+    Memory,
     Skipped,
     TrainState,
     merge,
@@ -22,8 +24,8 @@ from dml_jax.training.state import (
     updated_average,
 )
 
-# Folded into the key of a step, for the random views of its images and for stochastic depth.
-_VIEWS, _DEPTH = 2**32 - 1, 2**32 - 2
+# Folded into the key of a step, for the views of its images, stochastic depth and mixup.
+_VIEWS, _DEPTH, _MIXUP = 2**32 - 1, 2**32 - 2, 2**32 - 3
 
 
 def images_of_batch(batch: Mapping[str, Array], key: PRNGKeyArray) -> Array:
@@ -42,14 +44,14 @@ class StepConfig(NamedTuple):
     """The constants of a training step: modules, hyper-parameters and lengths."""
 
     embedder: Embedder
-    loss: losses.ProxyLoss
+    loss: losses.Loss
     optimizer: optax.GradientTransformationExtraArgs
     seed: int
     steps_per_epoch: int
     mixing: proxy_synthesis.ProxySynthesisConfig
     """Proxy Synthesis."""
     memory_warmup_steps: int
-    """MemVir: steps before the memory is used; without effect if the state has no memory."""
+    """Steps before the memory is used; without effect if the state has no memory."""
     num_classes: int
     """Number of training classes. Further proxies are padding; see `state.create`."""
     shards: int
@@ -58,6 +60,10 @@ class StepConfig(NamedTuple):
     """First steps, in which the backbone and its batch statistics do not change."""
     micro_batches: int
     """Number of equal parts in which a batch is embedded, one after another; see `embed`."""
+    mixup: MixupConfig = MixupConfig()
+    """Mixup of images or features."""
+    memory_weight: float = 1.0
+    """XBM: weight of the loss of pairs with the memory."""
     average_decay: float = 0.0
     """Decay of the moving average of the network's variables; without effect if there is none."""
     fixed: frozenset[tuple[str, ...]] = frozenset()
@@ -74,6 +80,7 @@ def embed(
     batch_stats: PyTree,
     images: Num[Array, "batch *image"],
     key: PRNGKeyArray,
+    mixture: Mixture | None = None,
 ) -> tuple[Float[Array, "batch dim"], PyTree]:
     """Embeds a batch in training mode, one micro-batch after another.
 
@@ -88,6 +95,7 @@ def embed(
         images: images, or cached features; sharded by row. Each micro-batch takes equally many
             rows from every device.
         key: random key of the batch, for stochastic depth.
+        mixture: how the images or their features are mixed, within each micro-batch; None for none.
 
     Returns:
         The embeddings, and the batch statistics after the batch.
@@ -108,6 +116,7 @@ def embed(
             train=True,
             mutable=["batch_stats"],
             rngs={"dropout": key},
+            mix=None if mixture is None else mixture.at,
             method="trained",
         )
         return embeddings, updates.get("batch_stats", {})
@@ -136,12 +145,12 @@ def objective(
     state: TrainState,
     batch: Mapping[str, Array],
     key: PRNGKeyArray,
-) -> tuple[Float[Array, ""], tuple[PyTree, memvir.Memory | None]]:
+) -> tuple[Float[Array, ""], tuple[PyTree, Memory | None]]:
     """Returns the loss of a batch with its regularisers.
 
     Args:
         config: the constants of the step.
-        params: parameters of the embedder, and proxies.
+        params: parameters of the embedder, and proxies if the loss has them.
         state: provides batch statistics, memory and step.
         batch: `image` `[batch, height, width, 3]`, or cached features, and `label` `[batch]`.
         key: random key of the step.
@@ -149,36 +158,82 @@ def objective(
     Returns:
         The loss, and the new batch statistics and memory.
     """
+    mixture = None
+    if config.mixup.alpha:
+        mixture = mixup.draw(jax.random.fold_in(key, _MIXUP), config.mixup)
     embeddings, batch_stats = embed(
         config,
         params["embedder"],
         state.batch_stats,
         batch["image"],
         jax.random.fold_in(key, _DEPTH),
+        mixture,
     )
-    classes = len(params["proxies"]) // config.loss.proxies_per_class
-    # Each device gets all rows, and computes the terms of its classes.
+    # Each device gets all rows, and computes the terms of its classes or of its part of the memory.
+    embeddings, labels = sharding.replicate(embeddings), sharding.replicate(batch["label"])
+    warm = state.step >= config.memory_warmup_steps
+    if isinstance(config.loss, losses.PairLoss):
+        loss, memory = _of_pairs(config, config.loss, state.memory, embeddings, labels, warm)
+    else:
+        loss, memory = _of_proxies(
+            config, state.memory, embeddings, params["proxies"], labels, key, mixture
+        )
+    if memory is not None:
+        # The memory stays empty during the warm-up, so that it does not affect the loss.
+        memory = memory._replace(steps=jnp.where(warm, memory.steps, 0))
+    return loss, (batch_stats, memory)
+
+
+def _of_pairs(
+    config: StepConfig,
+    loss: losses.PairLoss,
+    memory: Memory | None,
+    embeddings: Array,
+    labels: Array,
+    warm: Bool[Array, ""],
+) -> tuple[Float[Array, ""], Memory | None]:
+    """Returns the loss of pairs, and the new memory."""
+    if not isinstance(memory, xbm.Memory):
+        return loss(embeddings, labels), None
+    weight = jnp.where(warm, config.memory_weight, 0.0)
+    return xbm.loss_and_update(loss, memory, embeddings, labels, weight=weight)
+
+
+def _of_proxies(
+    config: StepConfig,
+    memory: Memory | None,
+    embeddings: Array,
+    proxies: Array,
+    labels: Array,
+    key: PRNGKeyArray,
+    mixture: Mixture | None,
+) -> tuple[Float[Array, ""], Memory | None]:
+    """Returns the loss of a batch and its proxies, and the new memory."""
+    loss = losses.of_proxies(config.loss)
+    classes = len(proxies) // loss.proxies_per_class
     problem = {
-        "embeddings": sharding.replicate(embeddings),
-        "proxies": params["proxies"],
-        "labels": sharding.replicate(batch["label"]),
+        "embeddings": embeddings,
+        "proxies": proxies,
+        "labels": labels,
         "class_mask": jnp.arange(classes) < config.num_classes,
     }
+    if mixture is not None:
+        mean = mixture.loss(
+            lambda labels: loss(**problem | {"labels": labels}),
+            labels,
+            micro_batches=config.micro_batches,
+        )
+        return mean, None
     if config.mixing.ratio:
-        problem = _mixed(config, key, **problem)
-    if state.memory is None:
-        return config.loss(**problem), (batch_stats, None)
-    loss, memory = memvir.loss_and_update(
-        config.loss, state.memory, **problem, shards=config.shards
-    )
-    # The memory stays empty during the warm-up, so that it does not affect the loss.
-    warm = state.step >= config.memory_warmup_steps
-    memory = memory._replace(steps=jnp.where(warm, memory.steps, 0))
-    return loss, (batch_stats, memory)
+        problem = _mixed(config, loss, key, **problem)
+    if not isinstance(memory, memvir.Memory):
+        return loss(**problem), None
+    return memvir.loss_and_update(loss, memory, **problem, shards=config.shards)
 
 
 def _mixed(
     config: StepConfig,
+    loss: losses.ProxyLoss,
     key: PRNGKeyArray,
     embeddings: Array,
     proxies: Array,
@@ -193,7 +248,7 @@ def _mixed(
         labels,
         lam=lam,
         partner=partner,
-        loss=config.loss,
+        loss=loss,
         class_mask=class_mask,
         shards=config.shards,
         **config.mixing.of_synthesis(),
@@ -251,8 +306,7 @@ def train_step(
     # A norm is nonfinite if an element is. Optimizer state and memory need no check: they follow
     # from the gradient and the loss's inputs.
     taken = _all_finite((loss, gradient_norm, parameter_norms, batch_stats))
-    if memory is not None and state.memory is not None:
-        memory = memvir.choose(taken, memory, state.memory)
+    memory = _chosen(taken, memory, state.memory)
     skipped = Skipped(
         total=state.skipped.total + ~taken,
         in_a_row=jnp.where(taken, 0, state.skipped.in_a_row + 1),
@@ -276,6 +330,15 @@ def train_step(
         skipped=skipped,
     )
     return new_state, StepMetrics(loss, gradient_norm, skipped, gradient_norms, parameter_norms)
+
+
+def _chosen(taken: Bool[Array, ""], update: Memory | None, before: Memory | None) -> Memory | None:
+    """Returns the memory after a step, equivalent to that before it if the step is not taken."""
+    if isinstance(update, memvir.Memory) and isinstance(before, memvir.Memory):
+        return memvir.choose(taken, update, before)
+    if isinstance(update, xbm.Memory) and isinstance(before, xbm.Memory):
+        return xbm.choose(taken, update, before)
+    return None
 
 
 def _norms(tree: PyTree) -> Float[Array, " arrays"]:

@@ -11,8 +11,13 @@ from dml_jax.published import Reference
 from dml_jax.training.config import loss_to_dict
 from dml_jax.training.origin import Origin
 
-METHODS = ("baseline", "ps", "memvir", "ps_memvir", "memvir_baseline")
-"""Methods of variants; see `with_variant`."""
+METHODS = ("baseline", "ps", "memvir", "ps_memvir", "memvir_baseline", "mixup", "manifold_mixup")
+"""Methods for proxy losses; see `with_variant`."""
+PAIR_METHODS = ("baseline", "xbm")
+"""Methods for losses of pairs."""
+
+
+_MIXUPS = {"mixup": {"alpha": 1.0}, "manifold_mixup": {"alpha": 2.0, "depth": 2}}
 
 
 def with_variant(
@@ -21,6 +26,7 @@ def with_variant(
     *,
     proxy_synthesis: Mapping[str, Any],
     memvir: Mapping[str, Any],
+    xbm_steps: int = 16,
     loss_settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> ConfigDict:
     """Returns the config of a data set with a variant applied, locked.
@@ -30,11 +36,17 @@ def with_variant(
     `memvir_baseline` is the bare loss with all other settings of `memvir`, such as its epochs and
     learning rates: the baseline of MemVir.
 
+    For comparison there are `mixup`, of images with a proxy loss, `manifold_mixup`, at one of the
+    first three places of the network (`dml_jax.mixup`), and losses of pairs, alone or with `xbm`
+    (`dml_jax.xbm`). The weights of mixup are drawn from Beta(1, 1) and those of manifold mixup from
+    Beta(2, 2), and a batch of pairs has four images of each class, as in the sources.
+
     Args:
         config: config of the data set; changed in place.
         variant: name of the variant, such as `memvir`, `ps_proxy_nca` or `baseline`.
         proxy_synthesis: settings of Proxy Synthesis for this data set, used by its variants.
         memvir: settings of MemVir for this data set, used by its variants.
+        xbm_steps: steps in the memory of XBM for this data set, used by its variants.
         loss_settings: hyper-parameters that differ from the defaults of a loss, by loss.
 
     Raises:
@@ -48,6 +60,12 @@ def with_variant(
         config.proxy_synthesis.update(proxy_synthesis)
     if method in ("memvir", "ps_memvir"):
         config.memvir.update(memvir)
+    if method in _MIXUPS:
+        config.mixup.update(_MIXUPS[method])
+    if loss in losses.pair_names() and config.data.n_instance == 1:
+        config.data.n_instance = 4
+    if method == "xbm":
+        config.xbm.num_steps = xbm_steps
     return config.lock()
 
 
@@ -58,8 +76,13 @@ def parse_variant(variant: str) -> tuple[str, str]:
         ValueError: unknown variant.
     """
     names = {f"{method}_{loss}": (method, loss) for method in METHODS for loss in losses.names()}
+    names |= {
+        f"{method}_{loss}": (method, loss)
+        for method in PAIR_METHODS
+        for loss in losses.pair_names()
+    }
     names |= {method: (method, "norm_softmax") for method in METHODS}
-    names |= {loss: ("baseline", loss) for loss in losses.names()}
+    names |= {loss: ("baseline", loss) for loss in (*losses.names(), *losses.pair_names())}
     if variant not in names:
         raise UserError(f"unknown variant {variant!r}; choose one of {', '.join(sorted(names))}")
     return names[variant]

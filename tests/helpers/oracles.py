@@ -25,6 +25,12 @@ def softmax(e, p, labels, rows, classes):
     return cross_entropy(e @ p.T, labels, rows, classes)
 
 
+def virtual_softmax(e, p, labels, rows, classes):
+    virtual = jnp.linalg.norm(e, axis=1) * jnp.linalg.norm(p[labels], axis=1)
+    logits = jnp.concatenate([e @ p.T, virtual[:, None]], axis=1)
+    return cross_entropy(logits, labels, rows, jnp.concatenate([classes, jnp.ones(1, bool)]))
+
+
 def norm_softmax(e, p, labels, rows, classes, *, scale=23.0):
     return cross_entropy(scale * e @ p.T, labels, rows, classes)
 
@@ -87,6 +93,7 @@ LOSSES = {
     function.__name__: function
     for function in (
         softmax,
+        virtual_softmax,
         norm_softmax,
         proxy_nca,
         cosface,
@@ -99,8 +106,8 @@ LOSSES = {
 
 
 def prepared(name, embeddings, proxies):
-    """Returns unit vectors; raw ones for plain softmax, and raw embeddings for SphereFace."""
-    raw = name == "softmax"
+    """Returns unit vectors; raw ones for plain softmaxes, and raw embeddings for SphereFace."""
+    raw = name in ("softmax", "virtual_softmax")
     return (
         embeddings if raw or name == "sphereface" else normalized(embeddings),
         proxies if raw else normalized(proxies),

@@ -85,6 +85,7 @@ class TestEveryLoss:
         loss = create(name)
         factors = {
             "softmax": (1.0, 1.0),  # Normalises neither,
+            "virtual_softmax": (1.0, 1.0),
             "sphereface": (1.0, 1e-3),  # and this one only the proxies.
         }.get(name, (1e3, 1e-3))
         scaled = loss(factors[0] * embeddings, factors[1] * proxies, labels)
@@ -158,9 +159,9 @@ def degenerate(name, embeddings, proxies, labels):
     yield "opposite", embeddings * jnp.where(zeros.at[::2].set(1), 1.0, -1.0)[:, None], proxies
     yield "tiny", 1e-38 * embeddings, 1e-38 * proxies
     yield "large", 1e30 * embeddings, proxies
-    if name != "softmax":  # Its logits of huge proxies overflow float32,
+    if name not in ("softmax", "virtual_softmax"):  # Their logits of huge proxies overflow float32,
         yield "huge proxies", embeddings, 1e38 * proxies
-    if name not in ("softmax", "sphereface"):  # as do theirs of huge embeddings.
+    if name not in ("softmax", "virtual_softmax", "sphereface"):  # as do theirs of huge embeddings.
         yield "huge", 1e38 * embeddings, proxies
         yield "all huge", 1e38 * embeddings, 1e38 * proxies
 

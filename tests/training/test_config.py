@@ -92,7 +92,8 @@ def three_images(source):
 
 
 # Another test shows that `memvir_baseline` is `memvir` without the memory.
-REGULARISED = [method for method in variants.METHODS if method != "memvir_baseline"]
+REGULARISED = ["baseline", "ps", "memvir", "ps_memvir"]
+PEERS = ["mixup", "manifold_mixup", "mixup_proxy_anchor", "contrastive", "xbm_multi_similarity"]
 
 SMALL = {
     "batch_size": 2,
@@ -121,13 +122,14 @@ SMALL_MEMORY = {
 }
 
 
-VARIANTS = [f"{method}_{loss}" for method in REGULARISED for loss in losses.names()]
+VARIANTS = [f"{method}_{loss}" for method in REGULARISED for loss in losses.names()] + PEERS
 # All variants of one file, and one variant of each other file.
 STEPS = [
     pytest.param("cars196", f"{method}_{loss}", marks=[pytest.mark.slow] * (method != "ps_memvir"))
     for method in REGULARISED
     for loss in losses.names()
-] + [
+] + [("cars196", variant) for variant in PEERS]
+STEPS += [
     # The letters are drawn first, all 8,906 of them.
     pytest.param(
         file.stem, "ps_memvir", marks=[pytest.mark.slow] * (file.stem in ("glyphs", "hyp_vit"))
@@ -147,6 +149,8 @@ def test_every_variant_of_every_file_is_valid(file, roots):
         assert parsed.loss == losses.create(**made.loss) and made.loss.name == loss
         assert bool(parsed.proxy_synthesis.ratio) == ("ps" in method)
         assert bool(parsed.memvir.num_steps) == ("memvir" in method)
+        assert bool(parsed.mixup.alpha) == ("mixup" in method)
+        assert bool(parsed.xbm.num_steps) == ("xbm" in method)
         assert config.to_config_dict(parsed).to_dict() == made.to_dict()
     with pytest.raises(AttributeError, match="epoch"):
         made.epoch = 3
@@ -161,6 +165,9 @@ def test_variants_take_two_steps(file, variant, roots, tmp_path):
     has_memory = "memvir" in variant
     if has_memory:
         made.update_from_flattened_dict(SMALL_MEMORY)
+    if "xbm" in variant:
+        made.xbm.update(num_steps=2, warmup_epochs=0)
+    made.mixup.depth = min(made.mixup.depth, 1)  # The network is one block and the head.
     mesh = sharding.make_mesh(jax.devices()[:1])
     built = builder.build(config.parse(made), mesh)
     state = built.init()
@@ -171,10 +178,12 @@ def test_variants_take_two_steps(file, variant, roots, tmp_path):
         state, metrics = built.take_step(state, batch)
         chex.assert_tree_all_finite(metrics)
     chex.assert_tree_all_finite(state.params)
-    assert (before["proxies"] != state.params["proxies"]).any()
-    assert (state.memory is not None) == has_memory
-    if has_memory:
+    if variants.parse_variant(variant)[1] in losses.names():
+        assert (before["proxies"] != state.params["proxies"]).any()
+    assert (state.memory is not None) == (has_memory or "xbm" in variant)
+    if state.memory is not None:
         assert int(state.memory.steps) == 2
+    if has_memory:
         assert state.memory.ring.proxies.dtype == made.memvir.dtype
 
 
@@ -269,6 +278,11 @@ OFFICIAL = {
     "memvir.step_gap": 0,
     "memvir.warmup_epochs": 0,
     "memvir.dtype": "float32",
+    "mixup.alpha": 0.0,
+    "mixup.depth": 0,
+    "xbm.num_steps": 0,
+    "xbm.weight": 1.0,
+    "xbm.warmup_epochs": 1,
     "optimizer.name": "adam",
     "optimizer.learning_rate": 1e-4,
     "optimizer.proxy_learning_rate": 1e-2,
