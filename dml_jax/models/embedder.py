@@ -127,8 +127,7 @@ class Embedder(nn.Module):
             x: results of `frozen`.
             train: whether the network is being trained.
             mix: function of the number of a place of `mixing_places` and of its inputs, which
-                returns the inputs to use instead; None changes nothing. It needs a backbone that
-                can be split, unless the head alone trains.
+                returns the inputs to use instead; None changes nothing.
         """
         *above, _ = places = mixing_places(self)
         if self.train_from == ALL:
@@ -139,7 +138,8 @@ class Embedder(nn.Module):
             x = self.backbone(x, train=train, parts=above)
         elif mix is not None:
             for depth, part in enumerate(above):
-                x = self.backbone(mix(depth, x), train=train, parts=(part,))
+                only = {} if part == ALL else {"parts": (part,)}
+                x = self.backbone(mix(depth, x), train=train, **only)
         if above:
             x = self._pool(x)
         if mix is not None:
@@ -181,7 +181,10 @@ def trainable_from(backbone: nn.Module) -> tuple[str, ...]:
 
 
 def mixing_places(embedder: Embedder) -> tuple[str, ...]:
-    """Returns the parts that train, whose inputs `Embedder.trained` may mix; the head is last."""
+    """Returns the parts that train, whose inputs `Embedder.trained` may mix; the head is last.
+
+    A backbone that cannot be split is one part, called "all".
+    """
     if embedder.train_from == HEAD:
         return (HEAD,)
     parts = getattr(embedder.backbone, "parts", (ALL,))

@@ -25,7 +25,7 @@ from dml_jax.evaluation.features import Features
 from dml_jax.evaluation.network import Network
 from dml_jax.evaluation.scoring import Evaluator
 from dml_jax.models import pretrained
-from dml_jax.models.embedder import ALL, HEAD, Embedder, mixing_places, parts_above
+from dml_jax.models.embedder import HEAD, Embedder, mixing_places, parts_above
 from dml_jax.training import optimizer, state, step
 from dml_jax.training.config import Config
 
@@ -305,14 +305,7 @@ def _memory(config: Config, num_classes: int) -> state.Memory | None:
 
 def _check_mixup(config: Config, embedder: Embedder) -> None:
     places = mixing_places(embedder)
-    if not config.mixup.alpha:
-        return
-    if places[0] == ALL:
-        raise UserError(
-            f"config.mixup.alpha needs a backbone with `parts`, which {config.model.backbone} "
-            "does not have; see dml_jax.models.Embedder"
-        )
-    if config.mixup.depth >= len(places):
+    if config.mixup.alpha and config.mixup.depth >= len(places):
         raise UserError(
             f"config.mixup.depth is {config.mixup.depth}, but the part of the network that trains "
             f"has {len(places)} places: the inputs of {', '.join(places)}; choose at most "

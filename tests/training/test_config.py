@@ -459,10 +459,7 @@ def test_the_memory_has_the_documented_size(name, classes):
     module, sizes = load(ROOT / "configs" / f"{name}.py"), {}
     for loss in ("norm_softmax", "soft_triple"):
         made = module.get_config(f"memvir_{loss}")
-        of_loss = losses.create(**made.loss)
-        shape = jax.eval_shape(
-            lambda m=made, x=of_loss: builder._memory(parse_with_root(m), x, classes)
-        )
+        shape = jax.eval_shape(lambda m=made: builder._memory(parse_with_root(m), classes))
         sizes[loss] = f"{sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shape)) / 1e9:.1f}"
     words = " ".join(module.__doc__.split())
     assert f"keep the memory at {sizes['norm_softmax']} GB" in words
@@ -550,7 +547,10 @@ BAD = {
     "memvir.warmup_epochs": (99, "warmup_epochs is 99, but the run ends after"),
     "wandb": ("my/letters", "config.wandb is 'my/letters'; it must be a project's name at Weights"),
     "mlflow": ("letters\n", r"config.mlflow is .*; it must be the name of an MLflow experiment"),
-    "loss.name": ("triplet", "config.loss.name is 'triplet'; choose one of softmax, norm_softmax"),
+    "loss.name": (
+        "triplet",
+        "config.loss.name is 'triplet'; choose one of softmax, virtual_softmax",
+    ),
 }
 
 
