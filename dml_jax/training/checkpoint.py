@@ -5,7 +5,6 @@ state is the position of the input too.
 """
 
 import contextlib
-import dataclasses
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,20 +20,8 @@ from jaxtyping import PyTree
 from dml_jax._utils import processes
 from dml_jax._utils.errors import UserError
 from dml_jax.evaluation.network import Network
-from dml_jax.settings import integer, setting
 from dml_jax.training import integrity, run_directory
 from dml_jax.training.bucket import Bucket
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """The interval between checkpoints and the number that are kept."""
-
-    every_epochs: int = setting(1, integer(1), help="Epochs between checkpoints.")
-    keep_last: int = setting(
-        2, integer(1), help="Number of latest checkpoints kept, besides the best of each metric."
-    )
-
 
 BEST = {"best_map": "map@r", "best_r1": "recall@1", "best_rp": "r_precision"}
 """Names of the best checkpoints, and the metric that selects each."""
@@ -326,7 +313,7 @@ def read_network(
         ValueError: it is damaged.
     """
     shapes = network.variables_shape
-    if run_directory.read_config(workdir).optimizer.get("average_decay"):
+    if run_directory.read_config(workdir).optimizer.average_decay:
         step, found = read(workdir, name, {"average": shapes}, bucket)
         return step, found["average"]
     wanted = {"params": {"embedder": shapes["params"]}, "batch_stats": shapes["batch_stats"]}

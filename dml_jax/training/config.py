@@ -22,7 +22,6 @@ from dml_jax.models.config import ModelConfig
 from dml_jax.models.embedder import ALL
 from dml_jax.proxy_synthesis import ProxySynthesisConfig
 from dml_jax.settings import choice, flag, group, integer, setting, text, together
-from dml_jax.training.checkpoint import CheckpointConfig
 from dml_jax.training.optimizer import OptimizerConfig
 from dml_jax.training.state import PROXY_INITS
 from dml_jax.xbm import XbmConfig
@@ -58,6 +57,16 @@ def _frozen_statistics(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Returns whether batch statistics are frozen, so that micro-batches have none of their own."""
     del old
     return new["model"]["freeze_bn"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """The interval between checkpoints and the number that are kept."""
+
+    every_epochs: int = setting(1, integer(1), help="Epochs between checkpoints.")
+    keep_last: int = setting(
+        2, integer(1), help="Number of latest checkpoints kept, besides the best of each metric."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +261,27 @@ def to_dict(config: Config) -> dict[str, Any]:
 def to_config_dict(config: Config) -> ConfigDict:
     """Returns a configuration as a locked ConfigDict, the inverse of `parse`."""
     return _config_dict(config).lock()
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the recorded settings of a run, with the defaults of settings that are newer.
+
+    Args:
+        values: settings as an earlier version of the package recorded them, or this one.
+    """
+    try:
+        loss = loss_to_dict(losses.create(values["loss"]["name"]))
+    except (KeyError, TypeError, ValueError):
+        loss = {}  # `parse` reports the unknown loss.
+    return _merged(to_dict(Config()) | {"loss": loss}, values)
+
+
+def _merged(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**defaults, **values}
+    for name, default in defaults.items():
+        if isinstance(default, Mapping) and isinstance(values.get(name), Mapping):
+            merged[name] = _merged(default, values[name])
+    return merged
 
 
 def _config_dict(group_of_settings: Any) -> ConfigDict:

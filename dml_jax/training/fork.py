@@ -1,6 +1,5 @@
 """Forks: runs that start from the network of another run."""
 
-import dataclasses
 from pathlib import Path
 
 from jaxtyping import PyTree
@@ -9,7 +8,6 @@ from dml_jax._utils import storage
 from dml_jax._utils.errors import UserError
 from dml_jax._utils.files import read_json
 from dml_jax.evaluation.network import Network
-from dml_jax.models.config import ModelConfig
 from dml_jax.training import checkpoint, run_directory
 from dml_jax.training.bucket import copy
 from dml_jax.training.builder import Experiment
@@ -66,8 +64,7 @@ def read_fork(network: Network, workdir: Path) -> dict[str, PyTree]:
         ValueError: the other run trains a different network.
     """
     ours, names = network.model, ("backbone", "width", "stem", "channels", "normalisation", "dim")
-    # A run of an earlier version has not all settings.
-    theirs = dataclasses.asdict(ModelConfig()) | run_directory.read_config(workdir).model.to_dict()
+    theirs = run_directory.read_config(workdir).model
     for name in (*names, "lora_rank", "prompts"):
         if theirs[name] != getattr(ours, name):
             raise UserError(

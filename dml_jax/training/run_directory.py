@@ -15,6 +15,7 @@ from dml_jax import data
 from dml_jax._utils import locks
 from dml_jax._utils.errors import LockedError, UserError
 from dml_jax._utils.files import errors_with_path, read_json, read_json_lines
+from dml_jax.training.config import completed
 from dml_jax.training.origin import Origin
 
 CONFIG = "config.json"
@@ -109,6 +110,8 @@ def locked(workdir: Path) -> Iterator[None]:
 def read_config(workdir: Path) -> ConfigDict:
     """Returns the configuration of the run in a workdir.
 
+    Settings that are newer than the run have their defaults.
+
     Raises:
         FileNotFoundError: there is no run.
     """
@@ -116,7 +119,7 @@ def read_config(workdir: Path) -> ConfigDict:
     config = read_json(path)
     if config is None:
         raise FileNotFoundError(f"{workdir} holds no run: there is no {path}")
-    return ConfigDict(config).lock()
+    return ConfigDict(completed(config)).lock()
 
 
 def read_origin(workdir: Path) -> Origin | None:

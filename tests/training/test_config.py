@@ -2,6 +2,7 @@ import ast
 import dataclasses
 import functools
 import importlib.util
+import json
 import math
 import re
 import shlex
@@ -746,6 +747,26 @@ def test_unknown_and_missing_settings_are_reported():
         "config.loss.margin is no setting of proxy_nca",
         "config.momentum is no setting",
     ]
+
+
+def test_a_run_of_an_earlier_version_has_the_defaults_of_newer_settings(tmp_path):
+    made = glyphs.get_config("memvir_cosface")
+    resume.claim(tmp_path, config.parse(made))
+    recorded = json.loads((tmp_path / "config.json").read_text())
+    for path in ("xbm", "model.prompts", "loss.label_smoothing", "data.augmentation.erasing"):
+        *groups, name = path.split(".")
+        del functools.reduce(dict.get, groups, recorded)[name]
+    (tmp_path / "config.json").write_text(json.dumps(recorded))
+    read = run_directory.read_config(tmp_path)
+    assert config.parse(read) == config.parse(made)
+    assert resume.check(tmp_path, config.parse(made)) == []
+    made.loss.label_smoothing = 0.1
+    with pytest.raises(ValueError, match="loss.label_smoothing"):
+        resume.check(tmp_path, config.parse(made))
+    recorded["loss"]["name"] = "unknown"
+    (tmp_path / "config.json").write_text(json.dumps(recorded))
+    with pytest.raises(ValueError, match="config.loss.name is 'unknown'"):
+        config.parse(run_directory.read_config(tmp_path))
 
 
 @pytest.mark.parametrize("channels", ["rgb", "bgr"])
