@@ -1,10 +1,10 @@
 """Zero-shot retrieval: metrics of exact nearest-neighbour search."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, Shaped
+from jaxtyping import Bool, Float32, Int32, Int64, Shaped
 from numpy.typing import ArrayLike
 
 from dml_jax._utils.errors import UserError
@@ -93,16 +93,10 @@ def evaluate(
         TypeError: labels or values of k are not integers, or embeddings are not real numbers.
         ModuleNotFoundError: AMI needs scikit-learn.
     """
-    queries, query_labels = inputs.validate(embeddings, labels, "")
     exclude_query = gallery is None or same_images
-    targets, target_labels = (
-        (queries, query_labels) if gallery is None else inputs.validate(*gallery, "gallery ")
-    )
-    if queries.shape[1] != targets.shape[1]:
-        raise UserError(
-            f"embeddings have {queries.shape[1]} dimensions, the gallery's {targets.shape[1]}"
-        )
-    if same_images and (gallery is None or fmr or not np.array_equal(query_labels, target_labels)):
+    problem = _problem(embeddings, labels, gallery, exclude_query=exclude_query)
+    queries, codes, targets, target_codes, relevant = problem
+    if same_images and (gallery is None or fmr or not np.array_equal(codes, target_codes)):
         raise UserError("same_images needs a gallery with the labels of the queries, and no fmr")
     levels = {"recall_at": recall_at, "precision_at": precision_at, "map_at": map_at}
     for name, values in levels.items():
@@ -110,34 +104,92 @@ def evaluate(
     inputs.check_rates("confidence", [] if confidence is None else [confidence])
     inputs.check_rates("fmr", fmr)
     backend = exact.choose(backend)
-
-    names, codes = np.unique(np.concatenate([query_labels, target_labels]), return_inverse=True)
-    query_codes, target_codes = np.split(codes.astype(np.int32), [len(queries)])
-    relevant = np.bincount(target_codes, minlength=len(names))[query_codes] - exclude_query
     with_match = np.count_nonzero(relevant)
     if with_match == 0:
         raise UserError("no query has an image of its class in the gallery")
 
-    described = diagnose(queries, query_codes)._asdict() if diagnostics else {}
+    described = diagnose(queries, codes)._asdict() if diagnostics else {}
     search = reranking.searcher(targets, backend, rerank, exclude_query=exclude_query)
     depth, blocks = max([1, *recall_at, *precision_at, *map_at]), []
     for rows, k in _blocks(relevant, depth):
-        matches = target_codes[search(queries, rows, k)] == query_codes[rows, None]
-        blocks.append((query_codes[rows], _of_queries(matches, relevant[rows], **levels)))
-    result = _means(blocks, per_class, confidence) | described
-    if nmi or ami:
-        clusters = exact.kmeans(queries, len(np.unique(query_codes)), gpu=backend == "gpu")
+        matches = target_codes[search(queries, rows, k)] == codes[rows, None]
+        blocks.append((codes[rows], _of_queries(matches, relevant[rows], **levels)))
+    others = None if gallery is None else (targets, target_codes)
+    return {
+        **_means(blocks, per_class, confidence),
+        **described,
+        **_of_clusters(queries, codes, nmi=nmi, ami=ami, gpu=backend == "gpu"),
+        **_of_pairs(queries, codes, others, fmr),
+        "queries_without_match": float(len(queries) - with_match),
+    }
+
+
+class _Problem(NamedTuple):
+    """Checked queries and gallery, with classes numbered from 0."""
+
+    queries: Float32[np.ndarray, "n d"]
+    codes: Int32[np.ndarray, " n"]
+    targets: Float32[np.ndarray, "m d"]
+    target_codes: Int32[np.ndarray, " m"]
+    relevant: Int64[np.ndarray, " n"]
+    """Number of gallery images of each query's class."""
+
+
+def _problem(
+    embeddings: ArrayLike,
+    labels: ArrayLike,
+    gallery: tuple[ArrayLike, ArrayLike] | None,
+    *,
+    exclude_query: bool,
+) -> _Problem:
+    queries, query_labels = inputs.validate(embeddings, labels, "")
+    targets, target_labels = (
+        (queries, query_labels) if gallery is None else inputs.validate(*gallery, "gallery ")
+    )
+    if queries.shape[1] != targets.shape[1]:
+        raise UserError(
+            f"embeddings have {queries.shape[1]} dimensions, the gallery's {targets.shape[1]}"
+        )
+    names, codes = np.unique(np.concatenate([query_labels, target_labels]), return_inverse=True)
+    query_codes, target_codes = np.split(codes.astype(np.int32), [len(queries)])
+    relevant = np.bincount(target_codes, minlength=len(names))[query_codes] - exclude_query
+    return _Problem(queries, query_codes, targets, target_codes, relevant)
+
+
+def _of_clusters(
+    queries: Float32[np.ndarray, "n d"],
+    codes: Int32[np.ndarray, " n"],
+    *,
+    nmi: bool,
+    ami: bool,
+    gpu: bool,
+) -> dict[str, float]:
+    """Returns the requested metrics of a k-means clustering."""
+    if not (nmi or ami):
+        return {}
+    clusters = exact.kmeans(queries, len(np.unique(codes)), gpu=gpu)
+    found = {}
     if nmi:
-        result["nmi"] = metrics.normalized_mutual_information(query_codes, clusters)
+        found["nmi"] = metrics.normalized_mutual_information(codes, clusters)
     if ami:
-        result["ami"] = metrics.adjusted_mutual_information(query_codes, clusters)
-    if fmr:
-        others = None if gallery is None else (targets, target_codes)
-        points = verification.operating_points(queries, query_codes, others, fmr)
-        for rate, point in zip(fmr, points, strict=True):
-            result |= {f"fnmr@fmr{rate:g}": point.fnmr, f"threshold@fmr{rate:g}": point.threshold}
-    result["queries_without_match"] = float(len(queries) - with_match)
-    return result
+        found["ami"] = metrics.adjusted_mutual_information(codes, clusters)
+    return found
+
+
+def _of_pairs(
+    queries: Float32[np.ndarray, "n d"],
+    codes: Int32[np.ndarray, " n"],
+    gallery: tuple[Float32[np.ndarray, "m d"], Int32[np.ndarray, " m"]] | None,
+    fmr: Sequence[float],
+) -> dict[str, float]:
+    """Returns the FNMR at each false match rate, and the threshold."""
+    if not fmr:
+        return {}
+    found: dict[str, float] = {}
+    points = verification.operating_points(queries, codes, gallery, fmr)
+    for rate, point in zip(fmr, points, strict=True):
+        found |= {f"fnmr@fmr{rate:g}": point.fnmr, f"threshold@fmr{rate:g}": point.threshold}
+    return found
 
 
 def _means(
