@@ -89,7 +89,7 @@ def _heat_map(sweep: Sweep, title: str, scores: Mapping[str, Sequence[float]]) -
         # Numbers as categories: equal cells, also if the values are not evenly spaced.
         xaxis={"title": across, "type": "category"},
         yaxis={"title": down, "type": "category"},
-        plot_bgcolor="white",
+        plot_bgcolor="#dddddd",  # Unlike the lowest score, so that missing cells can be seen.
     )
     return _html(figure)
 

@@ -4,7 +4,6 @@ A map shows embeddings and proxies of a few training classes, the mixtures that 
 makes of them, and their embeddings and proxies in MemVir's memory, like the figures of the papers.
 """
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,17 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Float64, Int64
 
-from dml_jax import data, memvir, proxy_synthesis
-from dml_jax._utils import sharding
+from dml_jax import data, memvir
 from dml_jax.evaluation.embedding import embed_images
+from dml_jax.inference import mixtures, trained
 from dml_jax.report import projection
 from dml_jax.report.runs import Run
 from dml_jax.report.thumbnails import Thumbnail
 from dml_jax.retrieval import exact
-from dml_jax.training import builder, checkpoint, run_directory
 from dml_jax.training.builder import Experiment
-from dml_jax.training.config import parse
-from dml_jax.training.state import network_variables
 
 KINDS = (
     "image",
@@ -84,20 +80,19 @@ def compute(run: Run) -> TrainingMap | None:
     config = run.config
     if not (config.proxy_synthesis.ratio or config.memvir.num_steps):
         return None
-    device = sharding.make_mesh(jax.local_devices()[:1])
-    built = builder.build(parse(config), device, run_directory.read_inspection(run.folder))
-    state = _restore(built, run.folder)
-    if state is None:
+    built = trained.build(run.folder)
+    try:
+        state = trained.read_training_state(built, run.folder, "last", with_memory=True)
+    except FileNotFoundError:
         return None
-    variables, proxies, memory = state
-    remembered = None if memory is None else _entries(memory)
+    remembered = None if state.memory is None else _entries(state.memory)
     train = built.sources["train"]
     chosen = _choose(train.labels, remembered)
     images = np.concatenate([np.flatnonzero(train.labels == c)[:_IMAGES] for c in chosen])
     source = _subset(train, images)
-    embeddings = jnp.asarray(embed_images(built.network, variables, source))
+    embeddings = jnp.asarray(embed_images(built.network, state.variables, source))
     per_class = built.step_config.loss.proxies_per_class
-    own = jnp.asarray(proxies.reshape(len(train.class_names), -1)[chosen])
+    own = jnp.asarray(state.proxies.reshape(len(train.class_names), -1)[chosen])
     own = own.reshape(len(chosen) * per_class, -1)
     labels = np.searchsorted(chosen, source.labels)
     points = _current(built, embeddings, own, labels)
@@ -115,22 +110,6 @@ def compute(run: Run) -> TrainingMap | None:
         classes=[train.class_names[c] for c in chosen],
         thumbnails=[Thumbnail(train, int(i)) for i in images],
     )
-
-
-def _restore(
-    built: Experiment, folder: Path
-) -> tuple[Any, np.ndarray, memvir.Memory | None] | None:
-    """Returns network variables, proxies and memory of the last checkpoint, or None without one."""
-    everything = built.abstract_state
-    wanted = {
-        name: getattr(everything, name) for name in ("params", "batch_stats", "average", "memory")
-    }
-    try:
-        found = everything._replace(**checkpoint.read(folder, "last", wanted)[1])
-    except FileNotFoundError:
-        return None
-    proxies, memory = jax.device_get((found.params["proxies"], found.memory))
-    return network_variables(found), proxies, memory
 
 
 class _Entries(NamedTuple):
@@ -207,36 +186,26 @@ def _synthetic(
     One step mixes all pairs with the same weight. To show several weights, the points are taken
     from several steps.
     """
-    step_config, batch = built.step_config, len(labels)
-    per_class = step_config.loss.proxies_per_class
+    per_class = built.step_config.loss.proxies_per_class
     points = []
     for part in range(_STEPS):
-        lam, partner = proxy_synthesis.draw(
+        made = mixtures.of_batch(
             jax.random.key(part),
-            jnp.asarray(labels),
-            **step_config.mixing.of_draw(),
-        )
-        problem = proxy_synthesis.synthesize(
             embeddings,
             proxies,
             jnp.asarray(labels),
-            lam=lam,
-            partner=partner,
-            loss=step_config.loss,
-            **step_config.mixing.of_synthesis(),
+            loss=built.step_config.loss,
+            mixing=built.step_config.mixing,
         )
         # For losses with several proxies per class, only the first mixture is shown.
-        mixed = np.asarray(problem.proxies)[len(proxies) :: per_class]
-        rows = np.asarray(problem.embeddings)[batch:]
-        class_mask = problem.class_mask[len(proxies) // per_class :]
+        first_proxies = made.proxies.reshape(len(made.weights), per_class, -1)[:, 0]
         for kind, vectors, mask in (
-            ("synthetic embedding", rows, problem.row_mask[batch:]),
-            ("synthetic proxy", mixed, class_mask),
+            ("synthetic embedding", made.embeddings, made.row_mask),
+            ("synthetic proxy", first_proxies, made.class_mask),
         ):
             kept = np.flatnonzero(mask)
             kept = kept[kept % _STEPS == part]
-            first, second = labels[kept % batch], labels[np.asarray(partner).ravel()[kept]]
-            points.append(_points(kind, vectors[kept], first, second))
+            points.append(_points(kind, vectors[kept], *made.classes[kept].T))
     return points
 
 
