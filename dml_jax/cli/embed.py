@@ -38,11 +38,11 @@ _CHECKPOINT = flags.DEFINE_enum(
     "The checkpoint of the run; default: the last one.",
 )
 _IMAGES = flags.DEFINE_string(
-    "images", None, "Folder or URL of images, or of one folder of images per class."
+    "images", "", "Folder or URL of images, or of one folder of images per class."
 )
-_OUT = flags.DEFINE_string("out", None, "The .npz or .parquet file to write.")
+_OUT = flags.DEFINE_string("out", "", "The .npz or .parquet file to write.")
 _SYNTHETIC = flags.DEFINE_string(
-    "synthetic", None, "The .npz file to write with the synthetic classes, instead of --out."
+    "synthetic", "", "The .npz file to write with the synthetic classes, instead of --out."
 )
 
 _BLOCK = 64  # Decoded images in memory.
@@ -53,9 +53,9 @@ def main() -> None:
     with command_line.user_errors():
         if bool(_IMAGES.value) != bool(_OUT.value) or bool(_OUT.value) == bool(_SYNTHETIC.value):
             raise UserError("give --images and --out, or --synthetic")
-        out = _OUT if _OUT.value else _SYNTHETIC
-        if not (storage.is_url(out.value) or Path(out.value).absolute().parent.is_dir()):
-            raise FileNotFoundError(f"the folder of --{out.name}={out.value} does not exist")
+        name, file = ("out", _OUT.value) if _OUT.value else ("synthetic", _SYNTHETIC.value)
+        if not (storage.is_url(file) or Path(file).absolute().parent.is_dir()):
+            raise FileNotFoundError(f"the folder of --{name}={file} does not exist")
         folder = retriever.find(_WORKDIR.value)
         is_export = retriever.is_export(folder)
         if _SYNTHETIC.value:

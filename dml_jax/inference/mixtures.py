@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Integer, PRNGKeyArray
 
-from dml_jax import losses, proxy_synthesis
+from dml_jax import data, losses, proxy_synthesis
 from dml_jax._utils import files
 from dml_jax._utils.errors import UserError
-from dml_jax.data import sampling
 from dml_jax.evaluation.embedding import embed_images
 from dml_jax.inference import trained
 from dml_jax.proxy_synthesis import ProxySynthesisConfig
@@ -108,7 +107,7 @@ def of_run(folder: Path, name: str) -> tuple[Mixtures, tuple[str, ...]]:
     embeddings = embed_images(built.network, state.variables, train)
     proxies, key = jnp.asarray(state.proxies), jax.random.key(config.seed)
     epoch = state.step // built.steps_per_epoch
-    order = sampling.epoch_order(
+    order = data.epoch_order(
         train.labels,
         batch_size=config.batch_size,
         n_instance=config.data.n_instance,

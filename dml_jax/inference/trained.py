@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float32, PyTree
+from jaxtyping import Float32, Integer, PyTree
 
-from dml_jax import memvir
+from dml_jax import data, memvir
 from dml_jax._utils import sharding
+from dml_jax.evaluation.embedding import embed_images
 from dml_jax.evaluation.network import Network
 from dml_jax.training import builder, checkpoint, run_directory
 from dml_jax.training.builder import Experiment, make_network
@@ -87,3 +88,19 @@ def read_training_state(
     proxies, memory = jax.device_get((found.params["proxies"], found.memory))
     count = built.step_config.num_classes * built.step_config.loss.proxies_per_class
     return TrainingState(step, network_variables(found), proxies[:count], memory)
+
+
+def embed_some(
+    built: Experiment,
+    state: TrainingState,
+    source: data.Source,
+    images: Integer[np.ndarray, " n"],
+) -> Float32[np.ndarray, "n d"]:
+    """Returns the raw embeddings of some images of a source, given by their indices."""
+    some = data.Source(
+        records=[source.records[int(i)] for i in images],
+        labels=source.labels[images],
+        class_names=source.class_names,
+        names=tuple(source.names[i] for i in images),
+    )
+    return embed_images(built.network, state.variables, some)

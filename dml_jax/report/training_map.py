@@ -2,6 +2,7 @@
 
 A map shows embeddings and proxies of a few training classes, the mixtures that Proxy Synthesis
 makes of them, and their embeddings and proxies in MemVir's memory, like the figures of the papers.
+Images of a few test classes show where unseen classes are.
 """
 
 from typing import Any, NamedTuple
@@ -12,10 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Float64, Int64
 
 from dml_jax import data, memvir
-from dml_jax.evaluation.embedding import embed_images
 from dml_jax.inference import mixtures, trained
+from dml_jax.inference.trained import TrainingState
 from dml_jax.report import projection
-from dml_jax.report.runs import Run
 from dml_jax.report.thumbnails import Thumbnail
 from dml_jax.retrieval import exact
 from dml_jax.training.builder import Experiment
@@ -27,10 +27,12 @@ KINDS = (
     "synthetic proxy",
     "remembered embedding",
     "remembered proxy",
+    "test image",
 )
 """The kinds of points on a map."""
 
 _CLASSES = 8
+_TEST_CLASSES = 4
 _IMAGES = 20
 _AGES = 20
 _STEPS = 8
@@ -47,7 +49,7 @@ class _Points(NamedTuple):
 
 
 class TrainingMap(NamedTuple):
-    """A map of a few training classes.
+    """A map of a few training classes, with images of a few test classes.
 
     Attributes:
         positions: the position of each point, in 0..1.
@@ -55,8 +57,9 @@ class TrainingMap(NamedTuple):
         label: the class of each point, an index of `classes`.
         second: the second class of a synthetic point; -1 for other points.
         age: steps since a point entered the memory; 0 for points outside it.
-        classes: names of the classes.
-        thumbnails: the images of the points of kind "image", which come first.
+        classes: names of the training classes, then of the test classes.
+        thumbnails: the images of the points of the kinds "image" and "test image", which come first
+            in this order.
     """
 
     positions: Float64[np.ndarray, "n 2"]
@@ -68,34 +71,33 @@ class TrainingMap(NamedTuple):
     thumbnails: list[Thumbnail]
 
 
-def compute(run: Run) -> TrainingMap | None:
-    """Returns the map of a run with Proxy Synthesis or MemVir, from its last checkpoint.
+def compute(built: Experiment, state: TrainingState) -> TrainingMap | None:
+    """Returns the map of a run at a checkpoint; None for a run without a regulariser.
 
     Args:
-        run: a finished run.
-
-    Returns:
-        The map, or None if the run has neither regulariser or no checkpoint.
+        built: the experiment of the run.
+        state: its state at the checkpoint, with MemVir's memory.
     """
-    config = run.config
+    config = built.config
     if not (config.proxy_synthesis.ratio or config.memvir.num_steps):
         return None
-    built = trained.build(run.folder)
-    try:
-        state = trained.read_training_state(built, run.folder, "last", with_memory=True)
-    except FileNotFoundError:
-        return None
     remembered = None if state.memory is None else _entries(state.memory)
-    train = built.sources["train"]
-    chosen = _choose(train.labels, remembered)
-    images = np.concatenate([np.flatnonzero(train.labels == c)[:_IMAGES] for c in chosen])
-    source = _subset(train, images)
-    embeddings = jnp.asarray(embed_images(built.network, state.variables, source))
+    train, test = built.sources["train"], built.sources["test"]
+    chosen = _choose(train.labels, _CLASSES, remembered)
+    images = _images_of(train, chosen)
+    embeddings = jnp.asarray(trained.embed_some(built, state, train, images))
     per_class = built.step_config.loss.proxies_per_class
     own = jnp.asarray(state.proxies.reshape(len(train.class_names), -1)[chosen])
     own = own.reshape(len(chosen) * per_class, -1)
-    labels = np.searchsorted(chosen, source.labels)
-    points = _current(built, embeddings, own, labels)
+    labels = np.searchsorted(chosen, train.labels[images])
+    of_test = _choose(test.labels, _TEST_CLASSES)
+    test_images = _images_of(test, of_test)
+    test_rows, _ = built.step_config.loss.prepare(
+        jnp.asarray(trained.embed_some(built, state, test, test_images)), own
+    )
+    test_labels = len(chosen) + np.searchsorted(of_test, test.labels[test_images])
+    image_points, proxy_points = _current(built, embeddings, own, labels)
+    points = [image_points, _points("test image", test_rows, test_labels), proxy_points]
     if built.step_config.mixing.ratio:
         points += _synthetic(built, embeddings, own, labels)
     if remembered is not None:
@@ -107,8 +109,14 @@ def compute(run: Run) -> TrainingMap | None:
         label=np.concatenate([part.label for part in points]),
         second=np.concatenate([part.second for part in points]),
         age=np.concatenate([part.age for part in points]),
-        classes=[train.class_names[c] for c in chosen],
-        thumbnails=[Thumbnail(train, int(i)) for i in images],
+        classes=[
+            *(train.class_names[c] for c in chosen),
+            *(test.class_names[c] for c in of_test),
+        ],
+        thumbnails=[
+            *(Thumbnail(train, int(i)) for i in images),
+            *(Thumbnail(test, int(i)) for i in test_images),
+        ],
     )
 
 
@@ -139,22 +147,21 @@ def _entries(memory: memvir.Memory) -> _Entries:
     )
 
 
-def _choose(labels: np.ndarray, remembered: _Entries | None) -> Int64[np.ndarray, " classes"]:
+def _choose(
+    labels: np.ndarray, count: int, remembered: _Entries | None = None
+) -> Int64[np.ndarray, " classes"]:
     """Returns the classes to show: those with most entries in the memory, or random ones."""
     classes = np.random.default_rng(0).permutation(int(labels.max()) + 1)
     if remembered is not None:
         counts = np.bincount(remembered.labels.ravel(), minlength=len(classes))
         classes = classes[np.argsort(-counts[classes], kind="stable")]
-    return np.sort(classes[:_CLASSES])
+    return np.sort(classes[:count])
 
 
-def _subset(source: data.Source, indices: np.ndarray) -> data.Source:
-    return data.Source(
-        records=[source.records[int(i)] for i in indices],
-        labels=source.labels[indices],
-        class_names=source.class_names,
-        names=tuple(source.names[i] for i in indices),
-    )
+def _images_of(
+    source: data.Source, classes: Int64[np.ndarray, " classes"]
+) -> Int64[np.ndarray, " n"]:
+    return np.concatenate([np.flatnonzero(source.labels == c)[:_IMAGES] for c in classes])
 
 
 def _points(kind: str, vectors: Any, label: Any, second: Any = -1, age: Any = 0) -> _Points:
