@@ -228,7 +228,10 @@ def test_the_page_works_in_a_browser(written, tmp_path):
         )
         assert max(browser.get(overflow)) <= 1
 
-        # The map of training classes in the colours of the steps.
+        # The map of training classes in the colours of the steps; one run is no choice.
+        field = "getComputedStyle(document.getElementById('training-{}-field')).display"
+        assert browser.get(field.format("run")) == "none"
+        assert browser.get(field.format("colour")) != "none"
         canvas = "document.getElementById('training-canvas')"
         by_class = browser.get(f"{canvas}.toDataURL()")
         colouring = "document.getElementById('training-colour')"

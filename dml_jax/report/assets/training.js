@@ -114,6 +114,9 @@ function drawTraining() {
     shown = one;
     positions = Float32Array.from(unpack(one.positions), (x) => x / 65535);
     marked = map.current = -1;
+    const remembers = one.age.some((age) => age > 0);
+    document.getElementById("training-colour-field").hidden = !remembers;
+    if (!remembers) colouring.value = "class";
     hidden.clear();
     panel.replaceChildren(element("p", { className: "quiet" }, "Point at an item or use the arrow keys."));
     const present = [...new Set(one.kind)].sort();
