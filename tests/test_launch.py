@@ -78,8 +78,8 @@ ARRAY = {"SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "1"}
 def test_a_stopped_cell_of_a_table_is_queued_again_alone(tmp_path, code, queues):
     make_program(tmp_path / "srun", f"#!/bin/sh\necho srun $@\nexit {code}\n")
     make_program(tmp_path / "scontrol", "#!/bin/sh\necho scontrol $@\n")
-    arguments = ("readme", "--root=my runs")
-    done = run_slurm(tmp_path, *arguments, script="paper_array.sh", **ARRAY)
+    arguments = ("paper", "readme", "--root=my runs")
+    done = run_slurm(tmp_path, *arguments, script="array.sh", **ARRAY)
     assert done.returncode == code
     lines = done.stdout.splitlines()
     assert lines[0] == "srun dml-jax paper --array readme --root=my runs"
@@ -95,7 +95,7 @@ def test_the_jobs_of_an_array_train_the_cells_of_a_table(tmp_path):
     table = ["readme", "--losses=proxy_nca", "--methods=baseline,ps", "--seeds=1"]
     table += [f"--root={root}", f"--data_root={tmp_path / 'data'}"]
     table += [f"--config.{name}={value}" for name, value in settings.items()]
-    job = run_slurm(tmp_path, *table, script="paper_array.sh", **ARRAY)
+    job = run_slurm(tmp_path, "paper", *table, script="array.sh", **ARRAY)
     assert job.returncode == 0, job.stderr
     folders = [root / "cars196" / name / "seed0" for name in ("proxy_nca", "ps_proxy_nca")]
     assert [(folder / "result.json").exists() for folder in folders] == [False, True]

@@ -16,6 +16,7 @@ PROGRAMS = {
     "push": "push",
     "reproduce": "reproduce",
     "paper": "paper",
+    "sweep": "sweep",
     "study": "study",
     "compile": "compile",
     "prepare": "prepare_data",
@@ -24,7 +25,7 @@ PROGRAMS = {
 }
 """By program: its module in this package."""
 
-_STOPPABLE = ("train", "reproduce", "paper", "study", "quickstart")
+_STOPPABLE = ("train", "reproduce", "paper", "sweep", "study", "quickstart")
 
 
 def launch(module: str, program: str) -> None:

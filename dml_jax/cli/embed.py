@@ -1,8 +1,12 @@
-"""Embeds a folder of images with the network of a run; needs no images of the run itself.
+"""Embeds a folder of images with the network of a run, or exports its synthetic classes.
 
 dml-jax embed --workdir=runs/memvir --images=DIR --out=embeddings.npz
 dml-jax embed --workdir=runs/memvir --images=DIR --out=embeddings.parquet
 dml-jax embed --workdir=hf:OWNER/NAME --images=DIR --out=embeddings.npz
+dml-jax embed --workdir=runs/ps --synthetic=synthetic.npz --checkpoint=best_map
+
+Embedding needs no images of the run itself. --synthetic does: it writes the embeddings and proxies
+that Proxy Synthesis mixes of the training images, with the two classes and the weight of each.
 """
 
 from pathlib import Path
@@ -18,7 +22,7 @@ from dml_jax._utils.errors import UserError
 from dml_jax.cli import command_line
 from dml_jax.evaluation import embedding_files
 from dml_jax.evaluation.embedding import embed_images
-from dml_jax.inference import retriever, trained
+from dml_jax.inference import mixtures, retriever, trained
 from dml_jax.training import checkpoint, run_directory
 
 _WORKDIR = flags.DEFINE_string(
@@ -34,9 +38,12 @@ _CHECKPOINT = flags.DEFINE_enum(
     "The checkpoint of the run; default: the last one.",
 )
 _IMAGES = flags.DEFINE_string(
-    "images", None, "Folder or URL of images, or of one folder of images per class.", required=True
+    "images", "", "Folder or URL of images, or of one folder of images per class."
 )
-_OUT = flags.DEFINE_string("out", None, "The .npz or .parquet file to write.", required=True)
+_OUT = flags.DEFINE_string("out", "", "The .npz or .parquet file to write.")
+_SYNTHETIC = flags.DEFINE_string(
+    "synthetic", "", "The .npz file to write with the synthetic classes, instead of --out."
+)
 
 _BLOCK = 64  # Decoded images in memory.
 
@@ -44,10 +51,16 @@ _BLOCK = 64  # Decoded images in memory.
 def main() -> None:
     """Runs the program."""
     with command_line.user_errors():
-        if not (storage.is_url(_OUT.value) or Path(_OUT.value).absolute().parent.is_dir()):
-            raise FileNotFoundError(f"the folder of --out={_OUT.value} does not exist")
+        if bool(_IMAGES.value) != bool(_OUT.value) or bool(_OUT.value) == bool(_SYNTHETIC.value):
+            raise UserError("give --images and --out, or --synthetic")
+        name, file = ("out", _OUT.value) if _OUT.value else ("synthetic", _SYNTHETIC.value)
+        if not (storage.is_url(file) or Path(file).absolute().parent.is_dir()):
+            raise FileNotFoundError(f"the folder of --{name}={file} does not exist")
         folder = retriever.find(_WORKDIR.value)
         is_export = retriever.is_export(folder)
+        if _SYNTHETIC.value:
+            _export_synthetic(folder, is_export)
+            return
         if is_export and _CHECKPOINT.value:
             raise UserError(f"{_WORKDIR.value} is an export of one checkpoint: omit --checkpoint")
         given = {"images": data.images_below(storage.local(_IMAGES.value))}
@@ -66,6 +79,17 @@ def main() -> None:
                 out, embeddings, images.labels, images.names, images.class_names
             )
     print(f"{len(images)} embeddings of {embeddings.shape[1]} dimensions: {_OUT.value}")
+
+
+def _export_synthetic(folder: Path, is_export: bool) -> None:
+    if is_export:
+        raise UserError(f"{_WORKDIR.value} is an export, which has no proxies: give a run")
+    if not _SYNTHETIC.value.endswith(".npz"):
+        raise UserError(f"--synthetic={_SYNTHETIC.value} must end in .npz")
+    made, class_names = mixtures.of_run(folder, _CHECKPOINT.value or "last")
+    with storage.writing(_SYNTHETIC.value) as out:
+        mixtures.save(out, made, class_names)
+    print(f"{len(made.weights)} synthetic classes of {len(class_names)}: {_SYNTHETIC.value}")
 
 
 def _embed_by_export(folder: Path, images: data.Source) -> Float32[np.ndarray, "n d"]:

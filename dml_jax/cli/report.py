@@ -10,14 +10,22 @@ from absl import flags
 from dml_jax._utils import storage
 from dml_jax.cli import command_line
 from dml_jax.report import render, runs
+from dml_jax.training import checkpoint
 
+_CHECKPOINT = flags.DEFINE_enum(
+    "checkpoint",
+    "last",
+    ["last", *checkpoint.BEST],
+    "The checkpoint of the map of training classes and of the decision boundaries.",
+)
 _OUT = flags.DEFINE_string("out", "report.html", "The page to write, a path or URL.")
 
 
 def main(*folders: str) -> None:
     """Runs the program."""
     with command_line.user_errors(), storage.writing(_OUT.value) as out:
-        render.write(runs.group([runs.read(folder) for folder in folders]), out)
+        groups = runs.group([runs.read(folder) for folder in folders])
+        render.write(groups, out, checkpoint=_CHECKPOINT.value)
         size = out.stat().st_size
     print(f"Report ({size / 1e6:.1f} MB): {storage.absolute(_OUT.value)}")
 

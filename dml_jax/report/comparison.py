@@ -34,7 +34,8 @@ def table(
         title: the metric and the epoch it was measured at.
         scores: for each variant, one fraction per seed; None for a run that has not finished, which
             the table shows as a dash. Some variants may have fewer seeds than others.
-        baselines: the baseline of each variant that has one.
+        baselines: the baseline of each variant that has one. Without any, the table has no columns
+            for the comparison.
         published: published scores of each variant as text; "" if there are none. If all are
             empty, the table has no such column.
 
@@ -42,7 +43,8 @@ def table(
         The table, with lines separated by newlines.
     """
     seeds = max(map(len, scores.values()))
-    head = [title, *map(str, range(1, 1 + seeds)), "mean ± std", "against", "p (Welch)"]
+    head = [title, *map(str, range(1, 1 + seeds)), "mean ± std"]
+    head += ["against", "p (Welch)"] if baselines else []
     if any(published.values()):
         head.append("published")
     rows = [head, ["---"] * len(head)]
@@ -56,7 +58,7 @@ def table(
             gain = statistics.mean(percents) - statistics.mean(baseline)
             against = f"{baselines[variant]} {gain:+.2f}"
             p = p_value(percents, baseline)
-        row = [variant, *runs, mean, against, p]
+        row = [variant, *runs, mean, *([against, p] if baselines else [])]
         if any(published.values()):
             row.append(published.get(variant, ""))
         rows.append(row)

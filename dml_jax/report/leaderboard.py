@@ -1,18 +1,14 @@
 """The page of a leaderboard of backbones: one self-contained HTML file."""
 
-import time
-from importlib import resources
 from pathlib import Path
 
-import dml_jax
 from dml_jax import retrieval
 from dml_jax._utils import extras, files
 from dml_jax.inference.leaderboard import FEATURES, WHITENED, Leaderboard
+from dml_jax.report import page
 
 with extras.required_by("report"):
-    import jinja2
     import plotly.graph_objects
-    import plotly.offline
     from markupsafe import Markup
 
 _KINDS = {FEATURES: "raw", WHITENED: "PCA-whitened"}
@@ -26,23 +22,15 @@ def write(leaderboard: Leaderboard, path: Path, *, device: str) -> None:
         path: the HTML file.
         device: name of the devices that the costs hold for.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dml_jax.report", "assets"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    style = resources.files("dml_jax.report") / "assets" / "style.css"
-    text = environment.get_template("leaderboard.html").render(
+    text = page.render(
+        "dml_jax.report",
+        "leaderboard.html",
         **leaderboard._asdict(),
         kinds=_KINDS,
         scores=retrieval.SCORES,
         best={kind: _best(leaderboard, kind) for kind in _KINDS},
         figure=_figure(leaderboard) if leaderboard.rows else "",
         device=device,
-        style=Markup(style.read_text(encoding="utf-8")),
-        plotly=Markup(plotly.offline.get_plotlyjs()),
-        version=dml_jax.__version__,
-        date=time.strftime("%Y-%m-%d"),
     )
     files.write_text(path, text)
 

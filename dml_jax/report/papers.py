@@ -163,12 +163,13 @@ def text(planned: Plan, results: Sequence[Mapping[str, Any] | None]) -> str:
     if planned.overrides:
         changed = ", ".join(f"{path}={value}" for path, value in planned.overrides.items())
         parts.append(f"Settings that differ from those of the config files: {changed}.")
-    missing = _missing(planned, results)
+    missing = cells.missing(planned.cells, results)
     if missing:
         parts.append("Missing:\n\n" + "\n".join(f"- {line}" for line in missing))
+    by_name = cells.by_name(planned.cells, results)
     for data_set, references in planned.references.items():
         parts.append(f"## {data_set}")
-        by_variant = {name: _of(planned, results, f"{data_set}/{name}") for name in references}
+        by_variant = {name: by_name[f"{data_set}/{name}"] for name in references}
         for best in _BEST_AND_LAST:
             parts += comparison.tables(
                 by_variant,
@@ -180,24 +181,6 @@ def text(planned: Plan, results: Sequence[Mapping[str, Any] | None]) -> str:
     names = " ".join(cell.name for cell in planned.cells)
     parts += [note for key, note in NOTES.items() if key == "best" or key in names]
     return "\n\n".join(parts) + "\n"
-
-
-def _of(
-    planned: Plan, results: Sequence[Mapping[str, Any] | None], name: str
-) -> list[Mapping[str, Any] | None]:
-    """Returns the results of one variant, by seed."""
-    return [
-        result for cell, result in zip(planned.cells, results, strict=True) if cell.name == name
-    ]
-
-
-def _missing(planned: Plan, results: Sequence[Mapping[str, Any] | None]) -> list[str]:
-    """Returns a line for each variant that has runs which have not finished."""
-    seeds: dict[str, list[str]] = {}
-    for cell, result in zip(planned.cells, results, strict=True):
-        if result is None:
-            seeds.setdefault(cell.name, []).append(str(cell.config.seed))
-    return [f"{name}: seed{'s' * (len(x) > 1)} {', '.join(x)}" for name, x in seeds.items()]
 
 
 def write(planned: Plan, results: Sequence[Mapping[str, Any] | None], root: str) -> list[str]:

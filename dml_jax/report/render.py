@@ -13,11 +13,12 @@ import numpy as np
 from jaxtyping import Int64
 
 import dml_jax
-from dml_jax import data, retrieval
+from dml_jax import data, losses, retrieval
 from dml_jax._utils import extras, files
 from dml_jax._utils.errors import UserError
 from dml_jax.data import splits
-from dml_jax.report import projection, ranking, tables, thumbnails, training_map
+from dml_jax.inference import trained
+from dml_jax.report import boundaries, projection, ranking, tables, thumbnails, training_map
 from dml_jax.report.runs import Group, Run
 from dml_jax.retrieval import exact
 from dml_jax.training import run_directory
@@ -39,6 +40,7 @@ def write(
     groups: Sequence[Group],
     path: Path,
     *,
+    checkpoint: str = "last",
     log: Callable[[str], None] = print,
 ) -> None:
     """Writes the report of runs that were tested on the same images.
@@ -46,6 +48,8 @@ def write(
     Args:
         groups: groups of runs, see `runs.group`.
         path: the HTML file to write.
+        checkpoint: name of the checkpoints that the map of training classes and the confidence
+            between classes are computed from; all else is of the last epoch.
         log: called with progress messages.
 
     Raises:
@@ -62,7 +66,9 @@ def write(
     log(f"computing {len(groups)} maps of {len(shown)} images")
     maps = _maps(groups, shown)
     log("computing the maps of training classes")
-    training_maps = [(group.name, training_map.compute(group.first)) for group in groups]
+    of_training = [_training_classes(group.first, checkpoint) for group in groups]
+    training_maps = [(group.name, x[0]) for group, x in zip(groups, of_training, strict=True)]
+    confidences = [None if x is None else np.round(x, 5).tolist() for _, x in of_training]
     present = [(name, one) for name, one in training_maps if one is not None]
     log("encoding thumbnails")
     images = _thumbnails(sources, shown) + [x for _, one in present for x in one.thumbnails]
@@ -78,6 +84,8 @@ def write(
         "scores": list(retrieval.SCORES.items()),
         "training": _training(present, len(shown)),
         "kinds": training_map.KINDS,
+        "positions": np.round(boundaries.POSITIONS, 5).tolist(),
+        "confidences": confidences,
     }
     text = _template().render(
         groups=groups,
@@ -94,8 +102,12 @@ def write(
         costs=tables.costs(groups),
         settings=tables.settings(groups),
         commands=tables.commands(groups),
-        command=_command(groups, path),
+        command=_command(groups, path, checkpoint),
+        checkpoint=checkpoint,
         has_training=bool(present),
+        without_confidence=[
+            group.name for group, x in zip(groups, confidences, strict=True) if x is None
+        ],
         version=dml_jax.__version__,
         date=time.strftime("%Y-%m-%d"),
         content=_json(content),
@@ -107,9 +119,24 @@ def write(
     files.write_text(path, text)
 
 
-def _command(groups: Sequence[Group], path: Path) -> str:
+def _training_classes(
+    run: Run, name: str
+) -> tuple[training_map.TrainingMap | None, np.ndarray | None]:
+    """Returns the map of training classes and the confidence between them, if there are any."""
+    built = trained.build(run.folder)
+    if isinstance(built.config.loss, losses.PairLoss):
+        return None, None
+    try:
+        state = trained.read_training_state(built, run.folder, name, with_memory=True)
+    except FileNotFoundError:
+        return None, None
+    return training_map.compute(built, state), boundaries.compute(built, state)
+
+
+def _command(groups: Sequence[Group], path: Path, checkpoint: str) -> str:
     folders = [run.place for group in groups for run in group.runs]
     words = ["python scripts/report.py", *map(shlex.quote, folders), shlex.quote(f"--out={path}")]
+    words += [f"--checkpoint={checkpoint}"] if checkpoint != "last" else []
     return " \\\n    ".join(words)
 
 

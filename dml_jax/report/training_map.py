@@ -2,9 +2,9 @@
 
 A map shows embeddings and proxies of a few training classes, the mixtures that Proxy Synthesis
 makes of them, and their embeddings and proxies in MemVir's memory, like the figures of the papers.
+Images of a few test classes show where unseen classes are.
 """
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,17 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Float64, Int64
 
-from dml_jax import data, losses, memvir, proxy_synthesis
-from dml_jax._utils import sharding
-from dml_jax.evaluation.embedding import embed_images
+from dml_jax import data, losses, memvir
+from dml_jax.inference import mixtures, trained
+from dml_jax.inference.trained import TrainingState
 from dml_jax.report import projection
-from dml_jax.report.runs import Run
 from dml_jax.report.thumbnails import Thumbnail
 from dml_jax.retrieval import exact
-from dml_jax.training import builder, checkpoint, run_directory
 from dml_jax.training.builder import Experiment
-from dml_jax.training.config import parse
-from dml_jax.training.state import network_variables
 
 KINDS = (
     "image",
@@ -31,10 +27,12 @@ KINDS = (
     "synthetic proxy",
     "remembered embedding",
     "remembered proxy",
+    "test image",
 )
 """The kinds of points on a map."""
 
 _CLASSES = 8
+_TEST_CLASSES = 4
 _IMAGES = 20
 _AGES = 20
 _STEPS = 8
@@ -51,7 +49,7 @@ class _Points(NamedTuple):
 
 
 class TrainingMap(NamedTuple):
-    """A map of a few training classes.
+    """A map of a few training classes, with images of a few test classes.
 
     Attributes:
         positions: the position of each point, in 0..1.
@@ -59,8 +57,9 @@ class TrainingMap(NamedTuple):
         label: the class of each point, an index of `classes`.
         second: the second class of a synthetic point; -1 for other points.
         age: steps since a point entered the memory; 0 for points outside it.
-        classes: names of the classes.
-        thumbnails: the images of the points of kind "image", which come first.
+        classes: names of the training classes, then of the test classes.
+        thumbnails: the images of the points of the kinds "image" and "test image", which come first
+            in this order.
     """
 
     positions: Float64[np.ndarray, "n 2"]
@@ -72,35 +71,34 @@ class TrainingMap(NamedTuple):
     thumbnails: list[Thumbnail]
 
 
-def compute(run: Run) -> TrainingMap | None:
-    """Returns the map of a run with Proxy Synthesis or MemVir, from its last checkpoint.
+def compute(built: Experiment, state: TrainingState) -> TrainingMap | None:
+    """Returns the map of a run at a checkpoint; None for a run without a regulariser.
 
     Args:
-        run: a finished run.
-
-    Returns:
-        The map, or None if the run has neither regulariser or no checkpoint.
+        built: the experiment of the run.
+        state: its state at the checkpoint, with MemVir's memory.
     """
-    config = run.config
+    config = built.config
     if not (config.proxy_synthesis.ratio or config.memvir.num_steps):
         return None
-    device = sharding.make_mesh(jax.local_devices()[:1])
-    built = builder.build(parse(config), device, run_directory.read_inspection(run.folder))
-    state = _restore(built, run.folder)
-    if state is None:
-        return None
-    variables, proxies, memory = state
-    remembered = None if memory is None else _entries(memory)
-    train = built.sources["train"]
-    chosen = _choose(train.labels, remembered)
-    images = np.concatenate([np.flatnonzero(train.labels == c)[:_IMAGES] for c in chosen])
-    source = _subset(train, images)
-    embeddings = jnp.asarray(embed_images(built.network, variables, source))
-    per_class = losses.of_proxies(built.step_config.loss).proxies_per_class
-    own = jnp.asarray(proxies.reshape(len(train.class_names), -1)[chosen])
+    loss = losses.of_proxies(built.step_config.loss)
+    remembered = None if state.memory is None else _entries(state.memory)
+    train, test = built.sources["train"], built.sources["test"]
+    chosen = _choose(train.labels, _CLASSES, remembered)
+    images = _images_of(train, chosen)
+    embeddings = jnp.asarray(trained.embed_some(built, state, train, images))
+    per_class = loss.proxies_per_class
+    own = jnp.asarray(state.proxies.reshape(len(train.class_names), -1)[chosen])
     own = own.reshape(len(chosen) * per_class, -1)
-    labels = np.searchsorted(chosen, source.labels)
-    points = _current(built, embeddings, own, labels)
+    labels = np.searchsorted(chosen, train.labels[images])
+    of_test = _choose(test.labels, _TEST_CLASSES)
+    test_images = _images_of(test, of_test)
+    test_rows, _ = loss.prepare(
+        jnp.asarray(trained.embed_some(built, state, test, test_images)), own
+    )
+    test_labels = len(chosen) + np.searchsorted(of_test, test.labels[test_images])
+    image_points, proxy_points = _current(built, embeddings, own, labels)
+    points = [image_points, _points("test image", test_rows, test_labels), proxy_points]
     if built.step_config.mixing.ratio:
         points += _synthetic(built, embeddings, own, labels)
     if remembered is not None:
@@ -112,25 +110,15 @@ def compute(run: Run) -> TrainingMap | None:
         label=np.concatenate([part.label for part in points]),
         second=np.concatenate([part.second for part in points]),
         age=np.concatenate([part.age for part in points]),
-        classes=[train.class_names[c] for c in chosen],
-        thumbnails=[Thumbnail(train, int(i)) for i in images],
+        classes=[
+            *(train.class_names[c] for c in chosen),
+            *(test.class_names[c] for c in of_test),
+        ],
+        thumbnails=[
+            *(Thumbnail(train, int(i)) for i in images),
+            *(Thumbnail(test, int(i)) for i in test_images),
+        ],
     )
-
-
-def _restore(
-    built: Experiment, folder: Path
-) -> tuple[Any, np.ndarray, memvir.Memory | None] | None:
-    """Returns network variables, proxies and memory of the last checkpoint, or None without one."""
-    everything = built.abstract_state
-    wanted = {
-        name: getattr(everything, name) for name in ("params", "batch_stats", "average", "memory")
-    }
-    try:
-        found = everything._replace(**checkpoint.read(folder, "last", wanted)[1])
-    except FileNotFoundError:
-        return None
-    proxies, memory = jax.device_get((found.params["proxies"], found.memory))
-    return network_variables(found), proxies, memory
 
 
 class _Entries(NamedTuple):
@@ -160,22 +148,21 @@ def _entries(memory: memvir.Memory) -> _Entries:
     )
 
 
-def _choose(labels: np.ndarray, remembered: _Entries | None) -> Int64[np.ndarray, " classes"]:
+def _choose(
+    labels: np.ndarray, count: int, remembered: _Entries | None = None
+) -> Int64[np.ndarray, " classes"]:
     """Returns the classes to show: those with most entries in the memory, or random ones."""
     classes = np.random.default_rng(0).permutation(int(labels.max()) + 1)
     if remembered is not None:
         counts = np.bincount(remembered.labels.ravel(), minlength=len(classes))
         classes = classes[np.argsort(-counts[classes], kind="stable")]
-    return np.sort(classes[:_CLASSES])
+    return np.sort(classes[:count])
 
 
-def _subset(source: data.Source, indices: np.ndarray) -> data.Source:
-    return data.Source(
-        records=[source.records[int(i)] for i in indices],
-        labels=source.labels[indices],
-        class_names=source.class_names,
-        names=tuple(source.names[i] for i in indices),
-    )
+def _images_of(
+    source: data.Source, classes: Int64[np.ndarray, " classes"]
+) -> Int64[np.ndarray, " n"]:
+    return np.concatenate([np.flatnonzero(source.labels == c)[:_IMAGES] for c in classes])
 
 
 def _points(kind: str, vectors: Any, label: Any, second: Any = -1, age: Any = 0) -> _Points:
@@ -207,37 +194,26 @@ def _synthetic(
     One step mixes all pairs with the same weight. To show several weights, the points are taken
     from several steps.
     """
-    step_config, batch = built.step_config, len(labels)
-    loss = losses.of_proxies(step_config.loss)
-    per_class = loss.proxies_per_class
+    loss = losses.of_proxies(built.step_config.loss)
     points = []
     for part in range(_STEPS):
-        lam, partner = proxy_synthesis.draw(
+        made = mixtures.of_batch(
             jax.random.key(part),
-            jnp.asarray(labels),
-            **step_config.mixing.of_draw(),
-        )
-        problem = proxy_synthesis.synthesize(
             embeddings,
             proxies,
             jnp.asarray(labels),
-            lam=lam,
-            partner=partner,
             loss=loss,
-            **step_config.mixing.of_synthesis(),
+            mixing=built.step_config.mixing,
         )
         # For losses with several proxies per class, only the first mixture is shown.
-        mixed = np.asarray(problem.proxies)[len(proxies) :: per_class]
-        rows = np.asarray(problem.embeddings)[batch:]
-        class_mask = problem.class_mask[len(proxies) // per_class :]
+        first_proxies = made.proxies.reshape(len(made.weights), loss.proxies_per_class, -1)[:, 0]
         for kind, vectors, mask in (
-            ("synthetic embedding", rows, problem.row_mask[batch:]),
-            ("synthetic proxy", mixed, class_mask),
+            ("synthetic embedding", made.embeddings, made.row_mask),
+            ("synthetic proxy", first_proxies, made.class_mask),
         ):
             kept = np.flatnonzero(mask)
             kept = kept[kept % _STEPS == part]
-            first, second = labels[kept % batch], labels[np.asarray(partner).ravel()[kept]]
-            points.append(_points(kind, vectors[kept], first, second))
+            points.append(_points(kind, vectors[kept], *made.classes[kept].T))
     return points
 
 

@@ -1,6 +1,6 @@
 """Cells of a comparison: the runs of several variants with several seeds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -34,14 +34,14 @@ def make(
 
     Args:
         config_file: config file, as the origin of the run shows it.
-        variant: variant of the config file.
+        variant: variant of the config file; empty for its default.
         seed: seed of the run.
         globals: globals of the config file.
         overrides: settings that all runs share, by path.
         root: folder or URL of the comparison.
     """
     settings = {**overrides, "seed": seed}
-    config = globals["get_config"](variant)
+    config = globals["get_config"](*[variant] if variant else [])
     config.update_from_flattened_dict(settings)
     if config.data.cache == "features" and not config.data.features:
         config.data.features = storage.join(root, "features")
@@ -58,3 +58,27 @@ def train(cell: Cell) -> dict[str, Any]:
 def finished(cell: Cell) -> dict[str, Any] | None:
     """Returns the result of a run, or None if it has not finished; see `run.finished`."""
     return run.finished(cell.config, cell.workdir)
+
+
+def by_name(
+    cells: Sequence[Cell], results: Sequence[Mapping[str, Any] | None]
+) -> dict[str, list[Mapping[str, Any] | None]]:
+    """Returns the results of the cells of each name, in the order of the cells.
+
+    Args:
+        cells: the cells of a comparison.
+        results: the result of each; None for a run that has not finished.
+    """
+    found: dict[str, list[Mapping[str, Any] | None]] = {cell.name: [] for cell in cells}
+    for cell, result in zip(cells, results, strict=True):
+        found[cell.name].append(result)
+    return found
+
+
+def missing(cells: Sequence[Cell], results: Sequence[Mapping[str, Any] | None]) -> list[str]:
+    """Returns a line for each name with runs that have not finished; see `by_name`."""
+    seeds: dict[str, list[str]] = {}
+    for cell, result in zip(cells, results, strict=True):
+        if result is None:
+            seeds.setdefault(cell.name, []).append(str(cell.config.seed))
+    return [f"{name}: seed{'s' * (len(x) > 1)} {', '.join(x)}" for name, x in seeds.items()]

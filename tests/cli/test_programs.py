@@ -134,6 +134,21 @@ def test_embed_needs_only_config_and_checkpoint_of_the_run(images, finished, tmp
     assert ours.names[0] == "class0/0.png"
 
 
+@pytest.mark.slow
+def test_embed_exports_the_synthetic_classes(finished, tmp_path):
+    out = tmp_path / "synthetic.npz"
+    of_run = f"--workdir={finished}", f"--synthetic={out}"
+    printed = succeed("embed.py", *of_run, "--checkpoint=best_map")
+    with np.load(out, allow_pickle=False) as saved:
+        count = len(saved["weights"])
+        assert f"{count} synthetic classes of {tiny.TRAIN_CLASSES}" in printed
+        assert 0 < count <= tiny.TRAIN_CLASSES * tiny.IMAGES
+        assert saved["embeddings"].shape == saved["proxies"].shape == (count, 16)
+        assert (saved["classes"][:, 0] != saved["classes"][:, 1]).all()
+    both = run("embed.py", *of_run, f"--out={out}", "--images=.")
+    assert both.returncode == 2 and "give --images and --out, or --synthetic" in both.stderr
+
+
 def test_an_export_embeds_like_the_run(images, finished, tmp_path):
     out = tmp_path / "exported"
     assert f"{out / 'README.md'} says how to load it" in succeed(

@@ -90,8 +90,15 @@ def test_the_page_has_the_scores_of_the_runs(groups, written):
 
 def test_the_training_map_has_synthetic_and_remembered_points(written):
     (drawn,) = content(written)["training"]
-    counts = np.bincount(drawn["kind"], minlength=6)
-    assert counts[0] == tiny.TRAIN_CLASSES * tiny.IMAGES == len(drawn["names"])
+    counts = np.bincount(drawn["kind"], minlength=7)
+    assert counts[0] == tiny.TRAIN_CLASSES * tiny.IMAGES
+    # Of the test classes as well; images come first.
+    assert counts[6] == tiny.TEST_CLASSES * tiny.IMAGES
+    images = counts[0] + counts[6]
+    assert len(drawn["names"]) == images and set(drawn["kind"][:images]) == {0, 6}
+    of_test = np.array(drawn["kind"]) == 6
+    assert set(np.array(drawn["label"])[of_test]) == set(range(6, 10))
+    assert drawn["classes"][6] == HOSTILE and drawn["names"][counts[0]].startswith("test/<!--")
     assert counts[1] == tiny.TRAIN_CLASSES
     assert 0 < counts[2] == counts[3] <= counts[0]
     # The memory holds 2 * 2 steps of 8 images and of all classes.
@@ -100,6 +107,14 @@ def test_the_training_map_has_synthetic_and_remembered_points(written):
     assert ((np.array(drawn["second"]) >= 0) == synthetic).all()
     assert (np.array(drawn["second"]) != drawn["label"])[synthetic].all()
     assert sorted(set(drawn["age"])) == [0, 1, 2, 3, 4]
+
+
+def test_the_page_has_the_confidence_between_classes(written):
+    shown = content(written)
+    assert shown["positions"][0] == 0 and shown["positions"][-1] == 1
+    assert len(shown["confidences"]) == 2
+    for curve in shown["confidences"]:
+        assert len(curve) == len(shown["positions"]) and 0 < min(curve) < max(curve) < 1
 
 
 def test_thumbnails_show_the_images(root, groups, written):
@@ -143,10 +158,12 @@ def test_refuses_images_that_differ_from_those_of_the_run(root, groups):
 def test_the_program_writes_the_page(root, tmp_path):
     out = tmp_path / "page.html"
     folders = [str(root / "plain" / seed) for seed in ("seed0", "seed1")]
-    command = [sys.executable, "scripts/report.py", *folders, f"--out={out}"]
+    command = [sys.executable, "scripts/report.py", *folders, "--checkpoint=best_map"]
+    command.append(f"--out={out}")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert str(out) in done.stdout and len(content(out)["curves"]) == 2
+    assert "at the best_map checkpoint" in out.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -210,6 +227,18 @@ def test_the_page_works_in_a_browser(written, tmp_path):
             " - x.getBoundingClientRect().right)"
         )
         assert max(browser.get(overflow)) <= 1
+
+        # The map of training classes in the colours of the steps; one run is no choice.
+        field = "getComputedStyle(document.getElementById('training-{}-field')).display"
+        assert browser.get(field.format("run")) == "none"
+        assert browser.get(field.format("colour")) != "none"
+        canvas = "document.getElementById('training-canvas')"
+        by_class = browser.get(f"{canvas}.toDataURL()")
+        colouring = "document.getElementById('training-colour')"
+        browser.get(f"{colouring}.value = 'step'; {colouring}.dispatchEvent(new Event('change'))")
+        browser.until(f"{canvas}.toDataURL() !== {json.dumps(by_class)}")
+        lines = "document.querySelectorAll('#confidence-charts .scatterlayer .trace').length"
+        assert browser.get(lines) == 2
 
         # Curves over time, the other run, and no errors in the console.
         browser.get("document.querySelector('input[name=axis][value=\"1\"]').click()")

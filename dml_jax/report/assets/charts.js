@@ -117,3 +117,19 @@ function drawHistograms() {
     addChart(parent, run.name, traces, layout);
   });
 }
+
+// The confidence in the first of two classes, from an embedding of it to one of the second.
+function drawConfidences() {
+  const parent = document.getElementById("confidence-charts");
+  if (!parent) return;
+  const shown = content.confidences.map((y, run) => ({ y, run })).filter(({ y }) => y);
+  const traces = () => shown.map(({ y, run }) => ({
+    x: content.positions, y: y.map((one) => 100 * one), name: runs[run].name, mode: "lines",
+    line: { color: runColour(run), width: 2 }, hovertemplate: "%{y:.1f} %",
+  }));
+  const layout = () => {
+    const made = chartLayout("position between the embeddings", "%");
+    return { ...made, yaxis: { ...made.yaxis, range: [0, 102] } };
+  };
+  addChart(parent, "Confidence in the first class", traces, layout);
+}

@@ -32,5 +32,6 @@ drawTraining();
 drawCurves();
 drawCurveTable();
 drawHistograms();
+drawConfidences();
 dark.addEventListener("change", () => charts.forEach((draw) => draw()));
 document.documentElement.dataset.ready = "true";

@@ -1,6 +1,6 @@
 // The map of training classes with synthetic and virtual classes.
 
-const IMAGE = 0, PROXY = 1, SYNTHETIC_PROXY = 3, REMEMBERED_PROXY = 5;
+const IMAGE = 0, PROXY = 1, SYNTHETIC_PROXY = 3, REMEMBERED_PROXY = 5, TEST_IMAGE = 6;
 
 function paintSymbol(context, kind, x, y, hue) {
   const proxy = kind % 2 === 1, hollow = kind === 2 || kind === SYNTHETIC_PROXY;
@@ -11,6 +11,11 @@ function paintSymbol(context, kind, x, y, hue) {
     context.lineTo(x + radius, y);
     context.lineTo(x, y + radius);
     context.lineTo(x - radius, y);
+    context.closePath();
+  } else if (kind === TEST_IMAGE) {
+    context.moveTo(x, y - 5);
+    context.lineTo(x + 5, y + 4);
+    context.lineTo(x - 5, y + 4);
     context.closePath();
   } else if (kind === 4) context.rect(x - 3, y - 3, 6, 6);
   else context.arc(x, y, radius, 0, 7);
@@ -33,8 +38,17 @@ function drawTraining() {
   document.getElementById("training-run-field").hidden = content.training.length < 2;
   let shown, positions, marked = -1;
   const hidden = new Set();
-  // Eight classes with evenly spaced hues.
-  const hue = (label) => `hsl(${label * 45 + 10} ${dark.matches ? "65% 64%" : "65% 45%"})`;
+  const colouring = document.getElementById("training-colour");
+  const tone = (angle) => `hsl(${angle} ${dark.matches ? "65% 64%" : "65% 45%"})`;
+  // Eight evenly spaced hues, and between them those of further classes.
+  const hue = (label) => tone(label * 45 + 10 + 22 * Math.floor(label / 8));
+
+  function pointColour(i, oldest) {
+    const own = hue(shown.label[i]);
+    // From blue, the latest step, to red, the oldest one.
+    if (colouring.value === "step") return shown.age[i] ? tone(240 * (1 - shown.age[i] / oldest)) : colour("--text");
+    return shown.second[i] >= 0 ? `color-mix(in srgb, ${own}, ${hue(shown.second[i])})` : own;
+  }
 
   const map = pointMap(document.getElementById("training-canvas"), {
     positions: () => positions ?? [],
@@ -50,13 +64,11 @@ function drawTraining() {
   function paint(context, points) {
     const oldest = Math.max(1, ...shown.age);
     const inMarked = (i) => marked < 0 || shown.label[i] === marked || shown.second[i] === marked;
-    const fade = (i) => (inMarked(i) ? 1 : 0.1) * (shown.age[i] ? 1 - (0.75 * shown.age[i]) / oldest : 0.9);
+    const fade = (i) => (inMarked(i) ? 1 : 0.1) * (shown.age[i] && colouring.value === "class" ? 1 - (0.75 * shown.age[i]) / oldest : 0.9);
     if (!hidden.has(REMEMBERED_PROXY)) paintTrails(context, inMarked);
     for (const i of [...points].sort((a, b) => (shown.kind[a] === PROXY) - (shown.kind[b] === PROXY))) {
       context.globalAlpha = fade(i);
-      const synthetic = shown.second[i] >= 0;
-      const own = hue(shown.label[i]);
-      paintSymbol(context, shown.kind[i], ...map.at(i), synthetic ? `color-mix(in srgb, ${own}, ${hue(shown.second[i])})` : own);
+      paintSymbol(context, shown.kind[i], ...map.at(i), pointColour(i, oldest));
     }
     context.globalAlpha = 1;
     if (map.current < 0 || hidden.has(shown.kind[map.current])) return;
@@ -87,12 +99,13 @@ function drawTraining() {
 
   function showPoint(i) {
     const kind = shown.kind[i], classes = [shown.label[i], shown.second[i]].filter((x) => x >= 0);
-    const parts = kind === IMAGE
+    const isImage = kind === IMAGE || kind === TEST_IMAGE;
+    const parts = isImage
       ? [thumbnail("span", shown.firstThumbnail + i, shown.names[i], "subject")] : [];
     parts.push(element("h3", {}, classes.map((x) => shown.classes[x]).join(" + ")));
     const age = shown.age[i] ? `, ${shown.age[i]} step${shown.age[i] > 1 ? "s" : ""} old` : "";
     parts.push(element("p", { className: "quiet" }, content.kinds[kind] + age));
-    if (kind === IMAGE) parts.push(element("p", { className: "quiet" }, shown.names[i]));
+    if (isImage) parts.push(element("p", { className: "quiet" }, shown.names[i]));
     panel.replaceChildren(...parts);
   }
 
@@ -101,6 +114,9 @@ function drawTraining() {
     shown = one;
     positions = Float32Array.from(unpack(one.positions), (x) => x / 65535);
     marked = map.current = -1;
+    const remembers = one.age.some((age) => age > 0);
+    document.getElementById("training-colour-field").hidden = !remembers;
+    if (!remembers) colouring.value = "class";
     hidden.clear();
     panel.replaceChildren(element("p", { className: "quiet" }, "Point at an item or use the arrow keys."));
     const present = [...new Set(one.kind)].sort();
@@ -120,11 +136,12 @@ function drawTraining() {
     icon.setAttribute("aria-hidden", "true");
     const context = icon.getContext("2d");
     context.scale(2, 2);
-    context.globalAlpha = kind >= 4 ? 0.55 : 1;
+    context.globalAlpha = kind === 4 || kind === REMEMBERED_PROXY ? 0.55 : 1;
     paintSymbol(context, kind, 9, 9, colour("--quiet"));
     return icon;
   }
   select.addEventListener("change", choose);
+  colouring.addEventListener("change", () => map.redraw());
   dark.addEventListener("change", choose);
   choose();
 }
