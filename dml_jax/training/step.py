@@ -48,8 +48,10 @@ class StepConfig(NamedTuple):
     steps_per_epoch: int
     mixing: proxy_synthesis.ProxySynthesisConfig
     """Proxy Synthesis."""
+    remembering: memvir.MemVirConfig
+    """MemVir; without effect if the state has no memory, as `memory_warmup_steps`."""
     memory_warmup_steps: int
-    """MemVir: steps before the memory is used; without effect if the state has no memory."""
+    """Steps before the memory is used."""
     num_classes: int
     """Number of training classes. Further proxies are padding; see `state.create`."""
     shards: int
@@ -169,7 +171,11 @@ def objective(
     if state.memory is None:
         return config.loss(**problem), (batch_stats, None)
     loss, memory = memvir.loss_and_update(
-        config.loss, state.memory, **problem, shards=config.shards
+        config.loss,
+        state.memory,
+        **problem,
+        shards=config.shards,
+        **config.remembering.of_update(),
     )
     # The memory stays empty during the warm-up, so that it does not affect the loss.
     warm = state.step >= config.memory_warmup_steps

@@ -269,6 +269,8 @@ OFFICIAL = {
     "memvir.step_gap": 0,
     "memvir.warmup_epochs": 0,
     "memvir.dtype": "float32",
+    "memvir.virtual": "both",
+    "memvir.growth": "gradual",
     "optimizer.name": "adam",
     "optimizer.learning_rate": 1e-4,
     "optimizer.proxy_learning_rate": 1e-2,
