@@ -10,8 +10,7 @@ import pytest
 from dml_jax import losses, memvir, proxy_synthesis
 from dml_jax._utils import files, sharding
 from dml_jax.memvir import MemVirConfig
-from dml_jax.report import training_map
-from dml_jax.report.runs import Run
+from dml_jax.report import runs, training_map
 from dml_jax.training import builder, loop, resume, run_directory
 from dml_jax.training.config import parse
 from tests.helpers import tiny
@@ -25,7 +24,6 @@ FAST = {  # One case of each structure; the others are marked slow.
     ("arcface", "embeddings", True, 2),
     ("proxy_anchor", "proxies", True, 2),
     ("proxy_anchor", "embeddings", True, 2),
-    ("soft_triple", "embeddings", False, 1),
 }
 CASES = [
     pytest.param(*case, marks=[pytest.mark.slow] * (case not in FAST))
@@ -103,9 +101,12 @@ def run_against_naive(name, virtual, mixes, devices, dtype=jnp.float32):
         return naive(name, virtual, mixed(loss, vectors, labels, mixing, mixes), stored, exist)
 
     memory = make_memory(loss, virtual=virtual, dtype=dtype)
-    memory = jax.device_put(memory, memvir.shardings(memory, mesh))
+    kept = memvir.shardings(memory, mesh)
+    memory = jax.device_put(memory, kept)
     split, whole = sharding.batch_sharding(mesh), sharding.replicated_sharding(mesh)
-    take = jax.jit(jax.value_and_grad(ours, has_aux=True))
+    take = jax.jit(
+        jax.value_and_grad(ours, has_aux=True), out_shardings=((whole, kept), (whole, split))
+    )
     expect = jax.jit(jax.value_and_grad(expected))
     entries = []
     for step in range((SETS + 2) * (GAP + 1)):
@@ -239,7 +240,7 @@ def test_a_run_follows_its_ablations(tmp_path, monkeypatch):
     # The first epoch is the warm-up, and the memory is full after the second one.
     assert [line["memvir_classes"] for line in lines] == [6, 6, 18]
     assert ["memvir_cosine" in line for line in lines] == [False, False, True]
-    shown = training_map.compute(Run("run", folder, config, run_directory.read_result(folder)))
+    shown = training_map.compute(runs.read(folder))
     kinds = {training_map.KINDS[kind] for kind in shown.kind}
     assert "remembered proxy" in kinds and "remembered embedding" not in kinds
 
