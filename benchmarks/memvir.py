@@ -1,16 +1,22 @@
-"""Times MemVir against its dense formulation.
+"""Measures time and memory of a step with MemVir against its dense formulation.
 
-python -m benchmarks.memvir --out=memvir.png
+python -m benchmarks.memvir --json=memvir.json --out=memvir.png
 python -m benchmarks.memvir --classes=11318 --steps=1,5,15 --torch
 
 The dense formulation is the reference of the tests, compiled: loss and gradients. Ours also updates
 the memory, which is full. `--torch` adds the dense formulation in PyTorch. The implementations take
-turns in one process; the fastest call of each counts.
+turns in one process; the fastest call of each counts. Megabytes are those that the compiled program
+allocates: its arguments (the whole memory for ours, the N steps in use for the dense formulation),
+its results and temporary arrays.
 """
 
+import json
 import math
+import platform
+import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +37,7 @@ _CLASSES = flags.DEFINE_integer("classes", 98, "C.")
 _DIM = flags.DEFINE_integer("dim", 512, "D.")
 _DENSE_STEPS = flags.DEFINE_integer("dense_steps", 45, "Largest N of the dense formulations.")
 _TORCH = flags.DEFINE_bool("torch", False, "Also time the dense formulation in PyTorch.")
+_JSON = flags.DEFINE_string("json", None, "JSON file for the results.")
 _OUT = flags.DEFINE_string("out", None, "Image file to plot the times to.")
 
 LOSS = "norm_softmax"
@@ -41,17 +48,17 @@ class Implementation(NamedTuple):
     """An implementation of MemVir."""
 
     call: Callable[[], Any]
-    temporary: int
-    """Temporary memory in bytes, without arguments and results."""
+    memory: dict[str, int]
+    """Bytes that the compiled program allocates: `all` and `temporary`; empty if unknown."""
 
 
 def main() -> None:
     """Runs the program."""
     table = Table(
         *("N", "ours, ms", "dense, ms", "PyTorch, ms"),
-        *("memory, MB", "temporary, ours, MB", "temporary, dense, MB"),
+        *("ours, MB (temporary)", "dense, MB (temporary)"),
     )
-    rows = []
+    rows, found = [], {}
     for steps in map(int, _STEPS.value):
         implementations = {"ours": _ours(steps)}
         if steps <= _DENSE_STEPS.value:
@@ -59,22 +66,32 @@ def main() -> None:
             if _TORCH.value:
                 implementations["torch"] = _torch(steps)
         seconds = _fastest({name: one.call for name, one in implementations.items()})
+        used = {name: one.memory for name, one in implementations.items()}
         rows.append((steps, seconds))
         table.add_row(
             str(steps),
             f"{1e3 * seconds['ours']:.1f}",
             _against(seconds.get("dense"), seconds["ours"]),
             _against(seconds.get("torch"), seconds["ours"]),
-            f"{_memory_bytes(steps) / 1e6:.0f}",
-            f"{implementations['ours'].temporary / 1e6:.0f}",
-            f"{implementations['dense'].temporary / 1e6:.0f}" if "dense" in implementations else "",
+            _megabytes(used["ours"]),
+            _megabytes(used.get("dense")),
         )
+        found[steps] = {"seconds": seconds, "bytes": used}
     Console().print(table)
     if len(rows) > 2:
         n, ours = np.transpose([(steps, seconds["ours"]) for steps, seconds in rows])
         slope, offset = np.polyfit(n, ours, 1)
         fit = np.corrcoef(n, ours)[0, 1] ** 2
         print(f"ours: {1e3 * offset:.1f} ms + {1e3 * slope:.3f} ms * N, R2 = {fit:.4f}")
+    if _JSON.value:
+        chosen = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
+        about = {
+            "devices": [device.device_kind for device in jax.devices()],
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "flags": {flag.name: flag.value for flag in chosen},
+        }
+        Path(_JSON.value).write_text(json.dumps(about | {"steps": found}, indent=2) + "\n")
     if _OUT.value:
         _draw(rows, _OUT.value)
 
@@ -97,9 +114,17 @@ def _fastest(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     return seconds
 
 
-def _temporary(compiled: jax.stages.Compiled) -> int:
+def _megabytes(used: Mapping[str, int] | None) -> str:
+    return f"{used['all'] / 1e6:.0f} ({used['temporary'] / 1e6:.0f})" if used else ""
+
+
+def _bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
     analysis = compiled.memory_analysis()
-    return 0 if analysis is None else analysis.temp_size_in_bytes
+    if analysis is None:
+        return {}
+    temporary = analysis.temp_size_in_bytes
+    kept = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+    return {"all": temporary + kept - analysis.alias_size_in_bytes, "temporary": temporary}
 
 
 def _problem() -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -122,11 +147,6 @@ def _memory(loss: losses.ProxyLoss, steps: int) -> memvir.Memory:
     )
 
 
-def _memory_bytes(steps: int) -> int:
-    memory = jax.eval_shape(lambda: _memory(losses.create(LOSS), steps))
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(memory))
-
-
 def _ours(steps: int) -> Implementation:
     loss = losses.create(LOSS)
     problem = _problem()
@@ -147,7 +167,7 @@ def _ours(steps: int) -> Implementation:
 
     for _ in range(steps * (_GAP.value + 1)):
         call()
-    return Implementation(call, _temporary(compiled))
+    return Implementation(call, _bytes(compiled))
 
 
 def _dense(steps: int) -> Implementation:
@@ -158,7 +178,7 @@ def _dense(steps: int) -> Implementation:
     virtual = [(normalized(embeddings), normalized(proxies), labels)] * steps
     problem = (embeddings, proxies, labels, virtual, jnp.ones(steps, bool), *NO_MIXING)
     compiled = dense.value_and_grad.lower(*problem).compile()
-    return Implementation(lambda: jax.block_until_ready(compiled(*problem)), _temporary(compiled))
+    return Implementation(lambda: jax.block_until_ready(compiled(*problem)), _bytes(compiled))
 
 
 def _torch(steps: int) -> Implementation:
@@ -183,7 +203,7 @@ def _torch(steps: int) -> Implementation:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return Implementation(call, 0)
+    return Implementation(call, {})
 
 
 def _draw(rows: list[tuple[int, dict[str, float]]], path: str) -> None:

@@ -87,8 +87,9 @@ class ProxyLoss(Loss, abc.ABC):
         """Returns the log-sum-exp and the positive term of each anchor.
 
         The positive term is the part of an anchor's loss that depends only on logits between rows
-        and proxies of the anchor's own class; `mean` combines the two. Embeddings and proxies are
-        prepared vectors.
+        and proxies of the anchor's own class; `mean` combines the two. If the anchors are classes,
+        both are log-sum-exps over rows, -inf for no row. Embeddings and proxies are prepared
+        vectors.
         """
 
     @abc.abstractmethod

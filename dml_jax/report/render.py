@@ -259,7 +259,7 @@ def _curve(group: int, run: Run) -> dict[str, Any]:
                 for line in run.metrics
                 if metric in line
             ]
-            for metric in ("loss", *retrieval.SCORES.values())
+            for metric in ("loss", "memvir_classes", *retrieval.SCORES.values())
         },
     }
 

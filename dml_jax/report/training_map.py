@@ -102,7 +102,9 @@ def compute(built: Experiment, state: TrainingState) -> TrainingMap | None:
     if built.step_config.mixing.ratio:
         points += _synthetic(built, embeddings, own, labels)
     if remembered is not None:
-        points += _remembered(remembered, chosen, per_class)
+        unused = {"proxies": "remembered embedding", "embeddings": "remembered proxy"}
+        shown = _remembered(remembered, chosen, per_class)
+        points += [x for x in shown if x.kind != unused.get(config.memvir.virtual)]
     vectors = exact.unit_rows(np.concatenate([part.vectors for part in points]))
     return TrainingMap(
         positions=projection.project(vectors),

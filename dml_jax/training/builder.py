@@ -169,6 +169,7 @@ def _step_config(
         seed=config.seed,
         steps_per_epoch=steps_per_epoch,
         mixing=config.proxy_synthesis,
+        remembering=config.memvir,
         memory_warmup_steps=_warmup_epochs(config) * steps_per_epoch,
         num_classes=num_classes,
         shards=network.mesh.size,
@@ -272,11 +273,12 @@ def _warn_about_memvir(config: Config, steps_per_epoch: int) -> None:
     if filled >= used:
         logging.warning(
             "config.memvir.num_steps=%d and .step_gap=%d fill the memory in %d steps, but the run "
-            "has %d after the warm-up, so some virtual classes never exist; choose smaller ones",
+            "has %d after the warm-up, so %s virtual classes never join; choose smaller ones",
             memory.num_steps,
             memory.step_gap,
             filled,
             used,
+            "some" if memory.growth == "gradual" else "the",
         )
 
 
@@ -295,6 +297,7 @@ def _memory(config: Config, num_classes: int) -> state.Memory | None:
             dim=config.model.dim,
             dtype=jnp.dtype(config.memvir.dtype),
             loss=config.loss,
+            virtual=config.memvir.virtual,
         )
     if not config.xbm.num_steps:
         return None

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,10 +40,7 @@ class Epochs:
         self._experiment, self._done = experiment, done
         self._writer, self._checkpoints = writer, checkpoints
         self._began, self._first_step = time.perf_counter(), start
-        self._measure_drift = jax.jit(
-            lambda memory: memvir.drift(losses.of_proxies(experiment.config.loss), memory),
-            out_shardings=sharding.replicated_sharding(experiment.mesh),
-        )
+        self._measure_memory = _measurement_of_memory(experiment)
         self._embeddings: dict[str, np.ndarray] | None = None  # Those of the latest evaluation.
 
     def finish(self, step: int, state: TrainState, stops: bool) -> None:
@@ -54,7 +52,7 @@ class Epochs:
             stops: whether the run stops after this epoch and must be saved.
         """
         config, trained = self._experiment.config, time.perf_counter()
-        metrics = _epoch_metrics(self._experiment, state, step) | self._drift(state)
+        metrics = _epoch_metrics(self._experiment, state, step) | self._of_memory(state)
         epoch = metrics["epoch"]
         scores: dict[str, float] = {}
         if epoch % config.evaluation.every_epochs == 0 or epoch == config.epochs:
@@ -89,13 +87,14 @@ class Epochs:
             return None
         return self._experiment.evaluator.embed(network_variables(state), "test")
 
-    def _drift(self, state: TrainState) -> dict[str, float]:
-        """Returns the drift of MemVir's virtual classes at the latest step, if there were any."""
+    def _of_memory(self, state: TrainState) -> dict[str, int | float]:
+        """Returns the number of classes of the latest step, and the drift of any virtual ones."""
         if not isinstance(state.memory, memvir.Memory):
             return {}
-        drift = jax.device_get(self._measure_drift(state.memory))
+        classes, drift = jax.device_get(self._measure_memory(state.memory))
         values = {f"memvir_{name}": float(value) for name, value in drift._asdict().items()}
-        return {name: value for name, value in values.items() if not math.isnan(value)}
+        drifted = {name: value for name, value in values.items() if not math.isnan(value)}
+        return {"memvir_classes": int(classes)} | drifted
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
         evaluator = self._experiment.evaluator
@@ -120,6 +119,19 @@ class Epochs:
             )
         # Further digits depend on the number of cores.
         return {name: round(value, 6) for name, value in spread._asdict().items()}
+
+
+def _measurement_of_memory(experiment: Experiment) -> Callable[[memvir.Memory], tuple]:
+    """Returns a compiled function from a memory to its classes in use and their drift."""
+    config = experiment.config
+
+    def measure(memory: memvir.Memory) -> tuple:
+        return (
+            memvir.classes_in_use(memory, **config.memvir.of_update()),
+            memvir.drift(losses.of_proxies(config.loss), memory, growth=config.memvir.growth),
+        )
+
+    return jax.jit(measure, out_shardings=sharding.replicated_sharding(experiment.mesh))
 
 
 def _epoch_metrics(experiment: Experiment, state: TrainState, step: int) -> dict[str, Any]:

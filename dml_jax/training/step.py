@@ -50,6 +50,8 @@ class StepConfig(NamedTuple):
     steps_per_epoch: int
     mixing: proxy_synthesis.ProxySynthesisConfig
     """Proxy Synthesis."""
+    remembering: memvir.MemVirConfig
+    """MemVir; without effect if the state has no memory of it."""
     memory_warmup_steps: int
     """Steps before the memory is used; without effect if the state has no memory."""
     num_classes: int
@@ -211,7 +213,7 @@ def _of_proxies(
     """Returns the loss of a batch and its proxies, and the new memory."""
     loss = losses.of_proxies(config.loss)
     classes = len(proxies) // loss.proxies_per_class
-    problem = {
+    problem: dict[str, Any] = {
         "embeddings": embeddings,
         "proxies": proxies,
         "labels": labels,
@@ -228,7 +230,9 @@ def _of_proxies(
         problem = _mixed(config, loss, key, **problem)
     if not isinstance(memory, memvir.Memory):
         return loss(**problem), None
-    return memvir.loss_and_update(loss, memory, **problem, shards=config.shards)
+    return memvir.loss_and_update(
+        loss, memory, **problem, shards=config.shards, **config.remembering.of_update()
+    )
 
 
 def _mixed(

@@ -86,6 +86,8 @@ def test_the_page_has_the_scores_of_the_runs(groups, written):
     assert [curve["seed"] for curve in shown["curves"]] == [0, 1, 0]
     lines = shown["curves"][2]["lines"]["map@r"]
     assert lines[-1][2] == round(groups[1].first.scores["map@r"], 5)
+    grown = [[line[2] for line in one["lines"]["memvir_classes"]] for one in shown["curves"]]
+    assert grown[:2] == [[], []] and grown[2][-1] == 2 * tiny.TRAIN_CLASSES
 
 
 def test_the_training_map_has_synthetic_and_remembered_points(written):

@@ -279,6 +279,8 @@ OFFICIAL = {
     "memvir.step_gap": 0,
     "memvir.warmup_epochs": 0,
     "memvir.dtype": "float32",
+    "memvir.virtual": "both",
+    "memvir.growth": "gradual",
     "mixup.alpha": 0.0,
     "mixup.depth": 0,
     "xbm.num_steps": 0,

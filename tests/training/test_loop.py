@@ -52,6 +52,8 @@ def test_a_run_writes_all_its_files(settings, images, tmp_path, monkeypatch, cap
     assert result["last"] == lines[-1]
     # The first epoch is the warm-up of the memory.
     assert ["memvir_cosine" in line for line in lines] == [False, True, True]
+    # Classes join in steps 3 and 5 after the warm-up, of which an epoch has 4.
+    assert [line["memvir_classes"] for line in lines] == [6, 12, 18]
     assert -1 <= lines[-1]["memvir_cosine"] < 1 and 0 <= lines[-1]["memvir_separation"] <= 1
     assert result["best"]["map@r"] == max(line["map@r"] for line in lines)
     assert result["images"] == {"train": 36, "test": 24}

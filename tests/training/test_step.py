@@ -539,6 +539,7 @@ def test_a_micro_batch_that_devices_cannot_share_is_refused(images):
         ({}, ""),
         ({"model.train_from": "head"}, "hardly ever improved retrieval"),
         ({"memvir.step_gap": 3}, "in 8 steps, but the run has 8 after the warm-up"),
+        ({"memvir.step_gap": 3, "memvir.growth": "at_once"}, "so the virtual classes never join"),
     ],
 )
 def test_settings_with_which_memvir_has_no_effect_or_a_bad_one_warn(

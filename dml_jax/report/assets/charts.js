@@ -48,7 +48,7 @@ function curveTraces(metric, scale) {
       mode: line.length > 30 ? "lines" : "lines+markers",
       line: { color: runColour(curve.group), width: alone ? 2 : 1.25 },
       marker: { size: 5 },
-      hovertemplate: scale === 100 ? "%{y:.1f} %" : "%{y:.3f}",
+      hovertemplate: scale === 100 ? "%{y:.1f} %" : "%{y:.3~f}",
     };
   });
 }
@@ -65,6 +65,9 @@ function drawCurves() {
     addChart(parent, name, () => curveTraces(metric, 100), layout("%"));
   }
   addChart(parent, "Loss", () => curveTraces("loss", 1), layout(""));
+  if (content.curves.some((curve) => curve.lines.memvir_classes.length)) {
+    addChart(parent, "Classes in the loss", () => curveTraces("memvir_classes", 1), layout(""));
+  }
   for (const input of document.querySelectorAll("input[name=axis]")) {
     input.addEventListener("change", () => charts.forEach((draw) => draw()));
   }
