@@ -27,6 +27,11 @@ What differs:
 Their R@1 in percent, of the 384 features of the network without the head (table in the README,
 Hyp-ViT): CUB 85.6, Cars 86.5, SOP 85.9, In-Shop 92.5. Runs of this config score the 128 dimensions
 of the head instead. Not measured here: training needs the images, the weights and a GPU.
+
+Peers in this recipe are the variants of losses of pairs, such as `cub200_xbm_triplet`. The triplet
+baseline of Open Metric Learning (github.com/OML-Team/open-metric-learning), soft triplets with a
+memory of 50 batches on DINO's ViT-S/16, has another recipe; its README reports an R@1 of 83.7 for
+CUB, 90.7 for Cars, 86.6 for SOP and 92.1 for In-Shop.
 """
 
 from typing import Any

@@ -11,7 +11,7 @@ float32 beyond 1e37.
 
 from dml_jax.losses.base import Loss, PairLoss, ProxyLoss, of_proxies
 from dml_jax.losses.margins import ArcFace, CosFace, SphereFace
-from dml_jax.losses.pairs import Contrastive, MultiSimilarity
+from dml_jax.losses.pairs import Contrastive, MultiSimilarity, Triplet
 from dml_jax.losses.proxy_anchor import ProxyAnchor
 from dml_jax.losses.registry import LOSSES, create, names, pair_names, register
 from dml_jax.losses.soft_triple import SoftTriple
@@ -33,6 +33,7 @@ __all__ = [
     "Softmax",
     "SoftmaxLoss",
     "SphereFace",
+    "Triplet",
     "VirtualSoftmax",
     "create",
     "names",

@@ -1,4 +1,4 @@
-"""Losses of pairs of samples: contrastive and Multi-Similarity."""
+"""Losses of pairs of samples: contrastive, Multi-Similarity and batch-hard triplets."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from dml_jax._utils import numerics
 from dml_jax.losses.base import PairLoss, PairMask, RowLogits, Similarities
-from dml_jax.settings import number, setting
+from dml_jax.settings import number, optional, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,3 +70,40 @@ class MultiSimilarity(PairLoss):
         )
         has_both = hard_positive.any(axis=1) & hard_negative.any(axis=1)
         return jnp.where(has_both, of_row, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Triplet(PairLoss):
+    """Batch-hard triplets: each row with its farthest positive and its nearest negative.
+
+    The loss of a row is `max(margin + far - near, 0)` of the Euclidean distances between unit
+    vectors, or, without a margin, `log(1 + exp(far - near))`. That of a row without both is 0, and
+    the mean is over the rows that have both.
+
+    Source: Hermans, Beyer and Leibe, In defense of the triplet loss for person re-identification,
+    arXiv 1703.07737, equation 5 and section 2.3, there with distances of raw vectors.
+    """
+
+    margin: float | None = setting(
+        None, optional(number(above=0.0)), help="Margin of the distances; None for the soft margin."
+    )
+
+    def of_rows(
+        self, similarities: Similarities, positive: PairMask, negative: PairMask
+    ) -> RowLogits:
+        """Returns the loss of each row, scaled so that its mean is that of the rows with both."""
+        farthest = jnp.min(similarities, axis=1, initial=2.0, where=positive)
+        nearest = jnp.max(similarities, axis=1, initial=-2.0, where=negative)
+        difference = _distances(farthest) - _distances(nearest)
+        if self.margin is None:
+            of_row = jax.nn.softplus(difference)
+        else:
+            of_row = jax.nn.relu(self.margin + difference)
+        has_both = positive.any(axis=1) & negative.any(axis=1)
+        share = jnp.maximum(jnp.mean(has_both.astype(jnp.float32)), 1 / has_both.shape[0])
+        return jnp.where(has_both, of_row, 0.0) / share
+
+
+def _distances(cosines: RowLogits) -> RowLogits:
+    """Returns the distances of unit vectors with some cosines; the gradient at 0 is finite."""
+    return jnp.sqrt(jnp.maximum(2 - 2 * cosines, 1e-12))

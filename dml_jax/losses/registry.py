@@ -7,7 +7,7 @@ from dml_jax._utils.errors import UserError
 from dml_jax._utils.registry import Registry
 from dml_jax.losses.base import Loss, ProxyLoss
 from dml_jax.losses.margins import ArcFace, CosFace, SphereFace
-from dml_jax.losses.pairs import Contrastive, MultiSimilarity
+from dml_jax.losses.pairs import Contrastive, MultiSimilarity, Triplet
 from dml_jax.losses.proxy_anchor import ProxyAnchor
 from dml_jax.losses.soft_triple import SoftTriple
 from dml_jax.losses.softmax import NormSoftmax, ProxyNCA, Softmax, VirtualSoftmax
@@ -29,6 +29,7 @@ _BUILT_IN: dict[str, type[Loss]] = {
     "proxy_anchor": ProxyAnchor,
     "contrastive": Contrastive,
     "multi_similarity": MultiSimilarity,
+    "triplet": Triplet,
 }
 for _name, _loss in _BUILT_IN.items():
     register(_name)(_loss)

@@ -15,6 +15,7 @@ STEPS, BATCH, DIM = GOLDEN["embeddings"].shape
 SLOTS = 4
 HYPERPARAMETERS = {"contrastive": {}, "multi_similarity": {"scale_pos": 2.0, "scale_neg": 40.0}}
 of_loss = pytest.mark.parametrize("name", losses.pair_names())
+of_official_loss = pytest.mark.parametrize("name", HYPERPARAMETERS)
 
 
 def batch(step):
@@ -40,7 +41,7 @@ def check(name, value, expected, step, candidates):
     np.testing.assert_allclose(value, expected, rtol=2e-6)
 
 
-@of_loss
+@of_official_loss
 def test_losses_and_gradients_equal_the_official_code(name):
     loss = losses.create(name, **HYPERPARAMETERS[name])
     for step in range(STEPS):
@@ -50,7 +51,7 @@ def test_losses_and_gradients_equal_the_official_code(name):
     assert np.linalg.norm(gradient - expected) < 1e-5 * np.linalg.norm(expected)
 
 
-@of_loss
+@of_official_loss
 @pytest.mark.parametrize("devices", [1, 4])
 def test_the_memory_equals_the_official_code_on_any_number_of_devices(name, devices):
     """Six steps in a memory of four: the last two overwrite the first two."""
@@ -79,6 +80,24 @@ def test_the_memory_equals_the_official_code_on_any_number_of_devices(name, devi
     assert np.linalg.norm(gradient - expected) < 1e-5 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("margin", [None, 0.2])
+def test_triplets_are_the_hardest_ones(margin):
+    embeddings, labels = (np.asarray(x) for x in batch(0))
+    labels = labels.copy()
+    labels[0] = 0  # Without a positive.
+    rows = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    found = []
+    for i in range(1, BATCH):
+        distances = np.linalg.norm(rows[i] - rows, axis=1)
+        others = np.arange(BATCH) != i
+        far = distances[others & (labels == labels[i])].max()
+        near = distances[labels != labels[i]].min()
+        found.append(np.log1p(np.exp(far - near)) if margin is None else far - near + margin)
+    expected = np.mean(found if margin is None else np.maximum(found, 0))
+    value = losses.create("triplet", margin=margin)(embeddings, labels)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
 def test_a_rejected_step_leaves_no_trace():
     loss = losses.create("contrastive")
     before = xbm.init(num_steps=2, batch_size=BATCH, dim=DIM)
@@ -99,7 +118,7 @@ def test_rows_without_pairs_have_no_loss_and_no_gradient(name):
     for labels in (jnp.zeros(4, int), jnp.arange(4)):
         value, gradient = jax.value_and_grad(loss)(rows, labels)
         assert np.isfinite(gradient).all()
-        if name == "multi_similarity" or labels[1]:
+        if name != "contrastive" or labels[1]:
             assert value == 0 and not gradient.any()
 
 

@@ -60,7 +60,7 @@ def roots(tmp_path_factory):
         published = dataclasses.replace(DATA_SETS[name], counts=counts)
         prepare(name, source=write(folder / "source"), out=folder / "out", published=published)
         folders[name] = str(folder / "out")
-    folders["hyp_vit"] = folders["cub200"]
+    folders["hyp_vit"] = folders["resnet50"] = folders["cub200"]
     read = data.create
 
     @functools.cache
@@ -133,7 +133,9 @@ STEPS = [
 STEPS += [
     # The letters are drawn first, all 8,906 of them.
     pytest.param(
-        file.stem, "ps_memvir", marks=[pytest.mark.slow] * (file.stem in ("glyphs", "hyp_vit"))
+        file.stem,
+        "ps_memvir",
+        marks=[pytest.mark.slow] * (file.stem in ("glyphs", "hyp_vit", "resnet50")),
     )
     for file in FILES
     if file.stem != "cars196"
@@ -506,6 +508,18 @@ def test_hyp_vit_has_the_recipe_of_its_authors(name):
     assert (parsed.model.dim, parsed.data.augmentation.crop_scale) == (128, (0.2, 1.0))
 
 
+@pytest.mark.parametrize(("name", "decay_every"), [("cub200", 5), ("cars196", 10)])
+def test_resnet50_has_the_recipe_of_proxy_anchors_authors(name, decay_every):
+    made = load(ROOT / "configs" / "resnet50.py").get_config(f"{name}_proxy_anchor")
+    parsed = config.parse(made)
+    assert (parsed.data.name, parsed.model.backbone) == (name, "resnet50")
+    assert (parsed.batch_size, parsed.epochs) == (120, 60)
+    of_optimizer = parsed.optimizer
+    assert (of_optimizer.frozen_epochs, of_optimizer.decay_every) == (5, decay_every)
+    assert (of_optimizer.name, of_optimizer.learning_rate) == ("adamw", 1e-4)
+    assert parsed.loss == losses.create("proxy_anchor") and parsed.model.freeze_bn
+
+
 BAD = {
     "seed": (2**32, "config.seed is 4294967296; it must be an integer from 0 to 4294967295"),
     "skip_nonfinite": (-1, "config.skip_nonfinite is -1; it must be an integer from 0 to"),
@@ -551,8 +565,8 @@ BAD = {
     "wandb": ("my/letters", "config.wandb is 'my/letters'; it must be a project's name at Weights"),
     "mlflow": ("letters\n", r"config.mlflow is .*; it must be the name of an MLflow experiment"),
     "loss.name": (
-        "triplet",
-        "config.loss.name is 'triplet'; choose one of softmax, virtual_softmax",
+        "n_pair",
+        "config.loss.name is 'n_pair'; choose one of softmax, virtual_softmax",
     ),
 }
 
@@ -728,7 +742,7 @@ def test_a_field_whose_default_implies_no_check_is_reported():
         config.parse(ConfigDict(made))
 
 
-@pytest.mark.parametrize("name", ["triplet", "no_such_file:Loss", "math:nothing", "math:pi"])
+@pytest.mark.parametrize("name", ["n_pair", "no_such_file:Loss", "math:nothing", "math:pi"])
 def test_an_unknown_loss_is_refused(name):
     made = glyphs.get_config()
     made.loss.name = name
