@@ -94,7 +94,7 @@ def test_triplets_are_the_hardest_ones(margin):
         near = distances[labels != labels[i]].min()
         found.append(np.log1p(np.exp(far - near)) if margin is None else far - near + margin)
     expected = np.mean(found if margin is None else np.maximum(found, 0))
-    value = losses.create("triplet", margin=margin)(embeddings, labels)
+    value = losses.create("triplet", margin=margin)(jnp.asarray(embeddings), jnp.asarray(labels))
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
