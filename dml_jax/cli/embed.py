@@ -19,11 +19,11 @@ import dml_jax
 from dml_jax import data
 from dml_jax._utils import sharding, storage
 from dml_jax._utils.errors import UserError
-from dml_jax.cli import command_line
+from dml_jax.cli import checkpoint_flag, command_line
 from dml_jax.evaluation import embedding_files
 from dml_jax.evaluation.embedding import embed_images
 from dml_jax.inference import mixtures, retriever, trained
-from dml_jax.training import checkpoint, run_directory
+from dml_jax.training import run_directory
 
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -31,12 +31,7 @@ _WORKDIR = flags.DEFINE_string(
     "Folder or URL of a run or of an export, or hf:OWNER/NAME of an export on the hub.",
     required=True,
 )
-_CHECKPOINT = flags.DEFINE_enum(
-    "checkpoint",
-    None,
-    ["last", *checkpoint.BEST],
-    "The checkpoint of the run; default: the last one.",
-)
+_CHECKPOINT = checkpoint_flag.define("The checkpoint of the run")
 _IMAGES = flags.DEFINE_string(
     "images", "", "Folder or URL of images, or of one folder of images per class."
 )

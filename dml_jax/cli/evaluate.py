@@ -27,7 +27,7 @@ from ml_collections import ConfigDict, config_flags
 from dml_jax import retrieval
 from dml_jax._utils import files, sharding, storage
 from dml_jax._utils.errors import UserError
-from dml_jax.cli import command_line, config_flag
+from dml_jax.cli import checkpoint_flag, command_line, config_flag
 from dml_jax.data.deformations import DEFORMATIONS
 from dml_jax.evaluation import embedding_files, robustness
 from dml_jax.inference import leaderboard
@@ -38,12 +38,7 @@ from dml_jax.training.config import parse
 from dml_jax.training.state import network_variables
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder or URL of a run.")
-_CHECKPOINT = flags.DEFINE_enum(
-    "checkpoint",
-    None,
-    ["last", *checkpoint.BEST],
-    "The checkpoint of the run; default: the last one.",
-)
+_CHECKPOINT = checkpoint_flag.define("The checkpoint of the run")
 _EMBEDDINGS = flags.DEFINE_string("embeddings", None, "Exported embeddings, instead of a run.")
 _GALLERY = flags.DEFINE_string(
     "gallery", None, "Exported embeddings of the gallery; default: --embeddings itself."

@@ -6,13 +6,11 @@ dml-jax export runs/memvir --out=exports/memvir --checkpoint=best_map
 from absl import flags
 
 from dml_jax._utils import storage
-from dml_jax.cli import command_line
+from dml_jax.cli import checkpoint_flag, command_line
 from dml_jax.inference import export, model_card
-from dml_jax.training import bucket, checkpoint, run_directory
+from dml_jax.training import bucket, run_directory
 
-_CHECKPOINT = flags.DEFINE_enum(
-    "checkpoint", "last", ["last", *checkpoint.BEST], "The checkpoint of the run."
-)
+_CHECKPOINT = checkpoint_flag.define("The checkpoint of the run")
 _THRESHOLD = flags.DEFINE_float(
     "threshold", None, "The similarity below which a search result is unknown; default: none."
 )
@@ -31,7 +29,7 @@ def main(run: str) -> None:
         command_line.user_errors(),
         storage.writing(_OUT.value, last=run_directory.CONFIG) as out,
     ):
-        folder, checkpoint_name = bucket.copy(run), _CHECKPOINT.value
+        folder, checkpoint_name = bucket.copy(run), _CHECKPOINT.value or "last"
         threshold = export.threshold(folder, checkpoint_name, _THRESHOLD.value, _FMR.value)
         export.write(folder, out, checkpoint_name, threshold, licence=_LICENCE.value)
         sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}

@@ -14,19 +14,14 @@ from absl import flags
 
 from dml_jax._utils import storage
 from dml_jax._utils.errors import UserError
-from dml_jax.cli import command_line
+from dml_jax.cli import checkpoint_flag, command_line
 from dml_jax.inference import export, model_card, publishing
-from dml_jax.training import bucket, checkpoint
+from dml_jax.training import bucket
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder or URL of a run.")
 _EXPORT = flags.DEFINE_string("export", None, "Folder or URL of an export, instead of a run.")
 _REPO = flags.DEFINE_string("repo", None, "The repository, OWNER/NAME.", required=True)
-_CHECKPOINT = flags.DEFINE_enum(
-    "checkpoint",
-    None,
-    ["last", *checkpoint.BEST],
-    "The checkpoint of the run; default: the last one.",
-)
+_CHECKPOINT = checkpoint_flag.define("The checkpoint of the run")
 _LICENCE = flags.DEFINE_string(
     "license", None, "The licence of the weights of a run, such as cc-by-4.0; default: unknown."
 )

@@ -20,11 +20,10 @@ import dml_jax
 from dml_jax import data
 from dml_jax._utils import files, storage
 from dml_jax._utils.errors import UserError
-from dml_jax.cli import command_line
+from dml_jax.cli import checkpoint_flag, command_line
 from dml_jax.retrieval import reranking
 from dml_jax.search import html, index, server, stores
 from dml_jax.search.gallery import Gallery, Neighbour, search
-from dml_jax.training import checkpoint
 
 _INDEX = flags.DEFINE_string(
     "index", None, "The folder or vector database that `dml-jax index` wrote.", required=True
@@ -35,12 +34,7 @@ _WORKDIR = flags.DEFINE_string(
     "Folder of the run that embedded the gallery, or of its export, or hf:OWNER/NAME.",
     required=True,
 )
-_CHECKPOINT = flags.DEFINE_enum(
-    "checkpoint",
-    None,
-    ["last", *checkpoint.BEST],
-    "The checkpoint of the run; default: the last one.",
-)
+_CHECKPOINT = checkpoint_flag.define("The checkpoint of the run")
 _NEIGHBOURS = flags.DEFINE_integer(
     "neighbours", 12, "The number of neighbours to show.", lower_bound=1
 )

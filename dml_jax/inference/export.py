@@ -69,7 +69,7 @@ def write(
     Args:
         run: folder of the run.
         out: the folder to write, new or empty; it is written atomically.
-        checkpoint: `last`, or a key of `dml_jax.training.checkpoint.BEST`.
+        checkpoint: name of the checkpoint; see `dml_jax.training.checkpoint.check_name`.
         threshold: the similarity below which a search result is unknown.
         licence: identifier of the licence of the weights, for the model card.
 

@@ -87,7 +87,7 @@ def of_run(folder: Path, name: str) -> tuple[Mixtures, tuple[str, ...]]:
 
     Args:
         folder: folder of the run.
-        name: name of the checkpoint: `last`, or a key of `checkpoint.BEST`.
+        name: name of the checkpoint; see `checkpoint.check_name`.
 
     Returns:
         The synthetic classes that would join the batches, and the names of all training classes.

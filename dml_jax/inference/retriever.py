@@ -142,7 +142,8 @@ def load(path: str | os.PathLike[str], *, checkpoint: str | None = None) -> Retr
     Args:
         path: folder or URL of the run, or of the export by `scripts/export.py`; or hf:OWNER/NAME or
             hf:OWNER/NAME@REVISION of an export on the Hugging Face hub.
-        checkpoint: checkpoint of a run: `last` (the default), `best_map`, `best_r1` or `best_rp`.
+        checkpoint: checkpoint of a run: `last` (the default), `best_map`, `best_r1`, `best_rp`, or
+            that of a step, such as `step1200`.
 
     Returns:
         An object that embeds and searches.

@@ -25,7 +25,7 @@ def load(
 
     Args:
         folder: folder of the run.
-        name: name of the checkpoint: `last`, or a key of `checkpoint.BEST`.
+        name: name of the checkpoint; see `checkpoint.check_name`.
         mesh: the devices to run on.
 
     Returns:
@@ -73,7 +73,7 @@ def read_training_state(
     Args:
         built: the experiment of the run; see `build`.
         folder: folder of the run.
-        name: name of the checkpoint: `last`, or a key of `checkpoint.BEST`.
+        name: name of the checkpoint; see `checkpoint.check_name`.
         with_memory: whether to read MemVir's memory, which may be large.
 
     Raises:

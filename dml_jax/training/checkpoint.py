@@ -5,6 +5,7 @@ state is the position of the input too.
 """
 
 import contextlib
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from dml_jax.training.bucket import Bucket
 
 BEST = {"best_map": "map@r", "best_r1": "recall@1", "best_rp": "r_precision"}
 """Names of the best checkpoints, and the metric that selects each."""
+LAST, _STEP = "last", "step"
 
 _DAMAGED = (
     "{} is damaged: {}. A resumed run moves damaged checkpoints aside by itself; in a finished "
@@ -49,7 +51,12 @@ class Checkpoints:
     """The checkpoints of a run: the latest few, and the best of each metric."""
 
     def __init__(
-        self, workdir: Path, *, keep_last: int | None = None, bucket: Bucket | None = None
+        self,
+        workdir: Path,
+        *,
+        keep_last: int | None = None,
+        keep_every: int = 0,
+        bucket: Bucket | None = None,
     ) -> None:
         """Opens the checkpoints of a run.
 
@@ -60,6 +67,7 @@ class Checkpoints:
             workdir: directory of the run.
             keep_last: number of latest checkpoints to keep, besides the best ones. None opens them
                 for reading only.
+            keep_every: steps between checkpoints that are kept too; 0 keeps no others.
             bucket: where they are published. Each process then has a workdir of its own.
 
         Raises:
@@ -83,6 +91,7 @@ class Checkpoints:
             )
             for name in BEST.values()
         ]
+        kept = [policies.EveryNSteps(keep_every)] if keep_every else []
         context = ocp.Context()
         # A function, since orbax deep-copies its options, and a bound method's object with them.
         context.asynchronous.post_finalization_callback = lambda: self._seal()
@@ -99,7 +108,7 @@ class Checkpoints:
                 self._directory,
                 context=context,
                 preservation_policy=policies.AnyPreservationPolicy(
-                    [policies.LatestN(keep_last), *best]
+                    [policies.LatestN(keep_last), *best, *kept]
                 ),
                 # A reader must not delete the temporary directories of the run that is writing.
                 cleanup_tmp_directories=self._writes,
@@ -188,11 +197,21 @@ class Checkpoints:
         """Returns the step of a checkpoint by name.
 
         Args:
-            name: `last`, or a key of `BEST`. Of equally good checkpoints, the latest is the best.
+            name: see `check_name`. Of equally good checkpoints, the latest is the best.
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
+            ValueError: there cannot be one of this name.
         """
+        check_name(name)
+        if name.startswith(_STEP):
+            steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+            if (step := int(name.removeprefix(_STEP))) in steps:
+                return step
+            raise FileNotFoundError(
+                f"{self._directory} holds no checkpoint of step {step}, but of "
+                f"{', '.join(map(str, sorted(steps))) or 'none'}; see config.checkpoint.keep_every"
+            )
         candidates = [
             (checkpoint.metrics[BEST[name]] if name in BEST else 0.0, checkpoint.step)
             for checkpoint in self._checkpointer.checkpoints
@@ -224,6 +243,24 @@ class Checkpoints:
         return self._checkpointer.load(step, like)
 
 
+def check_name(name: str) -> str:
+    """Returns a name that a checkpoint may have.
+
+    Args:
+        name: `last`; a key of `BEST`; or `step` and a number, for the checkpoint after so many
+            steps.
+
+    Raises:
+        ValueError: it is another name.
+    """
+    if name == LAST or name in BEST or re.fullmatch(rf"{_STEP}\d{{1,10}}", name):
+        return name
+    raise UserError(
+        f"the checkpoint {name!r} must be {LAST}, {', '.join(BEST)}, or {_STEP} and a number of "
+        "steps, such as step1200"
+    )
+
+
 def read(
     workdir: Path, name: str, like: dict[str, Any], bucket: Bucket | None = None
 ) -> tuple[int, Any]:
@@ -231,7 +268,7 @@ def read(
 
     Args:
         workdir: directory of the run.
-        name: `last`, or a key of `BEST`.
+        name: see `check_name`.
         like: see `Checkpoints.restore`.
         bucket: see `Checkpoints`.
 
@@ -302,7 +339,7 @@ def read_network(
     Args:
         network: network of the run.
         workdir: directory of the run.
-        name: name of the checkpoint: `last`, or a key of `BEST`.
+        name: name of the checkpoint; see `check_name`.
         bucket: see `Checkpoints`.
 
     Returns:

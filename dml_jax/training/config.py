@@ -67,6 +67,20 @@ class CheckpointConfig:
     keep_last: int = setting(
         2, integer(1), help="Number of latest checkpoints kept, besides the best of each metric."
     )
+    keep_every: int = setting(
+        0,
+        integer(0),
+        help="Epochs between checkpoints that are kept for good, such as `step1200`; 0 keeps none.",
+    )
+
+    @together("keep_every", "every_epochs")
+    def _kept(self) -> str | None:
+        if self.keep_every % self.every_epochs == 0:
+            return None
+        return (
+            f"config.checkpoint.keep_every is {self.keep_every}; it must be a multiple of "
+            f"config.checkpoint.every_epochs, {self.every_epochs}, since only these are saved"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

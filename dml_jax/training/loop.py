@@ -53,8 +53,12 @@ def train(
     """
     stop = preemption.StopRequest() if stop is None else stop
     config, steps_per_epoch = experiment.config, experiment.steps_per_epoch
-    keep_last = config.checkpoint.keep_last
-    with checkpoint.Checkpoints(workdir, keep_last=keep_last, bucket=published) as checkpoints:
+    with checkpoint.Checkpoints(
+        workdir,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every * steps_per_epoch,
+        bucket=published,
+    ) as checkpoints:
         state, start = _start(experiment, workdir, checkpoints, initial)
         done = history.read(
             workdir,

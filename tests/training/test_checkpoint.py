@@ -43,6 +43,23 @@ def unreadable(path):
     path.symlink_to("/proc/self/mem" if sys.platform == "linux" else path)
 
 
+def test_checkpoints_at_an_interval_are_kept_and_found_by_their_step(tmp_path):
+    with checkpoint.Checkpoints(tmp_path, keep_last=1, keep_every=4) as checkpoints:
+        for step in range(2, 15, 2):
+            state = jax.tree.map(lambda x, step=step: x + step, STATE)
+            checkpoints.save(step, state, SCORES | {"map@r": 1 / step})
+    assert steps(tmp_path) == [2, 4, 8, 12, 14]
+    step, found = checkpoint.read(tmp_path, "step8", LIKE)
+    assert step == 8
+    chex.assert_trees_all_equal(found, jax.tree.map(lambda x: x + 8, STATE))
+    assert checkpoint.read(tmp_path, "last", LIKE)[0] == 14
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 6, but of 2, 4, 8, 12, 14"):
+        checkpoint.read(tmp_path, "step6", LIKE)
+    for name in ("epoch8", "step", "step-8", "step8.tmp", "../step8", "best"):
+        with pytest.raises(ValueError, match="must be last, best_map, best_r1, best_rp, or step"):
+            checkpoint.read(tmp_path, name, LIKE)
+
+
 DAMAGES = {
     "flipped": flip,
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),

@@ -324,6 +324,7 @@ OURS = {
     "model.remat",
     "checkpoint.every_epochs",
     "checkpoint.keep_last",
+    "checkpoint.keep_every",
     "wandb",
     "mlflow",
 }
@@ -562,6 +563,7 @@ BAD = {
     "proxy_synthesis.mix": ("none", "mix is 'none'; choose one of both, proxies, embeddings"),
     "evaluation.recall_at": ((2, 4), "config.evaluation.recall_at is .* with 1"),
     "memvir.warmup_epochs": (99, "warmup_epochs is 99, but the run ends after"),
+    "checkpoint.keep_every": (6, "keep_every is 6; it must be a multiple of .*every_epochs, 4"),
     "wandb": ("my/letters", "config.wandb is 'my/letters'; it must be a project's name at Weights"),
     "mlflow": ("letters\n", r"config.mlflow is .*; it must be the name of an MLflow experiment"),
     "loss.name": (
