@@ -35,8 +35,8 @@ class MixupConfig:
         0,
         integer(0),
         help="In each step the samples are mixed at one of the first depth + 1 places, drawn at "
-        "random: the images, the feature maps that each further part of the network receives, and "
-        "the pooled features. 0 mixes images.",
+        "random: the inputs of each part of the network that trains, which are the images first, "
+        "unless a part is frozen, and the pooled features last.",
     )
 
 

@@ -9,8 +9,9 @@ import pytest
 
 from dml_jax import losses, memvir, proxy_synthesis
 from dml_jax._utils import files, sharding
+from dml_jax.inference import trained
 from dml_jax.memvir import MemVirConfig
-from dml_jax.report import runs, training_map
+from dml_jax.report import training_map
 from dml_jax.training import builder, loop, resume, run_directory
 from dml_jax.training.config import parse
 from tests.helpers import tiny
@@ -101,9 +102,9 @@ def run_against_naive(name, virtual, mixes, devices, dtype=jnp.float32):
         return naive(name, virtual, mixed(loss, vectors, labels, mixing, mixes), stored, exist)
 
     memory = make_memory(loss, virtual=virtual, dtype=dtype)
-    kept = memvir.shardings(memory, mesh)
-    memory = jax.device_put(memory, kept)
     split, whole = sharding.batch_sharding(mesh), sharding.replicated_sharding(mesh)
+    kept = jax.tree.map(lambda x: split if x.ndim else whole, memory)
+    memory = jax.device_put(memory, kept)
     take = jax.jit(
         jax.value_and_grad(ours, has_aux=True), out_shardings=((whole, kept), (whole, split))
     )
@@ -240,7 +241,9 @@ def test_a_run_follows_its_ablations(tmp_path, monkeypatch):
     # The first epoch is the warm-up, and the memory is full after the second one.
     assert [line["memvir_classes"] for line in lines] == [6, 6, 18]
     assert ["memvir_cosine" in line for line in lines] == [False, False, True]
-    shown = training_map.compute(runs.read(folder))
+    built = trained.build(folder)
+    state = trained.read_training_state(built, folder, "last", with_memory=True)
+    shown = training_map.compute(built, state)
     kinds = {training_map.KINDS[kind] for kind in shown.kind}
     assert "remembered proxy" in kinds and "remembered embedding" not in kinds
 

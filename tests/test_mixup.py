@@ -124,7 +124,8 @@ def test_a_weight_of_one_mixes_nothing():
     [
         ({"proxy_synthesis.ratio": 1.0}, "ratio and config.mixup.alpha are used together"),
         ({"memvir.num_steps": 1}, "num_steps and config.mixup.alpha are used together"),
-        ({"micro_batches": BATCH}, "leaves one sample in each"),
+        ({"micro_batches": BATCH}, "has 1 of config.batch_size 16; choose config.micro_batches"),
+        ({"batch_size": 20, "micro_batches": 4}, "has 5 of config.batch_size 20"),
         ({"mixup.depth": 5}, "has 5 places: the inputs of block1, .*, head; choose at most 4"),
         ({"model.train_from": "head", "mixup.depth": 1}, "has 1 places: the inputs of head"),
         ({"xbm.num_steps": 2}, "the loss cosface has no pairs"),

@@ -180,6 +180,10 @@ def _method(config: dict[str, Any]) -> str:
         parts.append("Proxy Synthesis (arXiv 2103.15454)")
     if config["memvir"]["num_steps"]:
         parts.append("MemVir (arXiv 2103.16940)")
+    if config["mixup"]["alpha"]:
+        parts.append("mixup (arXiv 1710.09412, 1806.05236)")
+    if config["xbm"]["num_steps"]:
+        parts.append("cross-batch memory (arXiv 1912.06798)")
     return " and ".join(parts)
 
 

@@ -183,7 +183,7 @@ class PairLoss(Loss, abc.ABC):
         """Returns the mean loss of a batch.
 
         A pair of one class with a cosine above 1 - 1e-5 is taken for a sample and itself, and
-        excluded, as in the official code of both losses.
+        excluded, as in the official code of XBM.
 
         Args:
             embeddings: `[rows, dim]`, raw.
@@ -194,12 +194,17 @@ class PairLoss(Loss, abc.ABC):
 
         Returns:
             A float32 scalar.
+
+        Raises:
+            ValueError: candidates are given without labels, or labels or a mask without them.
         """
-        rows = numerics.normalize(embeddings)
-        if candidates is None or candidate_labels is None:
-            columns, candidate_labels = rows, labels
-        else:
+        rows = columns = numerics.normalize(embeddings)
+        if candidates is not None and candidate_labels is not None:
             columns = numerics.normalize(candidates)
+        elif candidates is None and candidate_labels is None and candidate_mask is None:
+            candidate_labels = labels
+        else:
+            raise UserError("a loss of pairs needs candidates together with candidate_labels")
         similarities = numerics.inner_products(rows, columns)
         same = labels[:, None] == candidate_labels[None]
         included = jnp.ones((), bool) if candidate_mask is None else candidate_mask[None]

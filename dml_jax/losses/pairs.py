@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from dml_jax._utils import numerics
 from dml_jax.losses.base import PairLoss, PairMask, RowLogits, Similarities
-from dml_jax.settings import number, optional, setting
+from dml_jax.settings import number, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +84,8 @@ class Triplet(PairLoss):
     arXiv 1703.07737, equation 5 and section 2.3, there with distances of raw vectors.
     """
 
-    margin: float | None = setting(
-        None, optional(number(above=0.0)), help="Margin of the distances; None for the soft margin."
+    margin: float = setting(
+        0.0, number(least=0.0), help="Margin of the distances; 0 for the soft margin."
     )
 
     def of_rows(
@@ -95,10 +95,10 @@ class Triplet(PairLoss):
         farthest = jnp.min(similarities, axis=1, initial=2.0, where=positive)
         nearest = jnp.max(similarities, axis=1, initial=-2.0, where=negative)
         difference = _distances(farthest) - _distances(nearest)
-        if self.margin is None:
-            of_row = jax.nn.softplus(difference)
-        else:
+        if self.margin:
             of_row = jax.nn.relu(self.margin + difference)
+        else:
+            of_row = jax.nn.softplus(difference)
         has_both = positive.any(axis=1) & negative.any(axis=1)
         share = jnp.maximum(jnp.mean(has_both.astype(jnp.float32)), 1 / has_both.shape[0])
         return jnp.where(has_both, of_row, 0.0) / share

@@ -5,7 +5,7 @@ from typing import Any
 
 from dml_jax._utils.errors import UserError
 from dml_jax._utils.registry import Registry
-from dml_jax.losses.base import Loss, ProxyLoss
+from dml_jax.losses.base import Loss, PairLoss, ProxyLoss
 from dml_jax.losses.margins import ArcFace, CosFace, SphereFace
 from dml_jax.losses.pairs import Contrastive, MultiSimilarity, Triplet
 from dml_jax.losses.proxy_anchor import ProxyAnchor
@@ -42,7 +42,7 @@ def names() -> tuple[str, ...]:
 
 def pair_names() -> tuple[str, ...]:
     """Returns the names of the losses of pairs."""
-    return tuple(name for name in LOSSES.names() if not issubclass(LOSSES.get(name), ProxyLoss))
+    return tuple(name for name in LOSSES.names() if issubclass(LOSSES.get(name), PairLoss))
 
 
 def create(name: str, **hyperparameters: Any) -> Any:

@@ -129,7 +129,7 @@ class Embedder(nn.Module):
             mix: function of the number of a place of `mixing_places` and of its inputs, which
                 returns the inputs to use instead; None changes nothing.
         """
-        *above, _ = places = mixing_places(self)
+        *above, _ = places = mixing_places(self.backbone, self.train_from)
         if self.train_from == ALL:
             x = self.backbone.input_normalisation.normalise(x)
         if mix is None and self.train_from == ALL:
@@ -180,15 +180,15 @@ def trainable_from(backbone: nn.Module) -> tuple[str, ...]:
     return (ALL, *getattr(backbone, "parts", ())[1:], HEAD)
 
 
-def mixing_places(embedder: Embedder) -> tuple[str, ...]:
+def mixing_places(backbone: nn.Module, train_from: str) -> tuple[str, ...]:
     """Returns the parts that train, whose inputs `Embedder.trained` may mix; the head is last.
 
     A backbone that cannot be split is one part, called "all".
     """
-    if embedder.train_from == HEAD:
+    if train_from == HEAD:
         return (HEAD,)
-    parts = getattr(embedder.backbone, "parts", (ALL,))
-    first = 0 if embedder.train_from == ALL else parts.index(embedder.train_from)
+    parts = getattr(backbone, "parts", (ALL,))
+    first = 0 if train_from == ALL else parts.index(train_from)
     return (*parts[first:], HEAD)
 
 

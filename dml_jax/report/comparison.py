@@ -107,9 +107,11 @@ def baseline(variant: str, get_config: Callable[[str], ConfigDict]) -> str:
         return variant
     names_loss = variant.endswith(loss)
     plain = loss if names_loss else "baseline"
+    if "memvir" not in method:
+        return plain
     long = f"memvir_baseline_{loss}" if names_loss else "memvir_baseline"
     differ = get_config(long).to_dict() != get_config(plain).to_dict()
-    return long if "memvir" in method and differ else plain
+    return long if differ else plain
 
 
 def scores(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jaxtyping import Int64
 
 import dml_jax
@@ -123,12 +124,13 @@ def _training_classes(
     run: Run, name: str
 ) -> tuple[training_map.TrainingMap | None, np.ndarray | None]:
     """Returns the map of training classes and the confidence between them, if there are any."""
-    built = trained.build(run.folder)
-    if isinstance(built.config.loss, losses.PairLoss):
+    if isinstance(parse(run.config).loss, losses.PairLoss):
         return None, None
+    built = trained.build(run.folder)
     try:
         state = trained.read_training_state(built, run.folder, name, with_memory=True)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        logging.warning("no map and no decision boundaries of %s: %s", run.place, error)
         return None, None
     return training_map.compute(built, state), boundaries.compute(built, state)
 

@@ -12,7 +12,7 @@ from dml_jax._utils.errors import UserError
 from dml_jax.report import comparison
 from dml_jax.training import cells
 from dml_jax.training.cells import Cell
-from dml_jax.training.config import leaves, parse
+from dml_jax.training.config import SWITCHES, leaves, parse
 
 TEST_NOTE = (
     "These scores are of the test classes. Choose no setting by them: "
@@ -29,8 +29,7 @@ _OF_SCORED_IMAGES = (
     *("data.name", "data.root", "data.unreadable", "data.split_classes", "evaluation.test"),
     *("data.validation_classes", "data.validation_fold"),
 )
-# By group: the setting that is 0 if the others have no effect.
-_SWITCHES = {"proxy_synthesis": "ratio", "memvir": "num_steps"}
+_VARIANTS = {"proxy_synthesis": "ps", "xbm": "xbm_contrastive"}
 _READ: dict[type, tuple[str, Callable[[str], Any]]] = {
     bool: ("True or False", {"True": True, "False": False}.__getitem__),
     int: ("an integer", int),
@@ -188,11 +187,11 @@ def _check_cells(made: Sequence[Cell], axes: Mapping[str, Sequence[Any]]) -> Non
         raise UserError("the sweep has impossible settings:\n  " + "\n  ".join(lines))
     for path in axes:
         group = path.partition(".")[0]
-        switch = _SWITCHES.get(group)
+        switch = SWITCHES.get(group)
         if switch and not any(cell.config[group][switch] for cell in made):
             raise UserError(
                 f"--over={path} would have no effect, since config.{group}.{switch} is 0 in all "
-                "cells; choose a variant with it, such as --config=cars196:ps or cars196:memvir"
+                f"cells; choose a variant with it, such as cars196:{_VARIANTS.get(group, group)}"
             )
 
 

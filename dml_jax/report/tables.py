@@ -86,7 +86,7 @@ def _baseline(group: Group, groups: Sequence[Group]) -> Group | None:
     """Returns the group with the same settings but without regularisers, or None."""
 
     def other_settings(one: Group) -> dict[str, Any]:
-        return one.first.config.to_dict() | {"seed": 0, "proxy_synthesis": 0, "memvir": 0}
+        return one.first.config.to_dict() | dict.fromkeys(("seed", *configs.SWITCHES), 0)
 
     if not _is_regularised(group):
         return None
@@ -98,7 +98,7 @@ def _baseline(group: Group, groups: Sequence[Group]) -> Group | None:
 
 def _is_regularised(group: Group) -> bool:
     config = group.first.config
-    return bool(config.proxy_synthesis.ratio or config.memvir.num_steps)
+    return any(config[method][switch] for method, switch in configs.SWITCHES.items())
 
 
 def costs(groups: Sequence[Group]) -> list[dict[str, str]]:

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from dml_jax import losses
 from dml_jax._utils.errors import UserError
-from dml_jax.training.config import parse
+from dml_jax.training.config import SWITCHES, parse
 
 
 class Range(NamedTuple):
@@ -28,6 +29,7 @@ _OPTIMIZER = {
 }
 _LOSSES = {
     "softmax": {},
+    "virtual_softmax": {},
     "norm_softmax": {"loss.scale": Range(4, 64, log=True)},
     "proxy_nca": {"loss.scale": Range(2, 48, log=True)},
     "cosface": {"loss.scale": Range(8, 96, log=True), "loss.margin": Range(0.05, 0.5)},
@@ -39,6 +41,13 @@ _LOSSES = {
         "loss.margin": Range(0.0, 0.2),
     },
     "proxy_anchor": {"loss.alpha": Range(8, 64, log=True), "loss.margin": Range(0.0, 0.3)},
+    "contrastive": {"loss.margin": Range(0.0, 0.9)},
+    "multi_similarity": {
+        "loss.scale_pos": Range(0.5, 10, log=True),
+        "loss.scale_neg": Range(10, 100, log=True),
+        "loss.threshold": Range(0.2, 0.8),
+    },
+    "triplet": {"loss.margin": Range(0.05, 0.5)},
 }
 _PROXY_SYNTHESIS = {
     "proxy_synthesis.ratio": Range(0.25, 3.0),
@@ -47,6 +56,11 @@ _PROXY_SYNTHESIS = {
 _MEMVIR = {
     "memvir.num_steps": Range(1, 10, log=True, integer=True),
     "memvir.step_gap": Range(1, 100, log=True, integer=True),
+}
+_MIXUP = {"mixup.alpha": Range(0.1, 4.0, log=True)}
+_XBM = {
+    "xbm.num_steps": Range(2, 100, log=True, integer=True),
+    "xbm.weight": Range(0.1, 2.0, log=True),
 }
 
 
@@ -65,19 +79,22 @@ def of_variant(
         ValueError: a path names no setting, or a bound is impossible; the message lists all.
     """
     searched: dict[str, Range] = {**_OPTIMIZER, **_LOSSES.get(loss, {})}
-    with_synthesis, with_memory = config.proxy_synthesis.ratio > 0, config.memvir.num_steps > 0
-    if with_synthesis:
-        searched |= _PROXY_SYNTHESIS
-    if with_memory:
-        warmup = Range(0, max(config.epochs // 2, 1), integer=True)
-        searched |= _MEMVIR | {"memvir.warmup_epochs": warmup}
+    warmup = Range(0, max(config.epochs // 2, 1), integer=True)
+    of_methods = {
+        "proxy_synthesis": _PROXY_SYNTHESIS,
+        "memvir": _MEMVIR | {"memvir.warmup_epochs": warmup},
+        "mixup": _MIXUP,
+        "xbm": _XBM | {"xbm.warmup_epochs": warmup},
+    }
+    unused = {method for method, switch in SWITCHES.items() if not config[method][switch]}
+    for method, ranges in of_methods.items():
+        searched |= {} if method in unused else ranges
+    if loss in losses.pair_names():
+        del searched["optimizer.proxy_learning_rate"]
     for path, found in overrides.items():
-        of_loss = path.startswith("loss.") and path.removeprefix("loss.") not in config.loss
-        unused = of_loss or (
-            (path.startswith("proxy_synthesis.") and not with_synthesis)
-            or (path.startswith("memvir.") and not with_memory)
-        )
-        if found is None or unused:
+        group, _, name = path.partition(".")
+        not_of_loss = group == "loss" and name not in config.loss
+        if found is None or group in unused or not_of_loss:
             searched.pop(path, None)
         else:
             searched[path] = Range(*found)

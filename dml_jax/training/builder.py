@@ -25,7 +25,7 @@ from dml_jax.evaluation.features import Features
 from dml_jax.evaluation.network import Network
 from dml_jax.evaluation.scoring import Evaluator
 from dml_jax.models import pretrained
-from dml_jax.models.embedder import HEAD, Embedder, mixing_places, parts_above
+from dml_jax.models.embedder import HEAD, parts_above
 from dml_jax.training import optimizer, state, step
 from dml_jax.training.config import Config
 
@@ -92,7 +92,6 @@ def build(
     _warn_about_memvir(config, steps_per_epoch)
     _warn_about_pairs(config)
     network = make_network(config, mesh)
-    _check_mixup(config, network.embedder)
     by_layer = config.optimizer.layer_decay != 1.0
     above = parts_above(network.embedder, config.data.image_size) if by_layer else {}
     transformation, learning_rate = optimizer.create(
@@ -304,16 +303,6 @@ def _memory(config: Config, num_classes: int) -> state.Memory | None:
     return xbm.init(
         num_steps=config.xbm.num_steps, batch_size=config.batch_size, dim=config.model.dim
     )
-
-
-def _check_mixup(config: Config, embedder: Embedder) -> None:
-    places = mixing_places(embedder)
-    if config.mixup.alpha and config.mixup.depth >= len(places):
-        raise UserError(
-            f"config.mixup.depth is {config.mixup.depth}, but the part of the network that trains "
-            f"has {len(places)} places: the inputs of {', '.join(places)}; choose at most "
-            f"{len(places) - 1}"
-        )
 
 
 def _warn_about_pairs(config: Config) -> None:

@@ -5,6 +5,7 @@ makes from the dataclasses. `parse` converts it back, once, and checks everythin
 """
 
 import dataclasses
+import json
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,14 +18,22 @@ from dml_jax.data.config import DataConfig
 from dml_jax.evaluation.config import EvaluationConfig
 from dml_jax.memvir import MemVirConfig
 from dml_jax.mixup import MixupConfig
-from dml_jax.models import check_image_size
+from dml_jax.models import check_image_size, create_backbone
 from dml_jax.models.config import ModelConfig
-from dml_jax.models.embedder import ALL
+from dml_jax.models.embedder import ALL, mixing_places, trainable_from
 from dml_jax.proxy_synthesis import ProxySynthesisConfig
 from dml_jax.settings import choice, flag, group, integer, setting, text, together
 from dml_jax.training.optimizer import OptimizerConfig
 from dml_jax.training.state import PROXY_INITS
 from dml_jax.xbm import XbmConfig
+
+SWITCHES = {
+    "proxy_synthesis": "ratio",
+    "memvir": "num_steps",
+    "mixup": "alpha",
+    "xbm": "num_steps",
+}
+"""Groups of settings of a method, and the setting that is 0 without it."""
 
 
 def _parse_loss(values: Any, path: str, problems: dict[str, str]) -> losses.Loss:
@@ -35,6 +44,12 @@ def _parse_loss(values: Any, path: str, problems: dict[str, str]) -> losses.Loss
         return losses.NormSoftmax()
     hyperparameters = {key: value for key, value in values.items() if key != "name"}
     loss = losses.LOSSES.get(str(name))
+    if not issubclass(loss, losses.ProxyLoss | losses.PairLoss):
+        problems[f"{path}.name"] = (
+            f"{path}.name is {name!r}, which is derived from neither ProxyLoss nor PairLoss of "
+            "dml_jax.losses"
+        )
+        return losses.NormSoftmax()
     return settings.parse(loss, hyperparameters, path, problems, of=f" of {name}")
 
 
@@ -235,11 +250,27 @@ class Config:
 
     @together("mixup.alpha", "batch_size", "micro_batches")
     def _partners(self) -> str | None:
-        if not self.mixup.alpha or self.batch_size // self.micro_batches > 1:
+        size, rest = divmod(self.batch_size, self.micro_batches)
+        is_even = size % 2 == 0 or (self.micro_batches == 1 and size > 1)
+        if not self.mixup.alpha or rest or is_even:
             return None
         return (
-            "config.mixup.alpha mixes the samples of a micro-batch, but config.batch_size "
-            f"{self.batch_size} in {self.micro_batches} micro-batches leaves one sample in each"
+            f"config.mixup.alpha mixes the halves of a micro-batch, but it has {size} of "
+            f"config.batch_size {self.batch_size}; choose config.micro_batches so that it is even"
+        )
+
+    @together("mixup.alpha", "mixup.depth", "model.backbone", "model.train_from")
+    def _mixing_depth(self) -> str | None:
+        backbone = create_backbone(self.model.backbone)
+        if not self.mixup.alpha or self.model.train_from not in trainable_from(backbone):
+            return None
+        places = mixing_places(backbone, self.model.train_from)
+        if self.mixup.depth < len(places):
+            return None
+        return (
+            f"config.mixup.depth is {self.mixup.depth}, but the part of the network that trains "
+            f"has {len(places)} places: the inputs of {', '.join(places)}; choose at most "
+            f"{len(places) - 1}"
         )
 
     @together("xbm.warmup_epochs", "epochs", "xbm.num_steps")
@@ -287,7 +318,9 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
         loss = loss_to_dict(losses.create(values["loss"]["name"]))
     except (KeyError, TypeError, ValueError):
         loss = {}  # `parse` reports the unknown loss.
-    return _merged(to_dict(Config()) | {"loss": loss}, values)
+    # As JSON has them: without tuples, like the recorded values.
+    defaults = json.loads(json.dumps(to_dict(Config()) | {"loss": loss}))
+    return _merged(defaults, values)
 
 
 def _merged(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,6 +93,8 @@ class Epochs:
             return {}
         classes, drift = jax.device_get(self._measure_memory(state.memory))
         values = {f"memvir_{name}": float(value) for name, value in drift._asdict().items()}
+        if self._experiment.config.memvir.virtual == "embeddings":
+            values = {}  # There are no virtual classes.
         drifted = {name: value for name, value in values.items() if not math.isnan(value)}
         return {"memvir_classes": int(classes)} | drifted
 

@@ -40,6 +40,8 @@ class Origin(NamedTuple):
             *(
                 f"--config.{path}={shlex.quote(_flag(value))}"
                 for path, value in self.overrides.items()
+                # The flag parser does not read None, which is the default where it is allowed.
+                if value is not None
             ),
         ]
 

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from dml_jax import losses
 from dml_jax._utils.errors import UserError
+from dml_jax.models.embedder import HEAD
 from dml_jax.published import Reference
 from dml_jax.training.config import loss_to_dict
 from dml_jax.training.origin import Origin
@@ -17,7 +18,7 @@ PAIR_METHODS = ("baseline", "xbm")
 """Methods for losses of pairs."""
 
 
-_MIXUPS = {"mixup": {"alpha": 1.0}, "manifold_mixup": {"alpha": 2.0, "depth": 2}}
+_MIXUP_ALPHA = {"mixup": 1.0, "manifold_mixup": 2.0}
 
 
 def with_variant(
@@ -39,7 +40,8 @@ def with_variant(
     For comparison there are `mixup`, of images with a proxy loss, `manifold_mixup`, at one of the
     first three places of the network (`dml_jax.mixup`), and losses of pairs, alone or with `xbm`
     (`dml_jax.xbm`). The weights of mixup are drawn from Beta(1, 1) and those of manifold mixup from
-    Beta(2, 2), and a batch of pairs has four images of each class, as in the sources.
+    Beta(2, 2), and a batch of pairs has four images of each class, as
+    in the sources, unless the config has more than one already.
 
     Args:
         config: config of the data set; changed in place.
@@ -60,8 +62,11 @@ def with_variant(
         config.proxy_synthesis.update(proxy_synthesis)
     if method in ("memvir", "ps_memvir"):
         config.memvir.update(memvir)
-    if method in _MIXUPS:
-        config.mixup.update(_MIXUPS[method])
+    if method in _MIXUP_ALPHA:
+        config.mixup.alpha = _MIXUP_ALPHA[method]
+    # Where the head alone trains, its inputs are the only place.
+    if method == "manifold_mixup" and config.model.train_from != HEAD:
+        config.mixup.depth = 2
     if loss in losses.pair_names() and config.data.n_instance == 1:
         config.data.n_instance = 4
     if method == "xbm":

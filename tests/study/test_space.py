@@ -6,17 +6,25 @@ from dml_jax.study import space
 from dml_jax.study.space import Range
 from dml_jax.training import variants
 
+PROXIES = [
+    (method, loss)
+    for method in ("baseline", "ps", "memvir", "ps_memvir", "mixup")
+    for loss in losses.names()
+]
+PAIRS = [(method, loss) for method in variants.PAIR_METHODS for loss in losses.pair_names()]
 
-@pytest.mark.parametrize("loss", losses.names())
-@pytest.mark.parametrize("method", ["baseline", "ps", "memvir", "ps_memvir"])
+
+@pytest.mark.parametrize(("method", "loss"), PROXIES + PAIRS)
 def test_the_default_ranges_are_possible_and_of_the_variant(method, loss):
     config = glyphs.get_config(f"{method}_{loss}")
     found = space.of_variant(config, loss, {})
     groups = {path.partition(".")[0] for path in found}
-    expected = {"optimizer"} | ({"loss"} if loss != "softmax" else set())
+    expected = {"optimizer"} | ({"loss"} if loss not in ("softmax", "virtual_softmax") else set())
     expected |= {"proxy_synthesis"} if "ps" in method else set()
     expected |= {"memvir"} if "memvir" in method else set()
+    expected |= {method} & {"mixup", "xbm"}
     assert groups == expected
+    assert ("optimizer.proxy_learning_rate" in found) == (loss in losses.names())
     assert variants.parse_variant(f"{method}_{loss}") == (method, loss)
 
 
@@ -25,6 +33,8 @@ def test_a_config_file_changes_the_space():
         "loss.scale": Range(10, 20),
         "optimizer.proxy_learning_rate": None,
         "memvir.num_steps": Range(2, 3, integer=True),
+        "mixup.alpha": Range(0.1, 2),
+        "xbm.num_steps": Range(2, 3, integer=True),
         "loss.margin": Range(0.1, 0.2),
         "optimizer.weight_decay": (1e-5, 1e-3, True),
     }
@@ -33,7 +43,10 @@ def test_a_config_file_changes_the_space():
     assert found["optimizer.weight_decay"] == Range(1e-5, 1e-3, log=True)
     # What the variant does not have is left out.
     assert found.keys().isdisjoint(
-        {"optimizer.proxy_learning_rate", "memvir.num_steps", "loss.margin"}
+        {
+            *("optimizer.proxy_learning_rate", "memvir.num_steps", "loss.margin"),
+            *("mixup.alpha", "xbm.num_steps"),
+        }
     )
 
 
