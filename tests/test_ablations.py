@@ -198,7 +198,7 @@ def test_the_step_and_the_map_of_a_run_use_its_settings(mix, tmp_path):
     vectors = make_vectors(loss)
     present = jnp.ones(CLASSES, bool)
     problem = step._mixed(
-        built.step_config, jax.random.key(0), *vectors, jnp.asarray(LABELS), present
+        built.step_config, loss, jax.random.key(0), *vectors, jnp.asarray(LABELS), present
     )
     assert problem["row_mask"][BATCH:].all() == (mix != "proxies")
     assert problem["class_mask"][CLASSES:].all() == (mix != "embeddings")
