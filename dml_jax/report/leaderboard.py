@@ -23,7 +23,6 @@ def write(leaderboard: Leaderboard, path: Path, *, device: str) -> None:
         device: name of the devices that the costs hold for.
     """
     text = page.render(
-        "dml_jax.report",
         "leaderboard.html",
         **leaderboard._asdict(),
         kinds=_KINDS,

@@ -13,16 +13,15 @@ with extras.required_by("report"):
     from markupsafe import Markup
 
 
-def render(package: str, template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
     """Returns a page made from a template, which also has `style`, `plotly`, `version` and `date`.
 
     Args:
-        package: the package in whose folder `assets` the template is.
-        template: file name of the template.
+        template: file name of the template in the folder `assets`, an extension of `page.html`.
         values: further values of the template.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(package, "assets"),
+        loader=jinja2.PackageLoader("dml_jax.report", "assets"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )

@@ -33,7 +33,6 @@ def write(sweep: Sweep, results: Sequence[Mapping[str, Any] | None], path: Path)
     files.write_text(
         path,
         page.render(
-            "dml_jax.report",
             "sweep.html",
             sweep=sweep,
             seeds=list(dict.fromkeys(cell.config.seed for cell in sweep.cells)),
